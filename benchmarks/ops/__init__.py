@@ -1,0 +1,21 @@
+"""One file per op: `cases(device)` returns functions that each build one Case, peers and ours on the same tensors."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+import torch
+
+from benchmarks.harness import Case
+
+NAMES = ("attention", "layer_norm", "dropout", "bias_gelu", "linear", "linear_cross_entropy", "adamw")
+
+
+def cases(device: torch.device) -> list[tuple[str, Callable[[], Case]]]:
+    """(op name, function that builds the case) for every op and shape."""
+    return [
+        (name, build)
+        for name in NAMES
+        for build in importlib.import_module(f"benchmarks.ops.{name}").cases(device)
+    ]

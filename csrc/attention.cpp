@@ -1,0 +1,166 @@
+// Attention, forward and backward: causal, grouped queries, document masks, dropout keyed by (seed, element).
+#include "common.h"
+
+#include <memory>
+
+namespace tapelm {
+
+struct AttentionShape {
+  int64_t Hq, T, D;
+  bool causal, dropout;
+  float scale;
+  uint64_t seed;
+  uint32_t threshold;
+  float keep_scale;
+};
+
+// One head of a (B, H, T, D) tensor whose last dimension is contiguous.
+template <typename T>
+struct Strided {
+  const T* data;
+  int64_t row, head;
+  Strided head_offset(int64_t h) const { return {data + h * head, row, head}; }
+};
+
+}  // namespace tapelm
+
+#define TAPELM_KERNELS "attention.inl"
+#include "simd_targets.h"
+
+namespace tapelm {
+namespace {
+
+Tensor last_contiguous(const Tensor& x) { return x.stride(-1) == 1 || x.size(-1) == 1 ? x : x.contiguous(); }
+
+template <typename T>
+Strided<T> head_of(const Tensor& x, int64_t b, int64_t h) {
+  return {x.const_data_ptr<T>() + b * x.stride(0) + h * x.stride(1), x.stride(2), x.stride(1)};
+}
+
+void check(const Tensor& q, const Tensor& k, const Tensor& v, double dropout_p, const std::optional<Tensor>& seed,
+           const std::optional<Tensor>& documents) {
+  check_dtype(q, "attention", "q");
+  check_same_dtype(k, q, "attention", "k");
+  check_same_dtype(v, q, "attention", "v");
+  TORCH_CHECK_VALUE(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "attention: q, k and v must be (B, H, T, D)");
+  TORCH_CHECK_VALUE(k.sizes() == v.sizes(), "attention: k and v differ in shape: ", k.sizes(), " and ", v.sizes());
+  TORCH_CHECK_VALUE(q.size(0) == k.size(0) && q.size(2) == k.size(2) && q.size(3) == k.size(3),
+                    "attention: q ", q.sizes(), " and k ", k.sizes(), " must agree in B, T and D");
+  TORCH_CHECK_VALUE(k.size(1) > 0 ? q.size(1) % k.size(1) == 0 : q.size(1) == 0,
+                    "attention: the query heads (", q.size(1), ") must be a multiple of the key heads (", k.size(1), ")");
+  TORCH_CHECK_VALUE(dropout_p >= 0.0 && dropout_p < 1.0, "attention: dropout_p must be in [0, 1), not ", dropout_p);
+  TORCH_CHECK_VALUE(dropout_p == 0.0 || seed.has_value(), "attention: dropout needs a seed");
+  if (seed.has_value())
+    TORCH_CHECK_TYPE(seed->scalar_type() == at::kLong && seed->numel() == 1, "attention: seed must be one int64");
+  if (documents.has_value()) {
+    TORCH_CHECK_TYPE(documents->scalar_type() == at::kInt, "attention: document_ids must be int32");
+    TORCH_CHECK_VALUE(documents->dim() == 2 && documents->size(0) == q.size(0) && documents->size(1) == q.size(2),
+                      "attention: document_ids must have shape (B, T)");
+  }
+}
+
+AttentionShape shape_of(const Tensor& q, bool causal, double scale, double dropout_p,
+                        const std::optional<Tensor>& seed) {
+  return {q.size(1),
+          q.size(2),
+          q.size(3),
+          causal,
+          dropout_p > 0.0,
+          static_cast<float>(scale),
+          dropout_p > 0.0 ? static_cast<uint64_t>(*seed->const_data_ptr<int64_t>()) : 0,
+          dropout_threshold(dropout_p),
+          dropout_scale(dropout_p)};
+}
+
+const int32_t* documents_of(const Tensor& documents, int64_t b) {
+  return documents.defined() ? documents.const_data_ptr<int32_t>() + b * documents.stride(0) : nullptr;
+}
+
+// (B, H, T, D) stored as (B, T, H, D): the layout that the projection after attention reads without a copy.
+Tensor empty_heads(const Tensor& like) {
+  return at::empty({like.size(0), like.size(2), like.size(1), like.size(3)}, like.options()).transpose(1, 2);
+}
+
+std::tuple<Tensor, Tensor> attention_forward(const Tensor& q_, const Tensor& k_, const Tensor& v_, bool causal,
+                                             double scale, double dropout_p, const std::optional<Tensor>& seed,
+                                             const std::optional<Tensor>& document_ids) {
+  check(q_, k_, v_, dropout_p, seed, document_ids);
+  const Tensor q = last_contiguous(q_), k = last_contiguous(k_), v = last_contiguous(v_);
+  const Tensor documents = document_ids.has_value() ? document_ids->contiguous() : Tensor();
+  const AttentionShape s = shape_of(q, causal, scale, dropout_p, seed);
+  const int64_t B = q.size(0), group = k.size(1) ? s.Hq / k.size(1) : 1;
+  Tensor out = empty_heads(q);
+  Tensor lse = at::empty({B, s.Hq, s.T}, q.options().dtype(at::kFloat));
+  if (out.numel() == 0) return {out, lse.zero_()};
+  with_dtype(q, [&](auto zero) {
+    using T = decltype(zero);
+    T* out_data = out.mutable_data_ptr<T>();
+    float* lse_data = lse.mutable_data_ptr<float>();
+    at::parallel_for(0, B * s.Hq, 1, [&](int64_t first, int64_t last) {
+      const std::unique_ptr<float[]> space(new float[TAPELM_DISPATCH(attention_forward_floats(s))]);
+      for (int64_t head = first; head < last; ++head) {
+        const int64_t b = head / s.Hq, h = head % s.Hq;
+        TAPELM_DISPATCH(attention_forward_head<T>(s, head, documents_of(documents, b), head_of<T>(q, b, h),
+                                                  head_of<T>(k, b, h / group), head_of<T>(v, b, h / group),
+                                                  out_data + (b * s.T * s.Hq + h) * s.D, s.Hq * s.D,
+                                                  lse_data + head * s.T, space.get()));
+      }
+    });
+  });
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_, const Tensor& q_, const Tensor& k_,
+                                                      const Tensor& v_, const Tensor& out_, const Tensor& lse_,
+                                                      bool causal, double scale, double dropout_p,
+                                                      const std::optional<Tensor>& seed,
+                                                      const std::optional<Tensor>& document_ids) {
+  check(q_, k_, v_, dropout_p, seed, document_ids);
+  check_same_dtype(grad_, q_, "attention", "grad");
+  TORCH_CHECK_VALUE(grad_.sizes() == q_.sizes() && out_.sizes() == q_.sizes(),
+                    "attention: grad and out must have the shape of q");
+  const Tensor q = last_contiguous(q_), k = last_contiguous(k_), v = last_contiguous(v_);
+  const Tensor grad = last_contiguous(grad_), out = last_contiguous(out_), lse = lse_.contiguous();
+  const Tensor documents = document_ids.has_value() ? document_ids->contiguous() : Tensor();
+  const AttentionShape s = shape_of(q, causal, scale, dropout_p, seed);
+  const int64_t B = q.size(0), Hkv = k.size(1), group = Hkv ? s.Hq / Hkv : 1;
+  Tensor dq = empty_heads(q), dk = empty_heads(k), dv = empty_heads(v);
+  if (q.numel() == 0) return {dq, dk.zero_(), dv.zero_()};
+  with_dtype(q, [&](auto zero) {
+    using T = decltype(zero);
+    T* dq_data = dq.mutable_data_ptr<T>();
+    T* dk_data = dk.mutable_data_ptr<T>();
+    T* dv_data = dv.mutable_data_ptr<T>();
+    at::parallel_for(0, B * Hkv, 1, [&](int64_t first, int64_t last) {
+      const std::unique_ptr<float[]> space(new float[TAPELM_DISPATCH(attention_backward_floats(s))]);
+      for (int64_t task = first; task < last; ++task) {
+        const int64_t b = task / Hkv, kv = task % Hkv, h = kv * group, head = b * s.Hq + h;
+        const int64_t kv_start = (b * s.T * Hkv + kv) * s.D;
+        TAPELM_DISPATCH(attention_backward_group<T>(
+            s, head, group, documents_of(documents, b), head_of<T>(grad, b, h), head_of<T>(q, b, h),
+            head_of<T>(k, b, kv), head_of<T>(v, b, kv), head_of<T>(out, b, h),
+            lse.const_data_ptr<float>() + head * s.T, dq_data + (b * s.T * s.Hq + h) * s.D, s.Hq * s.D,
+            dk_data + kv_start, dv_data + kv_start, Hkv * s.D, space.get()));
+      }
+    });
+  });
+  return {dq, dk, dv};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(tapelm, m) {
+  m.def(
+      "attention_forward(Tensor q, Tensor k, Tensor v, bool causal, float scale, float dropout_p, Tensor? seed, Tensor? "
+      "document_ids) -> (Tensor, Tensor)");
+  m.def(
+      "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, bool causal, float scale, "
+      "float dropout_p, Tensor? seed, Tensor? document_ids) -> (Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(tapelm, CPU, m) {
+  m.impl("attention_forward", &attention_forward);
+  m.impl("attention_backward", &attention_backward);
+}
+
+}  // namespace tapelm

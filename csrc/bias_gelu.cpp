@@ -1,0 +1,67 @@
+// gelu(x + bias) over the last dimension, tanh form, forward and backward.
+#include "common.h"
+
+#define TAPELM_KERNELS "bias_gelu.inl"
+#include "simd_targets.h"
+
+namespace tapelm {
+namespace {
+
+constexpr int64_t kRowsPerChunk = 128, kMaxChunks = 64;
+
+void check(const Tensor& x, const Tensor& bias) {
+  check_dtype(x, "bias_gelu", "x");
+  check_same_dtype(bias, x, "bias_gelu", "bias");
+  TORCH_CHECK_VALUE(x.dim() >= 1 && bias.dim() == 1 && bias.size(0) == x.size(-1),
+                    "bias_gelu: bias must have shape (", x.dim() ? x.size(-1) : 0, "), not ", bias.sizes());
+}
+
+Tensor bias_gelu_forward(const Tensor& x_, const Tensor& bias_) {
+  check(x_, bias_);
+  const Tensor x = x_.contiguous(), bias = bias_.contiguous();
+  const int64_t C = x.size(-1), rows = C ? x.numel() / C : 0;
+  Tensor y = at::empty_like(x);
+  with_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    at::parallel_for(0, rows, std::max<int64_t>(1, 8192 / std::max<int64_t>(C, 1)), [&](int64_t begin, int64_t end) {
+      TAPELM_DISPATCH(bias_gelu_rows(x.const_data_ptr<T>(), bias.const_data_ptr<T>(), y.mutable_data_ptr<T>(), C, begin,
+                                     end));
+    });
+  });
+  return y;
+}
+
+std::tuple<Tensor, Tensor> bias_gelu_backward(const Tensor& grad_, const Tensor& x_, const Tensor& bias_) {
+  check(x_, bias_);
+  check_same_dtype(grad_, x_, "bias_gelu", "grad");
+  TORCH_CHECK_VALUE(grad_.sizes() == x_.sizes(), "bias_gelu: grad must have the shape of x");
+  const Tensor grad = grad_.contiguous(), x = x_.contiguous(), bias = bias_.contiguous();
+  const int64_t C = x.size(-1), rows = C ? x.numel() / C : 0;
+  const int64_t chunks = std::min(kMaxChunks, chunk_count(rows, kRowsPerChunk));
+  Tensor dx = at::empty_like(x);
+  Tensor partial = at::zeros({std::max<int64_t>(chunks, 1), C}, x.options().dtype(at::kFloat));
+  with_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    at::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
+      for (int64_t chunk = first; chunk < last; ++chunk)
+        TAPELM_DISPATCH(bias_gelu_backward_rows(
+            grad.const_data_ptr<T>(), x.const_data_ptr<T>(), bias.const_data_ptr<T>(), dx.mutable_data_ptr<T>(),
+            partial.mutable_data_ptr<float>() + chunk * C, C, rows * chunk / chunks, rows * (chunk + 1) / chunks));
+    });
+  });
+  return {dx, partial.sum(0).to(x.scalar_type())};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(tapelm, m) {
+  m.def("bias_gelu_forward(Tensor x, Tensor bias) -> Tensor");
+  m.def("bias_gelu_backward(Tensor grad, Tensor x, Tensor bias) -> (Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(tapelm, CPU, m) {
+  m.impl("bias_gelu_forward", &bias_gelu_forward);
+  m.impl("bias_gelu_backward", &bias_gelu_backward);
+}
+
+}  // namespace tapelm

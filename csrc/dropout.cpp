@@ -1,0 +1,39 @@
+// Dropout with a counter-based generator: the mask is a function of (seed, element), never stored, and the same on
+// every device. The backward is the same operation on the gradient.
+#include "common.h"
+
+#define TAPELM_KERNELS "dropout.inl"
+#include "simd_targets.h"
+
+namespace tapelm {
+namespace {
+
+constexpr int64_t kGrain = 32768;  // elements per task; a multiple of every 2 W
+
+Tensor dropout(const Tensor& x_, double p, const Tensor& seed) {
+  check_dtype(x_, "dropout", "x");
+  TORCH_CHECK_VALUE(p >= 0.0 && p < 1.0, "dropout: p must be in [0, 1), not ", p);
+  TORCH_CHECK_TYPE(seed.scalar_type() == at::kLong && seed.numel() == 1, "dropout: seed must be one int64");
+  const Tensor x = x_.contiguous();
+  Tensor y = at::empty_like(x);
+  const int64_t n = x.numel();
+  const uint64_t key = static_cast<uint64_t>(*seed.const_data_ptr<int64_t>());
+  const uint32_t threshold = dropout_threshold(p);
+  const float scale = dropout_scale(p);
+  with_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    at::parallel_for(0, chunk_count(n, kGrain), 1, [&](int64_t first, int64_t last) {
+      TAPELM_DISPATCH(dropout_range(x.const_data_ptr<T>(), y.mutable_data_ptr<T>(), key, threshold, scale,
+                                    first * kGrain, std::min(n, last * kGrain)));
+    });
+  });
+  return y;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(tapelm, m) { m.def("dropout(Tensor x, float p, Tensor seed) -> Tensor"); }
+
+TORCH_LIBRARY_IMPL(tapelm, CPU, m) { m.impl("dropout", &dropout); }
+
+}  // namespace tapelm

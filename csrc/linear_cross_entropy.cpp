@@ -1,0 +1,108 @@
+// Mean cross-entropy of hidden weight^T (+ bias) against targets, chunk by chunk of tokens: a chunk's logits become
+// its gradient in place and feed both gradient products before the next chunk overwrites them, so that neither the
+// logits nor their gradient are ever stored whole (Wijmans et al. 2025, "Cut your losses", in its simplest form).
+#include "common.h"
+#include "matrix_product.h"
+
+#define TAPELM_KERNELS "linear_cross_entropy.inl"
+#include "simd_targets.h"
+
+namespace tapelm {
+namespace {
+
+constexpr int64_t kChunkBytes = 16 << 20;  // logits of one chunk
+constexpr int64_t kMinRows = 128;          // below this the products lose efficiency
+
+Matrix matrix_of(const Tensor& t) { return {t.const_data_ptr<float>(), t.stride(0), t.stride(1)}; }
+
+void product(const Tensor& left, const Tensor& right, bool add, Tensor out) {
+  if (out.scalar_type() == at::kFloat && left.scalar_type() == at::kFloat && prefer_matrix_product()) {
+    matrix_product(matrix_of(left), matrix_of(right), left.size(0), right.size(1), left.size(1), nullptr, add,
+                   out.mutable_data_ptr<float>(), out.stride(0));
+  } else if (!add) {
+    at::mm_out(out, left, right);
+  } else if (out.scalar_type() == left.scalar_type()) {
+    out.addmm_(left, right);
+  } else {
+    out.add_(at::mm(left, right));
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_forward(const Tensor& hidden_, const Tensor& weight_,
+                                                                        const Tensor& targets_,
+                                                                        const std::optional<Tensor>& bias_,
+                                                                        int64_t ignore_index, bool need_grad) {
+  check_dtype(hidden_, "linear_cross_entropy", "hidden");
+  check_same_dtype(weight_, hidden_, "linear_cross_entropy", "weight");
+  TORCH_CHECK_VALUE(hidden_.dim() == 2 && weight_.dim() == 2 && hidden_.size(1) == weight_.size(1),
+                    "linear_cross_entropy: hidden ", hidden_.sizes(), " does not fit weight ", weight_.sizes());
+  TORCH_CHECK_TYPE(targets_.scalar_type() == at::kLong, "linear_cross_entropy: targets must be int64");
+  TORCH_CHECK_VALUE(targets_.dim() == 1 && targets_.size(0) == hidden_.size(0),
+                    "linear_cross_entropy: targets must have shape (", hidden_.size(0), "), not ", targets_.sizes());
+  const Tensor hidden = hidden_.contiguous(), weight = weight_.contiguous(), targets = targets_.contiguous();
+  const int64_t N = hidden.size(0), V = weight.size(0);
+  const auto floats = hidden.options().dtype(at::kFloat);
+  Tensor bias;
+  if (bias_.has_value()) {
+    TORCH_CHECK_VALUE(bias_->dim() == 1 && bias_->size(0) == V, "linear_cross_entropy: bias must have shape (", V, ")");
+    bias = bias_->to(at::kFloat).contiguous();
+  }
+  const int64_t* target = targets.const_data_ptr<int64_t>();
+  int64_t valid = 0;
+  for (int64_t i = 0; i < N; ++i) {
+    if (target[i] == ignore_index) continue;
+    TORCH_CHECK_INDEX(target[i] >= 0 && target[i] < V, "linear_cross_entropy: target ", target[i], " at position ", i,
+                      " is outside [0, ", V, ")");
+    ++valid;
+  }
+  // Like PyTorch: the mean over no target at all is NaN, and its gradient is zero rows times NaN.
+  const float scale = 1.0f / static_cast<float>(valid);
+
+  Tensor dhidden = need_grad ? at::empty_like(hidden) : at::empty({0}, hidden.options());
+  Tensor dweight = need_grad ? at::zeros(weight.sizes(), floats) : at::empty({0}, hidden.options());
+  Tensor dbias = need_grad && bias.defined() ? at::zeros({V}, floats) : at::empty({0}, hidden.options());
+  const int64_t rows = std::max(kMinRows, kChunkBytes / std::max<int64_t>(1, V * hidden.element_size()));
+  Tensor buffer = at::empty({std::min(rows, N), V}, hidden.options());
+  Tensor losses = at::zeros({N}, floats);
+  float* loss = losses.mutable_data_ptr<float>();
+  const float* bias_data = bias.defined() ? bias.const_data_ptr<float>() : nullptr;
+  for (int64_t begin = 0; begin < N; begin += rows) {
+    const int64_t end = std::min(N, begin + rows);
+    const Tensor h = hidden.slice(0, begin, end);
+    Tensor logits = buffer.slice(0, 0, end - begin);
+    product(h, weight.t(), false, logits);
+    with_dtype(logits, [&](auto zero) {
+      using T = decltype(zero);
+      T* data = logits.mutable_data_ptr<T>();
+      at::parallel_for(begin, end, 1, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i) {
+          T* row = data + (i - begin) * V;
+          if (target[i] == ignore_index)
+            std::fill(row, row + V, static_cast<T>(0.0f));
+          else
+            loss[i] = TAPELM_DISPATCH(cross_entropy_row(row, bias_data, V, target[i], need_grad ? scale : 0.0f));
+        }
+      });
+    });
+    if (!need_grad) continue;
+    product(logits, weight, false, dhidden.slice(0, begin, end));
+    product(logits.t(), h, true, dweight);
+    if (bias.defined()) dbias.add_(logits.sum(0, false, at::kFloat));
+  }
+  double total = 0.0;
+  for (int64_t i = 0; i < N; ++i) total += loss[i];
+  const Tensor mean = at::scalar_tensor(total / static_cast<double>(valid), floats);
+  return {mean, dhidden, dweight.to(hidden.scalar_type()), dbias.to(hidden.scalar_type())};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(tapelm, m) {
+  m.def(
+      "linear_cross_entropy_forward(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, int ignore_index, bool "
+      "need_grad) -> (Tensor, Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(tapelm, CPU, m) { m.impl("linear_cross_entropy_forward", &linear_cross_entropy_forward); }
+
+}  // namespace tapelm

@@ -1,0 +1,53 @@
+// Compiles TAPELM_KERNELS (a file name in quotes) once per instruction set. No include guard: one use per op file.
+#ifndef TAPELM_KERNELS
+#error "define TAPELM_KERNELS before including simd_targets.h"
+#endif
+#include "simd.h"
+
+#define TAPELM_WIDTH 16
+#define TAPELM_TARGET generic
+#define TAPELM_ROWS 6
+namespace tapelm::generic {
+#include "simd_vector.inl"
+#include TAPELM_KERNELS
+}  // namespace tapelm::generic
+#undef TAPELM_WIDTH
+#undef TAPELM_TARGET
+#undef TAPELM_ROWS
+
+#ifdef TAPELM_X86
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#define TAPELM_AVX2 1
+#define TAPELM_WIDTH 8
+#define TAPELM_TARGET avx2
+#define TAPELM_ROWS 6
+namespace tapelm::avx2 {
+#include "simd_vector.inl"
+#include TAPELM_KERNELS
+}  // namespace tapelm::avx2
+#undef TAPELM_AVX2
+#undef TAPELM_WIDTH
+#undef TAPELM_TARGET
+#undef TAPELM_ROWS
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+#define TAPELM_AVX512 1
+#define TAPELM_WIDTH 16
+#define TAPELM_TARGET avx512
+#define TAPELM_ROWS 12
+namespace tapelm::avx512 {
+#include "simd_vector.inl"
+#include TAPELM_KERNELS
+}  // namespace tapelm::avx512
+#undef TAPELM_AVX512
+#undef TAPELM_WIDTH
+#undef TAPELM_TARGET
+#undef TAPELM_ROWS
+#pragma GCC pop_options
+
+#endif
+#undef TAPELM_KERNELS

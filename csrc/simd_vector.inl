@@ -1,0 +1,153 @@
+// Vectors of W floats for one instruction set; included by simd_targets.h inside that set's namespace.
+// Written on the compiler's vector extension: intrinsics only where the compiler finds no equal.
+
+constexpr int W = TAPELM_WIDTH;   // floats per vector
+constexpr int MR = TAPELM_ROWS;   // rows of a matrix-product tile: MR x 2 vectors of accumulators fit the registers
+constexpr int NR = 2 * W;         // columns of that tile
+
+typedef float vf __attribute__((vector_size(W * 4)));
+typedef int32_t vi __attribute__((vector_size(W * 4)));
+typedef uint32_t vu __attribute__((vector_size(W * 4)));
+typedef uint64_t vl __attribute__((vector_size(W * 4)));       // W / 2 lanes of 64 bits
+typedef uint16_t vh __attribute__((vector_size(W * 2)));
+typedef float vf_any __attribute__((vector_size(W * 4), aligned(4), may_alias));
+typedef uint16_t vh_any __attribute__((vector_size(W * 2), aligned(2), may_alias));
+
+TAPELM_INLINE vf broadcast(float x) { return x - vf{}; }
+TAPELM_INLINE vu broadcast(uint32_t x) { return x - vu{}; }
+TAPELM_INLINE vf as_float(vu x) { return (vf)x; }
+
+TAPELM_INLINE vf load(const float* p) { return *reinterpret_cast<const vf_any*>(p); }
+TAPELM_INLINE void store(float* p, vf x) { *reinterpret_cast<vf_any*>(p) = x; }
+
+TAPELM_INLINE vf load(const c10::BFloat16* p) {
+  const vh bits = *reinterpret_cast<const vh_any*>(p);
+  return as_float(__builtin_convertvector(bits, vu) << 16);
+}
+
+// Round to nearest even; NaN stays NaN.
+TAPELM_INLINE void store(c10::BFloat16* p, vf x) {
+  const vu bits = (vu)x;
+  const vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const vu nan = (vu)(x != x);
+  *reinterpret_cast<vh_any*>(p) = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0u), vh);
+}
+
+// The first n < W elements; the rest of the vector is `fill`.
+template <typename T>
+TAPELM_INLINE vf load_part(const T* p, int n, float fill = 0.0f) {
+  float lanes[W];
+  for (int i = 0; i < W; ++i) lanes[i] = i < n ? static_cast<float>(p[i]) : fill;
+  return load(lanes);
+}
+template <typename T>
+TAPELM_INLINE void store_part(T* p, vf x, int n) {
+  T lanes[W];
+  store(lanes, x);
+  for (int i = 0; i < n; ++i) p[i] = lanes[i];
+}
+
+// max(NaN, b) is b and max(a, NaN) is NaN: callers that must propagate NaN put the data second.
+TAPELM_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
+
+TAPELM_INLINE float sum(vf x) {
+  float lanes[W];
+  store(lanes, x);
+  for (int n = W / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) lanes[i] += lanes[i + n];
+  return lanes[0];
+}
+TAPELM_INLINE float max(vf x) {
+  float lanes[W];
+  store(lanes, x);
+  for (int n = W / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) lanes[i] = lanes[i] > lanes[i + n] ? lanes[i] : lanes[i + n];
+  return lanes[0];
+}
+
+// e^x to 2 ulp: x = k ln2 + r with |r| <= ln2 / 2, a degree-6 polynomial in r, k added to the exponent.
+// Below -87.3 the result is 0 (a denormal in exact arithmetic), above 88.7 it is inf; NaN propagates.
+TAPELM_INLINE vf exp(vf x) {
+  const vf low = broadcast(-87.3365f), high = broadcast(88.7228f);
+  const vf clamped = x < low ? low : (x > high ? high : x);
+  const vf magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
+  const vf shifted = clamped * 1.44269504088896341f + magic;
+  const vf k = shifted - magic;
+  vf r = clamped - k * 0.693359375f;
+  r = r + k * 2.12194440e-4f;
+  vf p = broadcast(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  // Two halves of the power of two, so that 2^128 does not overflow before the product is formed.
+  const vi n = (vi)shifted - (vi)magic;
+  const vi half = n >> 1;
+  const vf y = p * (vf)((half + 127) << 23) * (vf)((n - half + 127) << 23);
+  const vf inf = broadcast(__builtin_inff());
+  return x < low ? vf{} : (x > high ? inf : y);
+}
+
+// Low 32 bits of each 64-bit lane of a, times m, as 64 bits.
+TAPELM_INLINE vl multiply_wide(vl a, uint32_t m) {
+#if defined(TAPELM_AVX512)
+  return (vl)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(m));
+#elif defined(TAPELM_AVX2)
+  return (vl)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(m));
+#else
+  return (a & 0xffffffffull) * static_cast<uint64_t>(m);
+#endif
+}
+
+// Philox4x32-10 (Salmon et al. 2011) for W / 2 successive counters: 2 W random words in element order.
+// Element i of the stream comes from counter i / 4, word i % 4; `counter` is that of the first element.
+TAPELM_INLINE void philox(uint64_t seed, uint64_t counter, vu out[2]) {
+  vl c0, c1, c2 = vl{}, c3 = vl{};
+  for (int i = 0; i < W / 2; ++i) c0[i] = counter + i;
+  c1 = c0 >> 32;
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+#pragma GCC unroll 10
+  for (int round = 0; round < 10; ++round) {
+    const vl p0 = multiply_wide(c0, 0xD2511F53u), p1 = multiply_wide(c2, 0xCD9E8D57u);
+    c0 = (p1 >> 32) ^ c1 ^ static_cast<uint64_t>(k0);
+    c2 = (p0 >> 32) ^ c3 ^ static_cast<uint64_t>(k1);
+    c1 = p1;
+    c3 = p0;
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  const vl even = (c0 & 0xffffffffull) | (c1 << 32), odd = (c2 & 0xffffffffull) | (c3 << 32);
+  vl first, second;
+  for (int i = 0; i < W / 4; ++i) {
+    first[2 * i] = even[i];
+    first[2 * i + 1] = odd[i];
+    second[2 * i] = even[W / 4 + i];
+    second[2 * i + 1] = odd[W / 4 + i];
+  }
+  out[0] = (vu)first;
+  out[1] = (vu)second;
+}
+
+// What a dropout multiplies with: 0 below the threshold, `scale` from it on.
+TAPELM_INLINE vf keep(vu random, uint32_t threshold, float scale) {
+  return random >= broadcast(threshold) ? broadcast(scale) : vf{};
+}
+
+// A tile of a matrix product: c[ROWS][NR] = sum over k of a[row * row_stride + k * step] * b[k * NR ...].
+// b is a packed panel of NR columns; the sums stay in registers until the end.
+template <int ROWS>
+TAPELM_INLINE void tile(int64_t depth, const float* a, int64_t row_stride, int64_t step, const float* b, vf c[ROWS][2]) {
+#pragma GCC unroll 16
+  for (int r = 0; r < ROWS; ++r) c[r][0] = c[r][1] = vf{};
+  for (int64_t k = 0; k < depth; ++k) {
+    const vf b0 = load(b + k * NR), b1 = load(b + k * NR + W);
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r) {
+      const vf x = broadcast(a[r * row_stride + k * step]);
+      c[r][0] += x * b0;
+      c[r][1] += x * b1;
+    }
+  }
+}

@@ -1,0 +1,177 @@
+#include "pretokenize.h"
+
+#include <array>
+
+#include "unicode_tables.h"
+
+namespace tapelm::text {
+namespace {
+
+enum Class : uint8_t { kOther = 0, kLetter = 1, kNumber = 2, kSpace = 3 };
+
+struct Character {
+  Class kind;
+  uint8_t bytes;
+};
+
+inline Class class_of(uint32_t code_point) {
+  const uint32_t block = kClassIndex[code_point >> 8];
+  const uint8_t packed = kClassBlocks[block * 64 + ((code_point & 0xFF) >> 2)];
+  return static_cast<Class>((packed >> (2 * (code_point & 3))) & 3);
+}
+
+constexpr std::array<uint8_t, 128> make_ascii_classes() {
+  std::array<uint8_t, 128> classes{};
+  for (uint32_t c = 0; c < 128; ++c) {
+    const uint8_t packed = kClassBlocks[kClassIndex[0] * 64 + (c >> 2)];
+    classes[c] = (packed >> (2 * (c & 3))) & 3;
+  }
+  return classes;
+}
+
+constexpr std::array<uint8_t, 128> kAscii = make_ascii_classes();
+
+inline bool continues(uint8_t byte) { return (byte & 0xC0) == 0x80; }
+
+// Strict UTF-8: overlong forms, surrogates and values above U+10FFFF are invalid bytes, each one kOther.
+Character decode_non_ascii(const uint8_t* p, const uint8_t* end) {
+  constexpr Character invalid{kOther, 1};
+  const uint8_t lead = p[0];
+  const size_t left = static_cast<size_t>(end - p);
+  if (lead < 0xC2 || lead > 0xF4) return invalid;
+  if (lead < 0xE0) {
+    if (left < 2 || !continues(p[1])) return invalid;
+    return {class_of((lead & 0x1Fu) << 6 | (p[1] & 0x3Fu)), 2};
+  }
+  if (lead < 0xF0) {
+    if (left < 3 || !continues(p[1]) || !continues(p[2])) return invalid;
+    const uint32_t c = (lead & 0x0Fu) << 12 | (p[1] & 0x3Fu) << 6 | (p[2] & 0x3Fu);
+    if (c < 0x800 || (c >= 0xD800 && c < 0xE000)) return invalid;
+    return {class_of(c), 3};
+  }
+  if (left < 4 || !continues(p[1]) || !continues(p[2]) || !continues(p[3])) return invalid;
+  const uint32_t c = (lead & 0x07u) << 18 | (p[1] & 0x3Fu) << 12 | (p[2] & 0x3Fu) << 6 | (p[3] & 0x3Fu);
+  if (c < 0x10000 || c > 0x10FFFF) return invalid;
+  return {class_of(c), 4};
+}
+
+inline Character at(const uint8_t* p, const uint8_t* end) {
+  if (*p < 0x80) [[likely]] return {static_cast<Class>(kAscii[*p]), 1};
+  return decode_non_ascii(p, end);
+}
+
+// First position in [p, end) whose character is not of class `kind`.
+template <Class kind>
+inline const uint8_t* skip(const uint8_t* p, const uint8_t* end) {
+  while (p < end) {
+    const Character c = at(p, end);
+    if (c.kind != kind) break;
+    p += c.bytes;
+  }
+  return p;
+}
+
+inline const uint8_t* skip_class(Class kind, const uint8_t* p, const uint8_t* end) {
+  switch (kind) {
+    case kLetter: return skip<kLetter>(p, end);
+    case kNumber: return skip<kNumber>(p, end);
+    case kSpace: return skip<kSpace>(p, end);
+    case kOther: break;
+  }
+  return skip<kOther>(p, end);
+}
+
+inline bool is_newline(uint8_t byte) { return byte == '\r' || byte == '\n'; }
+
+// \s+(?!\S)|\s+ : the whole run at the end of the text, else all but its last character, which belongs to the
+// next word; a single white-space character stands alone. `p` is at white space. With `digits`, a number ends the
+// text.
+template <bool digits>
+const uint8_t* space_run(const uint8_t* p, const uint8_t* end) {
+  const uint8_t* last = p;
+  const uint8_t* q = p;
+  while (q < end) {
+    const Character c = at(q, end);
+    if (digits && c.kind == kNumber) return q;
+    if (c.kind != kSpace) return last == p ? q : last;
+    last = q;
+    q += c.bytes;
+  }
+  return end;
+}
+
+// End of 's 't 'm 'd 're 've 'll at the apostrophe p, or nullptr. With `fold`, case is ignored as Unicode has it:
+// U+017F (long s, bytes C5 BF) equals s.
+inline const uint8_t* contraction(const uint8_t* p, const uint8_t* end, bool fold) {
+  if (end - p < 2) return nullptr;
+  const uint8_t bit = fold ? 0x20 : 0x00;
+  const uint8_t a = p[1] | bit;
+  if (a == 's' || a == 't' || a == 'm' || a == 'd') return p + 2;
+  if (end - p < 3) return nullptr;
+  if (fold && p[1] == 0xC5 && p[2] == 0xBF) return p + 3;
+  const uint8_t b = p[2] | bit;
+  if ((a == 'r' && b == 'e') || (a == 'v' && b == 'e') || (a == 'l' && b == 'l')) return p + 3;
+  return nullptr;
+}
+
+template <bool digits>
+const uint8_t* gpt2(const uint8_t* p, const uint8_t* end) {
+  if (*p == '\'') {
+    if (const uint8_t* q = contraction(p, end, false)) return q;
+  }
+  const Character first = at(p, end);
+  if (digits && first.kind == kNumber) return p + first.bytes;
+  if (*p == ' ' && p + 1 < end) {
+    const Character second = at(p + 1, end);
+    if (digits && second.kind == kNumber) return p + 1;
+    if (second.kind != kSpace) return skip_class(second.kind, p + 1 + second.bytes, end);
+  }
+  if (first.kind == kSpace) return space_run<digits>(p, end);
+  return skip_class(first.kind, p + first.bytes, end);
+}
+
+const uint8_t* others_then_newlines(const uint8_t* p, const uint8_t* end) {
+  p = skip<kOther>(p, end);
+  while (p < end && is_newline(*p)) ++p;
+  return p;
+}
+
+const uint8_t* llama3(const uint8_t* p, const uint8_t* end) {
+  if (*p == '\'') {
+    if (const uint8_t* q = contraction(p, end, true)) return q;
+  }
+  const Character first = at(p, end);
+  const uint8_t* next = p + first.bytes;
+  if (first.kind == kLetter) return skip<kLetter>(next, end);
+  if (first.kind == kNumber) {
+    for (int digits = 1; digits < 3 && next < end; ++digits) {
+      const Character c = at(next, end);
+      if (c.kind != kNumber) break;
+      next += c.bytes;
+    }
+    return next;
+  }
+  const Class second = next < end ? at(next, end).kind : kSpace;
+  if (second == kLetter && !is_newline(*p)) return skip<kLetter>(next, end);
+  if (first.kind == kOther) return others_then_newlines(next, end);
+  if (*p == ' ' && second == kOther) return others_then_newlines(next, end);
+  // \s*[\r\n]+ : up to and with the last newline of the white-space run, where there is one.
+  const uint8_t* run_end = skip<kSpace>(p, end);
+  for (const uint8_t* q = run_end; q > p; --q) {
+    if (is_newline(q[-1])) return q;
+  }
+  return space_run<false>(p, end);
+}
+
+}  // namespace
+
+size_t first_word(Pretokenizer kind, const uint8_t* begin, const uint8_t* end) {
+  switch (kind) {
+    case Pretokenizer::kLlama3: return static_cast<size_t>(llama3(begin, end) - begin);
+    case Pretokenizer::kGpt2Digits: return static_cast<size_t>(gpt2<true>(begin, end) - begin);
+    case Pretokenizer::kGpt2: break;
+  }
+  return static_cast<size_t>(gpt2<false>(begin, end) - begin);
+}
+
+}  // namespace tapelm::text

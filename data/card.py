@@ -1,0 +1,206 @@
+"""The data card: what a data directory holds, where it came from, and whether it is what was asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from data.documents import SPLITS, DataError, Document, SplitDates
+
+NAME = "data_card.json"
+# Raised when the same settings and inputs begin to give other documents.
+FORMAT = 1
+
+
+@dataclass
+class Tally:
+    """What one source gave to one split; tokens count the end-of-text mark after each document."""
+
+    documents: int = 0
+    bytes: int = 0
+    tokens: int = 0
+    first: date | None = None
+    last: date | None = None
+
+    def add(self, document: Document) -> None:
+        """Count a document's text and release day."""
+        self.documents += 1
+        self.bytes += len(document.text.encode())
+        released = document.available_at
+        if released is not None:
+            self.first = min(self.first or released, released)
+            self.last = max(self.last or released, released)
+
+
+@dataclass
+class Counts:
+    """Tallies by split and source; documents without a date; documents that belong to no split."""
+
+    tallies: dict[str, dict[str, Tally]] = field(default_factory=lambda: {split: {} for split in SPLITS})
+    undated: int = 0
+    left_out: int = 0
+
+    def tally(self, split: str, source: str) -> Tally:
+        """The tally of a source in a split, made when first asked for."""
+        return self.tallies[split].setdefault(source, Tally())
+
+    def total(self, split: str, name: str) -> int:
+        """Sum of "documents", "bytes" or "tokens" over the sources of a split."""
+        return sum(getattr(tally, name) for tally in self.tallies[split].values())
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+    """One hash of all that decides the content: format, settings, and the SHA-256 of every input by name."""
+    decisive = {"format": FORMAT, "settings": settings, "inputs": inputs}
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+def read_card(directory: Path) -> dict[str, Any] | None:
+    """The card of a data directory, or None when it has none that is readable as one."""
+    try:
+        card = json.loads((directory / NAME).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    return card if isinstance(card, dict) and "fingerprint" in card else None
+
+
+def is_complete(directory: Path, card: Mapping[str, Any]) -> bool:
+    """Whether every output the card lists is there with its size."""
+    return all(
+        (directory / name).is_file() and (directory / name).stat().st_size == entry["bytes"]
+        for name, entry in card["outputs"].items()
+    )
+
+
+def describe_change(card: Mapping[str, Any], settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+    """In words, the first thing in which the card differs from these settings and inputs."""
+    for name, value in settings.items():
+        before = card["settings"].get(name)
+        if before != value:
+            return f"{name} was {before}, now {value}"
+    return "its inputs differ" if card["inputs"] != inputs else "prepared by another version of this program"
+
+
+def make_card(
+    directory: Path,
+    counts: Counts,
+    *,
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    dates: SplitDates | None,
+    warnings: list[str],
+) -> dict[str, Any]:
+    """The card of a finished directory (not yet written); the same directory gives the same card."""
+    outputs = {
+        path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.name != NAME
+    }
+    return {
+        "format": FORMAT,
+        "fingerprint": fingerprint(settings, inputs),
+        "settings": dict(settings),
+        "splits": {
+            split: {source: _tally_entry(tally) for source, tally in sorted(counts.tallies[split].items())}
+            for split in SPLITS
+        },
+        "split_dates": _dates_entry(dates),
+        "left_out_documents": counts.left_out,
+        "undated_documents": counts.undated,
+        "warnings": warnings,
+        "inputs": dict(inputs),
+        "outputs": outputs,
+        "versions": {
+            "python": platform.python_version(),
+            "tapelm": _version("tapelm"),
+            "numpy": _version("numpy"),
+        },
+    }
+
+
+def write_card(directory: Path, card: Mapping[str, Any]) -> None:
+    """Write the card into its directory. Raises OSError."""
+    (directory / NAME).write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def print_table(card: dict[str, Any]) -> None:
+    """Print documents, megabytes, tokens and time span of every split and source of a card."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in ("split", "source", "docs", "MB", "tokens", "released"):
+        table.add_column(name, justify="right" if name in ("docs", "MB", "tokens") else "left", no_wrap=True)
+    for split, sources in card["splits"].items():
+        for source, tally in sources.items():
+            span = f"{tally['first']}..{tally['last']}" if tally["first"] else "no dates"
+            numbers = (f"{tally['documents']:,}", f"{tally['bytes'] / 1e6:.3f}", f"{tally['tokens']:,}")
+            table.add_row(split, source, *numbers, span)
+        table.add_section()
+    Console().print(table)
+
+
+def check_sizes(counts: Counts, min_block: int, *, encoded: bool = False) -> None:
+    """Raise DataError, naming the size needed, when a split is empty or, once encoded, below one block."""
+    documents = sum(counts.total(split, "documents") for split in SPLITS)
+    size = sum(counts.total(split, "bytes") for split in SPLITS)
+    if not documents:
+        left_out = f" ({counts.left_out} were released outside the split dates)" if counts.left_out else ""
+        raise DataError(f"the corpus is empty: no document with text in the input{left_out}")
+    # By hash, 90 documents leave a 5% split empty once in a hundred times; twice the mean allows for chance.
+    tokens = sum(counts.total(split, "tokens") for split in SPLITS) or size / 3
+    needed = max(90 * size / documents, 40 * (min_block + 1) * size / tokens)
+    advice = f"the corpus has {size / 1e6:.3g} MB, about {needed / 1e6:.2g} MB are needed"
+    if size >= needed:
+        advice = "move --validation-from, --test-from or --until"
+    for split in SPLITS:
+        if not counts.total(split, "documents"):
+            raise DataError(f"the {split} split is empty: {advice}")
+        found = counts.total(split, "tokens")
+        if encoded and found < min_block + 1:
+            raise DataError(
+                f"the {split} split has {found} tokens, a block of {min_block} needs "
+                f"{min_block + 1}: {advice}, or lower --min-block"
+            )
+
+
+def _tally_entry(tally: Tally) -> dict[str, Any]:
+    return {
+        "documents": tally.documents,
+        "bytes": tally.bytes,
+        "tokens": tally.tokens,
+        "first": tally.first.isoformat() if tally.first else None,
+        "last": tally.last.isoformat() if tally.last else None,
+    }
+
+
+def _dates_entry(dates: SplitDates | None) -> dict[str, Any] | None:
+    if dates is None:
+        return None
+    return {
+        "validation_from": dates.validation_from.isoformat(),
+        "test_from": dates.test_from.isoformat(),
+        "until": dates.until.isoformat() if dates.until else None,
+        "embargo_days": dates.embargo_days,
+    }
+
+
+def _version(package: str) -> str | None:
+    """None when run from a checkout that is on the path but not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

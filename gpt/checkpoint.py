@@ -1,0 +1,195 @@
+"""Checkpoints that are whole or absent.
+
+    RUN/checkpoints/step-00000100/
+        model.safetensors       parameters under their names in GPT
+        optimizer.safetensors   <parameter>/<state>, e.g. head.weight/exp_avg
+        state.json              step, configuration, loader position, generators
+        tokenizer.json          copied from the data, so that the directory can generate text by itself
+        manifest.json           SHA-256 of the four files above
+
+Everything is written to a temporary directory, flushed to the disk and renamed. A flipped bit in
+safetensors loads silently, so nothing is read before its hash is checked.
+"""
+
+from __future__ import annotations
+
+import base64
+import errno
+import hashlib
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from gpt.cli import UserError
+from gpt.config import ModelConfig
+from gpt.model import GPT
+from gpt.ops import load_ops
+
+FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "tokenizer.json")
+
+
+def save(
+    root: Path,
+    model: GPT,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    *,
+    tokenizer: Path,
+    keep: int,
+) -> Path:
+    """Write root/step-<state["step"]>, then remove all checkpoints but the newest `keep`; returns its path.
+
+    `state` needs "step" and must be JSON; "model", the shape, is added. Raises OSError when the disk is full.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(root)
+    final = root / f"step-{state['step']:08d}"
+    temporary = root / f".{final.name}.tmp-{os.getpid()}"
+    temporary.mkdir()
+    try:
+        _save_tensors(model.state_dict(), temporary / "model.safetensors")
+        _save_tensors(_optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
+        shutil.copyfile(tokenizer, temporary / "tokenizer.json")
+        described = state | {"model": vars(model.config)}
+        (temporary / "state.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
+        manifest = {"sha256": {name: sha256_of(temporary / name) for name in FILES}}
+        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        for path in (*temporary.iterdir(), temporary):
+            _flush(path)
+        if final.exists():  # a corrupt one that an earlier resume stepped over
+            os.replace(final, temporary.with_suffix(".old"))
+        os.replace(temporary, final)
+        _flush(root)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    _remove_leftovers(root)
+    for old in _steps(root)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def restore(path: Path, model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Load parameters, optimizer state and generators from a verified checkpoint; returns its state.json."""
+    state = read_state(path)
+    model.load_state_dict(load_file(path / "model.safetensors"))
+    indices = {name: index for index, name in enumerate(_optimizer_names(model, optimizer))}
+    loaded: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in load_file(path / "optimizer.safetensors").items():
+        name, entry = key.rsplit("/", 1)
+        loaded.setdefault(indices[name], {})[entry] = tensor
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": loaded})
+    _set_generators(state["generators"])
+    return state
+
+
+def load_model(path: Path, *, kernels: str = "auto", device: str = "cpu") -> tuple[GPT, Path, dict[str, Any]]:
+    """The model of a checkpoint or run directory for inference, its checkpoint directory and its state.json.
+
+    Parameters keep the dtype they were trained in. `kernels` "auto" takes the table of ops of the run.
+    """
+    checkpoint = newest(path / "checkpoints") if (path / "checkpoints").is_dir() else path
+    if checkpoint is None or not (checkpoint / "manifest.json").is_file():
+        raise UserError(f"no checkpoint in {path}: expected manifest.json or checkpoints/step-*")
+    verify(checkpoint)
+    state = read_state(checkpoint)
+    ops = load_ops(state["config"]["kernels"] if kernels == "auto" else kernels)  # type: ignore[arg-type]
+    tensors = load_file(checkpoint / "model.safetensors")
+    model = GPT(ModelConfig(**state["model"]), ops).to(tensors["head.weight"].dtype)
+    model.load_state_dict(tensors)
+    return model.to(device).eval(), checkpoint, state
+
+
+def newest(root: Path) -> Path | None:
+    """The newest valid checkpoint under `root`, or None; one line names every corrupt one it stepped over."""
+    for path in reversed(_steps(root)):
+        try:
+            verify(path)
+        except UserError as error:
+            print(f"warning: {error}; falling back to the previous checkpoint", file=sys.stderr)
+            continue
+        return path
+    return None
+
+
+def verify(path: Path) -> None:
+    """Raise UserError unless every file of the checkpoint has the SHA-256 its manifest gives."""
+    try:
+        expected = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["sha256"]
+        damaged = [name for name in FILES if sha256_of(path / name) != expected[name]]
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"checkpoint {path} is incomplete: {Path(error.filename).name} is missing") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"checkpoint {path} is corrupt: manifest.json cannot be read") from error
+    if damaged:
+        raise UserError(f"checkpoint {path} is corrupt: {damaged[0]} does not match its SHA-256")
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    return json.loads((path / "state.json").read_text(encoding="utf-8"))
+
+
+def generators() -> dict[str, str]:
+    """The states of PyTorch's generators, base64."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return {name: base64.b64encode(state.numpy().tobytes()).decode() for name, state in states.items()}
+
+
+def _set_generators(states: dict[str, str]) -> None:
+    setters = {"cpu": torch.set_rng_state, "cuda": torch.cuda.set_rng_state}
+    for name, text in states.items():
+        setters[name](torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8))
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _steps(root: Path) -> list[Path]:
+    return sorted(path for path in root.glob("step-*") if path.is_dir())
+
+
+def _remove_leftovers(root: Path) -> None:
+    for path in root.glob(".step-*"):
+        shutil.rmtree(path)
+
+
+def _optimizer_names(model: GPT, optimizer: torch.optim.Optimizer) -> list[str]:
+    """Parameter names in the order of the optimizer's indices."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _optimizer_tensors(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    names = _optimizer_names(model, optimizer)
+    return {
+        f"{names[index]}/{entry}": torch.as_tensor(value)
+        for index, entries in optimizer.state_dict()["state"].items()
+        for entry, value in entries.items()
+    }
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:  # it reports a full disk under its own type
+        raise OSError(errno.EIO, str(error), str(path)) from error
+    path.chmod(0o644)  # safetensors leaves 0600
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,99 @@
+"""Reading a data directory written by `python -m data.prepare`: tokenizer, shards and documents."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from gpt.cli import UserError
+from gpt.config import TrainConfig
+from tapelm import Batch, Tokenizer, TokenLoader
+
+END_OF_TEXT = "<|endoftext|>"
+SHARD_HEADER_BYTES = 64  # csrc/text/shards.h
+
+
+def open_tokenizer(path: Path) -> Tokenizer:
+    """A tokenizer with an <|endoftext|>. Raises UserError for a missing file or one of another kind."""
+    if not path.is_file():
+        raise UserError(f"no {path}: run python -m data.prepare --source packages --out {path.parent}")
+    try:
+        tokenizer = Tokenizer.load(path)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if END_OF_TEXT not in tokenizer.special_tokens:
+        raise UserError(f"{path} has no special token {END_OF_TEXT}: use the one data.prepare trains")
+    return tokenizer
+
+
+def open_loader(
+    shards: Path, batch_size: int, block_size: int, seed: int, device: torch.device
+) -> TokenLoader:
+    """Batches of `shards`. Raises UserError when there are none, or too few tokens for a batch."""
+    if not (shards / "manifest.json").is_file():
+        raise UserError(
+            f"no token shards in {shards}: run python -m data.prepare --source packages --out {shards.parent}"
+        )
+    try:
+        return TokenLoader(shards, batch_size, block_size, seed=seed, device=device)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def fixed_batches(config: TrainConfig, device: torch.device) -> list[Batch]:
+    """The validation batches: the same ones for every run on this data, and never one window twice."""
+    shards = config.data / "val"
+    windows = open_loader(shards, 1, config.block_size, 0, device).windows
+    loader = open_loader(shards, min(config.batch_size, windows), config.block_size, 0, device)
+    return [next(loader) for _ in range(min(config.eval_batches, len(loader)))]
+
+
+def text_bytes(tokenizer: Tokenizer, batches: list[Batch]) -> int:
+    """UTF-8 bytes that the targets of `batches` spell, special tokens excluded."""
+    special = torch.tensor(sorted(tokenizer.special_tokens.values()))
+    targets = torch.cat([batch.targets.flatten() for batch in batches]).cpu()
+    return len(tokenizer.decode_bytes(targets[~torch.isin(targets, special)].numpy()))
+
+
+def training_counts(shards: Path, vocab_size: int) -> np.ndarray:
+    """How often each id occurs in `shards`: (vocab_size,) int64."""
+    try:
+        manifest = json.loads((shards / "manifest.json").read_text(encoding="utf-8"))
+        counts = np.zeros(vocab_size, dtype=np.int64)
+        for entry in manifest["shards"]:
+            dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
+            path, size = shards / entry["file"], entry["tokens"]
+            ids = np.memmap(path, dtype=dtype, mode="r", offset=SHARD_HEADER_BYTES, shape=(size,))
+            counts += np.bincount(ids, minlength=vocab_size)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{shards} holds no token shards for a vocabulary of {vocab_size}: {error}"
+        ) from error
+    return counts
+
+
+def read_domains(path: Path, max_bytes: int = 0) -> dict[str, list[str]]:
+    """Texts of a documents file by source, the last of each cut where `max_bytes` (if not 0) end."""
+    if not path.is_file():
+        raise UserError(f"no {path}: run python -m data.prepare first")
+    domains: dict[str, list[str]] = {}
+    left: dict[str, int] = {}
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                document = json.loads(line)
+                source, text = str(document["source"]), document["text"].encode()
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UserError(f"{path}:{number}: not a document with text and source") from error
+            texts = domains.setdefault(source, [])
+            if max_bytes:
+                text = text[: left.setdefault(source, max_bytes)]
+                left[source] -= len(text)
+            if text:
+                texts.append(text.decode(errors="ignore"))
+    if not any(domains.values()):
+        raise UserError(f"{path} holds no text")
+    return {source: texts for source, texts in sorted(domains.items()) if texts}

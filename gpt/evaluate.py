@@ -1,0 +1,163 @@
+"""Evaluate a GPT: python -m gpt.evaluate --checkpoint RUN --data DIR --json FILE [--split val]
+
+Per domain (the source of the documents) and in total: loss, perplexity and bits per byte, beside the bits per
+byte of a unigram model of the tokens and of bz2 and xz on the same bytes.
+"""
+
+from __future__ import annotations
+
+import bz2
+import dataclasses
+import json
+import lzma
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from rich.table import Table
+
+import tapelm
+from gpt.checkpoint import load_model
+from gpt.cli import run_program, wide_console, write_atomically
+from gpt.corpus import END_OF_TEXT, open_tokenizer, read_domains, training_counts
+from gpt.hardware import device_name, pick_device, versions
+from gpt.model import GPT
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """Options of `python -m gpt.evaluate`."""
+
+    checkpoint: Path
+    """A run directory or one of its checkpoints."""
+    data: Path
+    """Data directory written by `python -m data.prepare`."""
+    json: Path
+    """Where the result goes."""
+    split: Literal["train", "val", "test"] = "val"
+    max_bytes: int = 0
+    """Evaluate at most this many bytes of text in each domain, from its start; 0 takes everything."""
+    batch_size: int = 16
+    kernels: Literal["auto", "plain", "optimized"] = "auto"
+    """auto takes the table of ops the model was trained with."""
+    device: str = "auto"
+    threads: int = 0
+
+
+def token_stream(tokenizer: tapelm.Tokenizer, texts: list[str]) -> np.ndarray:
+    """Ids of all texts, each followed by <|endoftext|>, as int64 (tokens,)."""
+    end = np.array([tokenizer.special_tokens[END_OF_TEXT]], dtype=np.int64)
+    pieces = [piece for ids in tokenizer.encode_batch(texts) for piece in (ids.astype(np.int64), end)]
+    return np.concatenate(pieces)
+
+
+@torch.no_grad()
+def stream_nats(model: GPT, stream: np.ndarray, *, end_of_text: int, batch_size: int = 16) -> float:
+    """Total negative log-likelihood of `stream` (tokens,), every token scored once.
+
+    The stream is cut into blocks; inputs are the stream shifted by one, behind an <|endoftext|>.
+    """
+    device, block = model.head.weight.device, model.config.block_size
+    inputs = np.concatenate((np.array([end_of_text], dtype=np.int64), stream[:-1]))
+    whole = len(stream) // block * block
+    batches = [  # pairs of (B, T); the tail shorter than a block is a batch of its own
+        (inputs[:whole].reshape(-1, block), stream[:whole].reshape(-1, block)),
+        (inputs[None, whole:], stream[None, whole:]),
+    ]
+    nats = 0.0
+    for all_inputs, all_targets in batches:
+        if all_targets.size == 0:
+            continue
+        for start in range(0, len(all_inputs), batch_size):
+            ids = torch.from_numpy(all_inputs[start : start + batch_size]).to(device)
+            targets = torch.from_numpy(all_targets[start : start + batch_size]).to(device)
+            losses = F.cross_entropy(
+                model.logits(ids).float().flatten(0, 1), targets.flatten(), reduction="none"
+            )
+            nats += float(losses.double().sum())
+    return nats
+
+
+def unigram_bits(counts: np.ndarray, stream: np.ndarray) -> float:
+    """Bits of `stream` under an add-one unigram model with training counts (vocabulary,)."""
+    bits = np.log2(counts.sum() + counts.size) - np.log2(counts + 1.0)
+    return float(bits[stream].sum())
+
+
+def score(nats: float, unigram: float, data: bytes, *, tokens: int, documents: int) -> dict[str, float | int]:
+    """One row of the result from the totals of a domain; bits per byte count the bytes of the text only."""
+    return {
+        "documents": documents,
+        "bytes": len(data),
+        "tokens": tokens,
+        "loss": nats / tokens,
+        "perplexity": math.exp(nats / tokens),
+        "bits_per_byte": nats / math.log(2) / len(data),
+        "unigram_bits_per_byte": unigram / len(data),
+        "bz2_bits_per_byte": 8 * len(bz2.compress(data, 9)) / len(data),
+        "xz_bits_per_byte": 8 * len(lzma.compress(data, preset=9)) / len(data),
+    }
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """The result that main() writes: {"split", "checkpoint", ..., "domains": {name: row}, "total": row}."""
+    device = pick_device(config.device)
+    model, checkpoint, state = load_model(config.checkpoint, kernels=config.kernels, device=str(device))
+    tokenizer = open_tokenizer(checkpoint / "tokenizer.json")
+    end_of_text = tokenizer.special_tokens[END_OF_TEXT]
+    domains = read_domains(config.data / "documents" / f"{config.split}.jsonl", config.max_bytes)
+    counts = training_counts(config.data / "train", tokenizer.vocab_size)
+
+    rows: dict[str, dict[str, float | int]] = {}
+    total_nats, total_unigram, total_tokens, total_documents, everything = 0.0, 0.0, 0, 0, bytearray()
+    for source, texts in domains.items():
+        data = "".join(texts).encode()
+        stream = token_stream(tokenizer, texts)
+        nats = stream_nats(model, stream, end_of_text=end_of_text, batch_size=config.batch_size)
+        unigram = unigram_bits(counts, stream)
+        rows[source] = score(nats, unigram, data, tokens=len(stream), documents=len(texts))
+        total_nats, total_unigram = total_nats + nats, total_unigram + unigram
+        total_tokens, total_documents = total_tokens + len(stream), total_documents + len(texts)
+        everything += data
+    return {
+        "split": config.split,
+        "checkpoint": str(checkpoint),
+        "step": state["step"],
+        "block_size": model.config.block_size,
+        "device": device_name(device),
+        "versions": versions(),
+        "domains": rows,
+        "total": score(
+            total_nats, total_unigram, bytes(everything), tokens=total_tokens, documents=total_documents
+        ),
+    }
+
+
+def print_table(result: dict[str, Any]) -> None:
+    table = Table(title=f"{result['split']} of {result['checkpoint']}")
+    columns = ("domain", "bytes", "tokens", "loss", "perplexity", "bits/byte", "unigram", "bz2 -9", "xz -9")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "domain" else "right")
+    for name, row in (*result["domains"].items(), ("total", result["total"])):
+        numbers = [row[f"{key}bits_per_byte"] for key in ("", "unigram_", "bz2_", "xz_")]
+        counts = (f"{row['bytes']:,}", f"{row['tokens']:,}", f"{row['loss']:.4f}", f"{row['perplexity']:.2f}")
+        table.add_row(name, *counts, *(f"{number:.3f}" for number in numbers))
+    wide_console().print(table)
+
+
+def main(arguments: list[str]) -> int:
+    config = tyro.cli(EvaluateConfig, args=arguments, prog="python -m gpt.evaluate")
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    result = evaluate(config)
+    write_atomically(config.json, json.dumps(result, indent=1) + "\n")
+    print_table(result)
+    return 0
+
+
+if __name__ == "__main__":
+    run_program(main)

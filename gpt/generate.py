@@ -1,0 +1,167 @@
+"""Generate text: python -m gpt.generate --checkpoint RUN --prompt "The economy" [--temperature 0]
+
+Text streams to standard output as it is sampled; the timing line goes to standard error.
+"""
+
+from __future__ import annotations
+
+import codecs
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from torch import Tensor
+
+from gpt.checkpoint import load_model
+from gpt.cli import UserError, run_program, write_atomically
+from gpt.corpus import END_OF_TEXT, open_tokenizer
+from gpt.hardware import pick_device, synchronize
+from gpt.model import GPT, KVCache
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. Temperature 0 is greedy and ignores the rest."""
+
+    temperature: float = 0.8
+    top_k: int = 0
+    """Keep only the k most likely tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the fewest tokens whose probabilities reach p."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise UserError(f"temperature must not be negative, got {self.temperature}")
+        if self.top_k < 0:
+            raise UserError(f"top_k must not be negative, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p must be in (0, 1], got {self.top_p}")
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateConfig(Sampling):
+    """Options of `python -m gpt.generate`."""
+
+    checkpoint: Path = dataclasses.field(kw_only=True)
+    """A run directory or one of its checkpoints."""
+    prompt: str = ""
+    max_new_tokens: int = 200
+    cache: bool = True
+    """Keep keys and values of earlier tokens instead of computing them again; the text is the same."""
+    kernels: Literal["auto", "plain", "optimized"] = "auto"
+    """auto takes the table of ops the model was trained with."""
+    device: str = "auto"
+    threads: int = 0
+    json: Path | None = None
+    """Also write prompt, text and timings to this file."""
+
+
+def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """One token id from logits (V,)."""
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    logits = logits.float().cpu() / sampling.temperature
+    if 0 < sampling.top_k < logits.numel():
+        logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[-1], float("-inf"))
+    probabilities = torch.softmax(logits, dim=-1)
+    if sampling.top_p < 1:
+        ordered, ids = probabilities.sort(descending=True)
+        # A token stays when the ones before it have not reached p yet, so the most likely one always stays.
+        dropped = ids[ordered.cumsum(0) - ordered >= sampling.top_p]
+        probabilities[dropped] = 0.0
+    return int(torch.multinomial(probabilities, 1, generator=generator))
+
+
+@torch.no_grad()
+def generate(
+    model: GPT,
+    prompt: list[int],
+    sampling: Sampling,
+    *,
+    max_new_tokens: int,
+    vocab_size: int,
+    use_cache: bool = True,
+) -> Iterator[int]:
+    """Yield up to `max_new_tokens` ids after `prompt` (at least one id), all below `vocab_size`.
+
+    The context is the last tokens that fit the block. When it is full, its older half is dropped: positions
+    are learned, so the cache has to be rebuilt then, and this happens once in block_size / 2 tokens.
+    """
+    block_size, device = model.config.block_size, model.head.weight.device
+    generator = torch.Generator().manual_seed(sampling.seed)
+    context = prompt[-block_size:]
+    cache = KVCache(model.config.n_layer) if use_cache else None
+    for _ in range(max_new_tokens):
+        pending = context if cache is None else context[len(cache) :]
+        logits = model.logits(torch.tensor([pending], device=device), cache)[0, -1, :vocab_size]
+        token = choose(logits, sampling, generator)
+        yield token
+        context.append(token)
+        if len(context) > block_size:
+            context = context[-max(1, block_size // 2) :]
+            cache = KVCache(model.config.n_layer) if use_cache else None
+
+
+def main(arguments: list[str]) -> int:
+    config = tyro.cli(GenerateConfig, args=arguments, prog="python -m gpt.generate")
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = pick_device(config.device)
+    model, checkpoint, _ = load_model(config.checkpoint, kernels=config.kernels, device=str(device))
+    tokenizer = open_tokenizer(checkpoint / "tokenizer.json")
+    end_of_text = tokenizer.special_tokens[END_OF_TEXT]
+    try:
+        # Every training document follows an end of text, so a prompt starts after one as well.
+        prompt = [end_of_text, *tokenizer.encode(config.prompt).tolist()]
+    except ValueError as error:
+        raise UserError(f"prompt: {error}") from error
+
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    print(config.prompt, end="", flush=True)
+    pieces, count, first_ms = [config.prompt], 0, 0.0
+    started = time.perf_counter()
+    tokens = generate(
+        model,
+        prompt,
+        config,
+        max_new_tokens=config.max_new_tokens,
+        vocab_size=tokenizer.vocab_size,
+        use_cache=config.cache,
+    )
+    for token in tokens:
+        count += 1
+        first_ms = first_ms or 1000 * (time.perf_counter() - started)
+        if token == end_of_text:
+            break
+        pieces.append(decoder.decode(tokenizer.decode_bytes([token])))
+        print(pieces[-1], end="", flush=True)
+    synchronize(device)
+    latency_ms = 1000 * (time.perf_counter() - started)
+    pieces.append(decoder.decode(b"", final=True))
+    print(pieces[-1])
+    speed = 1000 * count / latency_ms if count else 0.0
+    print(f"{count} tokens in {latency_ms:.0f} ms, {speed:.1f} tokens/s", file=sys.stderr)
+    if config.json is not None:
+        result = {
+            "prompt": config.prompt,
+            "text": "".join(pieces),
+            "new_tokens": count,
+            "latency_ms": latency_ms,
+            "first_token_ms": first_ms,
+            "tokens_per_second": speed,
+            "checkpoint": str(checkpoint),
+            "config": {k: str(v) if isinstance(v, Path) else v for k, v in vars(config).items()},
+        }
+        write_atomically(config.json, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,101 @@
+"""What a run executes on: device, precision, peak memory, the GEMM ceiling, names and versions."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from gpt.cli import UserError
+from gpt.config import TrainConfig
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto" is CUDA when there is one, else the CPU. Raises UserError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"unknown device {name!r}: use auto, cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device {name!r} asked for, but PyTorch sees no GPU: use --device cpu")
+    return device
+
+
+def pick_precision(config: TrainConfig, device: torch.device) -> str:
+    """config.precision with "auto" decided: bf16 for the optimized table where the hardware multiplies it."""
+    if config.precision != "auto":
+        return config.precision
+    if config.kernels == "plain":
+        return "fp32"
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if native else "fp32"
+
+
+def device_name(device: torch.device) -> str:
+    """The product name of the GPU, or of the CPU with the number of threads in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory held so far: allocated on the GPU, or resident in this process.
+
+    On Linux this is VmHWM of the address space; getrusage would count the parent's memory from before exec.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    for line in status.read_text(encoding="utf-8").splitlines() if status.is_file() else []:
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def gemm_peak_flops(device: torch.device, precision: str, seconds: float = 0.5) -> float:
+    """Best flops per second of square matrix products in the run's matmul dtype, measured in this process.
+
+    Sizes double, five products each, until about `seconds` are spent.
+    """
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    best, started = 0.0, time.perf_counter()
+    for size in (2048, 4096, 8192) if device.type == "cuda" else (256, 512, 1024, 2048):
+        a = torch.randn(size, size, device=device).to(dtype)
+        b = torch.randn(size, size, device=device).to(dtype)
+        for _ in range(5):
+            synchronize(device)
+            product_started = time.perf_counter()
+            torch.mm(a, b)
+            synchronize(device)
+            best = max(best, 2.0 * size**3 / (time.perf_counter() - product_started))
+        if time.perf_counter() - started > seconds:
+            break
+    return best
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "torch": torch.__version__, "platform": platform.platform()}
+    for name in ("triton", "tapelm"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,46 @@
+"""metrics.jsonl: one JSON line for every training step, read back for the summary."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from gpt.cli import write_atomically
+
+# The first steps compile, allocate and fill caches; they are left out of the median step time.
+UNTIMED_STEPS = 3
+
+
+def keep_up_to(path: Path, step: int) -> None:
+    """Drop the lines of steps that a resumed run will take again, and a last line cut short by a crash."""
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        write_atomically(path, "".join(kept))
+
+
+def summarize(path: Path) -> dict[str, Any]:
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    timed = records[UNTIMED_STEPS:] or records
+    return {
+        "steps": records[-1]["step"],
+        "tokens": records[-1]["tokens"],
+        "seconds": records[-1]["seconds"],
+        "tokens_per_second": statistics.median(record["tokens_per_second"] for record in timed),
+        "step_ms_median": statistics.median(record["step_ms"] for record in timed),
+        "train_loss": statistics.fmean(record["loss"] for record in records[-20:]),
+        "final_step_loss": records[-1]["loss"],
+        "val_loss": [record["val_loss"] for record in records if "val_loss" in record][-1],
+    }
+
+
+def open_tensorboard(out: Path) -> Any:
+    """A SummaryWriter when TensorBoard is installed, else None: metrics.jsonl has the numbers either way."""
+    if importlib.util.find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(out / "tensorboard"))

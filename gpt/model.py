@@ -1,0 +1,138 @@
+"""One GPT for both tables of ops: learned positions, pre-norm, tanh-GELU, biases, untied head.
+
+Shapes: B windows, T tokens, C = n_embd, H heads, D = C / H, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from gpt.config import ModelConfig
+from gpt.ops import Ops, ParameterGroups, causal_attention
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, (B, H, S, D) for each layer; grows by concatenation."""
+
+    def __init__(self, n_layer: int) -> None:
+        self.layers: list[tuple[Tensor, Tensor] | None] = [None] * n_layer
+
+    def __len__(self) -> int:
+        first = self.layers[0]
+        return 0 if first is None else first[0].shape[-2]
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        past = self.layers[layer]
+        if past is not None:
+            k, v = torch.cat((past[0], k), dim=-2), torch.cat((past[1], v), dim=-2)
+        self.layers[layer] = (k, v)
+        return k, v
+
+
+class Attention(nn.Module):
+    """Causal self-attention with one fused projection for queries, keys and values."""
+
+    def __init__(self, config: ModelConfig, ops: Ops, layer: int) -> None:
+        super().__init__()
+        self.ops, self.layer, self.n_head, self.dropout = ops, layer, config.n_head, config.dropout
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.projection = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        B, T, C = x.shape
+        qkv = self.ops.linear(x, self.qkv.weight, self.qkv.bias).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # three of (B, H, T, D)
+        dropout = self.dropout if self.training else 0.0
+        if cache is None:
+            attended = self.ops.attention(q, k, v, dropout)
+        else:
+            # A cached step has one query and many keys: a matrix-vector product, which needs no fused kernel.
+            attended = causal_attention(q, *cache.append(self.layer, k, v))
+        merged = attended.transpose(1, 2).reshape(B, T, C)
+        return self.ops.linear(merged, self.projection.weight, self.projection.bias)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)), with dropout on both branches."""
+
+    def __init__(self, config: ModelConfig, ops: Ops, layer: int) -> None:
+        super().__init__()
+        self.ops, self.dropout = ops, config.dropout
+        self.norm_1 = nn.LayerNorm(config.n_embd)
+        self.attention = Attention(config, ops, layer)
+        self.norm_2 = nn.LayerNorm(config.n_embd)
+        self.expand = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.contract = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        ops, dropout = self.ops, self.dropout if self.training else 0.0
+        normed = ops.layer_norm(x, self.norm_1.weight, self.norm_1.bias, self.norm_1.eps)
+        x = x + ops.dropout(self.attention(normed, cache), dropout)
+        normed = ops.layer_norm(x, self.norm_2.weight, self.norm_2.bias, self.norm_2.eps)
+        hidden = ops.linear_gelu(normed, self.expand.weight, self.expand.bias)  # (B, T, 4C)
+        return x + ops.dropout(ops.linear(hidden, self.contract.weight, self.contract.bias), dropout)
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer whose arithmetic comes from `ops`.
+
+    forward(ids (B, T), targets (B, T)) is the mean loss; logits(ids) is (B, T, V). T is at most block_size.
+    """
+
+    def __init__(self, config: ModelConfig, ops: Ops, *, activation_checkpointing: bool = False) -> None:
+        super().__init__()
+        self.config, self.ops, self.activation_checkpointing = config, ops, activation_checkpointing
+        self.tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        self.positions = nn.Embedding(config.block_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config, ops, layer) for layer in range(config.n_layer))
+        self.norm = nn.LayerNorm(config.n_embd)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+
+    def initialize(self, seed: int) -> GPT:
+        """Weights from `seed` alone: normal(0.02), residual projections scaled by 1/sqrt(2 n_layer)."""
+        generator = torch.Generator().manual_seed(seed)
+        residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.ndim == 1:
+                nn.init.ones_(parameter)
+            else:
+                residual = name.endswith(("projection.weight", "contract.weight"))
+                nn.init.normal_(parameter, std=residual_std if residual else 0.02, generator=generator)
+        return self
+
+    def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """ids (B, T) -> final normed states (B, T, C); with a cache, ids continue the tokens it holds."""
+        start, T = 0 if cache is None else len(cache), ids.shape[1]
+        if start + T > self.config.block_size:
+            raise ValueError(f"ids: {start + T} tokens do not fit the block of {self.config.block_size}")
+        position = torch.arange(start, start + T, device=ids.device)
+        dropout = self.config.dropout if self.training else 0.0
+        x = self.ops.dropout(self.tokens(ids) + self.positions(position), dropout)
+        for block in self.blocks:
+            if self.activation_checkpointing and self.training:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x, cache)
+        return self.ops.layer_norm(x, self.norm.weight, self.norm.bias, self.norm.eps)
+
+    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
+        hidden = self.hidden(ids)
+        return self.ops.cross_entropy(hidden.view(-1, hidden.shape[-1]), self.head.weight, targets.view(-1))
+
+    def logits(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        return self.ops.linear(self.hidden(ids, cache), self.head.weight, None)
+
+    def parameter_groups(self, weight_decay: float) -> ParameterGroups:
+        """Matrices decay; biases and norm weights do not."""
+        matrices = [parameter for parameter in self.parameters() if parameter.ndim >= 2]
+        vectors = [parameter for parameter in self.parameters() if parameter.ndim < 2]
+        return [
+            {"params": matrices, "weight_decay": weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]

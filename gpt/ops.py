@@ -1,0 +1,110 @@
+"""The table of ops a GPT calls: "plain" is PyTorch as the original project wrote it, "optimized" tapelm.
+
+Switching the table changes which functions run and nothing else: parameters, initial weights and data order
+stay.
+Shapes: B windows, H heads, T queries, S keys, D head width, C model width, N = B*T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gpt.cli import UserError
+
+ParameterGroups = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Ops:
+    """The functions a model and its training loop get their arithmetic from."""
+
+    name: str
+    attention: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+    """Causal. q, k, v (B, H, T, D) and the dropout probability of the weights -> (B, H, T, D)."""
+    layer_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+    """x (..., C), weight (C,), bias (C,), eps -> (..., C)."""
+    dropout: Callable[[Tensor, float], Tensor]
+    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    """x (..., in), weight (out, in), bias (out,) -> (..., out)."""
+    linear_gelu: Callable[[Tensor, Tensor, Tensor], Tensor]
+    """tanh-GELU of linear(x, weight, bias)."""
+    cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor]
+    """hidden (N, C), head weight (V, C), targets (N,) -> mean loss in float32, a scalar."""
+    adamw: Callable[..., torch.optim.Optimizer]
+    """(groups, lr=, betas=, eps=, max_grad_norm=) -> an optimizer whose step() clips and sets `grad_norm`."""
+
+
+def load_ops(name: Literal["plain", "optimized"]) -> Ops:
+    """The table called `name`. Only "optimized" imports the tapelm ops."""
+    return PLAIN if name == "plain" else _optimized()
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -> Tensor:
+    """Masked softmax attention, written out; q (B, H, T, D) holds the last T positions of k, v (B, H, S, D)."""
+    queries, keys = q.shape[-2], k.shape[-2]
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, H, T, S)
+    if queries > 1:
+        visible = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(diagonal=keys - queries)
+        scores = scores.masked_fill(~visible, float("-inf"))
+    weights = F.dropout(torch.softmax(scores, dim=-1), dropout_p)
+    return weights @ v
+
+
+class ClippedAdamW(torch.optim.AdamW):
+    """torch.optim.AdamW with its default implementation, clipped before every step as training loops do."""
+
+    def __init__(
+        self,
+        groups: ParameterGroups,
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        max_grad_norm: float,
+    ) -> None:
+        super().__init__(groups, lr=lr, betas=betas, eps=eps)
+        self.max_grad_norm = max_grad_norm
+        self.grad_norm: Tensor | float = 0.0
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+        return super().step(closure)
+
+
+PLAIN = Ops(
+    name="plain",
+    attention=causal_attention,
+    layer_norm=lambda x, weight, bias, eps: F.layer_norm(x, x.shape[-1:], weight, bias, eps),
+    dropout=lambda x, p: F.dropout(x, p),
+    linear=F.linear,
+    linear_gelu=lambda x, weight, bias: F.gelu(F.linear(x, weight, bias), approximate="tanh"),
+    cross_entropy=lambda hidden, weight, targets: F.cross_entropy(F.linear(hidden, weight).float(), targets),
+    adamw=ClippedAdamW,
+)
+
+
+def _optimized() -> Ops:
+    try:
+        import tapelm
+    except ImportError as error:
+        raise UserError(f"--kernels optimized needs the tapelm extension (make setup): {error}") from error
+
+    return Ops(
+        name="optimized",
+        attention=lambda q, k, v, dropout_p: tapelm.attention(q, k, v, causal=True, dropout_p=dropout_p),
+        layer_norm=tapelm.layer_norm,
+        dropout=lambda x, p: tapelm.dropout(x, p) if p else x,
+        linear=tapelm.linear,
+        linear_gelu=lambda x, weight, bias: tapelm.bias_gelu(tapelm.linear(x, weight), bias),
+        cross_entropy=tapelm.linear_cross_entropy,
+        adamw=tapelm.AdamW,
+    )

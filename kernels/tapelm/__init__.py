@@ -1,0 +1,13 @@
+"""Fused training ops with a C++ kernel for CPUs and a Triton kernel for GPUs."""
+
+from .adamw import AdamW as AdamW
+from .attention import attention as attention
+from .bias_gelu import bias_gelu as bias_gelu
+from .dropout import dropout as dropout
+from .layer_norm import layer_norm as layer_norm
+from .linear import linear as linear
+from .linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
+from .loader import Batch as Batch
+from .loader import TokenLoader as TokenLoader
+from .shards import write_shards as write_shards
+from .tokenizer import Tokenizer as Tokenizer

@@ -1,0 +1,123 @@
+"""The torch.library handle: loads the compiled extension, which defines every op, and the checks that all ops share."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("tapelm", "FRAGMENT")
+
+# The numeric types each device computes in; "meta" stands for either.
+SUPPORTED_DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+    "meta": (torch.float32, torch.bfloat16, torch.float16),
+}
+
+# Triton launchers by op name, as registered for CUDA.
+CUDA_LAUNCHERS: dict[str, Callable[..., Any]] = {}
+
+
+def _load_extension() -> None:
+    folder = Path(__file__).parent
+    for suffix in EXTENSION_SUFFIXES:
+        if (path := folder / f"_C{suffix}").exists():
+            torch.ops.load_library(path)
+            return
+    raise ImportError("tapelm's compiled kernels are missing: run `pip install -e .` in the repository.")
+
+
+_load_extension()
+
+
+def register_cuda(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers a launcher as the CUDA kernel of ``tapelm::name``, run on the device of its first tensor.
+
+    The launcher itself is returned unchanged, so tests can call it on CPU tensors in Triton's interpreter.
+    """
+
+    def decorate(launch: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(launch)
+        def on_its_device(*args: Any) -> Any:
+            first = args[0] if isinstance(args[0], Tensor) else args[0][0]
+            with torch.cuda.device(first.device):
+                return launch(*args)
+
+        torch.library.register_kernel(f"tapelm::{name}", "cuda", on_its_device, lib=LIBRARY)
+        CUDA_LAUNCHERS[name] = launch
+        return launch
+
+    return decorate
+
+
+def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers shapes, dtypes and strides of the outputs of ``tapelm::name``."""
+    return torch.library.register_fake(f"tapelm::{name}", lib=LIBRARY)
+
+
+def register_autograd(name: str, setup_context: Callable[..., None], backward: Callable[..., Any]) -> None:
+    """Registers the derivative of ``tapelm::name``."""
+    torch.library.register_autograd(f"tapelm::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+
+
+def forbid_second_derivative(name: str) -> None:
+    """Makes differentiating through the backward op ``tapelm::name`` an error instead of a silent zero."""
+
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise NotImplementedError(f"tapelm::{name} has no derivative: second derivatives are not supported.")
+
+    torch.library.register_autograd(f"tapelm::{name}", backward, lib=LIBRARY)
+
+
+def check_tensors(op: str, *, mixed_dtypes: bool = False, **tensors: Tensor | None) -> None:
+    """Raises unless all tensors are on one supported device and, unless ``mixed_dtypes``, of one supported dtype.
+
+    Raises:
+        TypeError: a dtype that the device's kernels do not compute in, or dtypes that differ.
+        ValueError: an unsupported device, or devices that differ.
+    """
+    first_name, first = next((name, tensor) for name, tensor in tensors.items() if tensor is not None)
+    supported = SUPPORTED_DTYPES.get(first.device.type)
+    if supported is None:
+        raise ValueError(f"{op}: {first_name} is on {first.device}; move it to cpu or cuda.")
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.device != first.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device} but {first_name} is on {first.device}.")
+        if tensor.dtype not in supported:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in supported)
+            raise TypeError(f"{op}: {name} is {tensor.dtype}; on {first.device.type} use one of {names}.")
+        if not mixed_dtypes and tensor.dtype != first.dtype:
+            raise TypeError(f"{op}: {name} is {tensor.dtype} but {first_name} is {first.dtype}; cast one.")
+
+
+def check_probability(op: str, name: str, p: float) -> None:
+    """Raises ValueError unless 0 <= p < 1."""
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"{op}: {name} is {p}; it must be in [0, 1).")
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors in autocast's dtype where autocast is on for their device, as torch's own matmuls do."""
+    device_type = next(tensor for tensor in tensors if tensor is not None).device.type
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """A 0-d int64 seed on ``device`` from torch's generator: ``torch.manual_seed`` governs it, nothing synchronises."""
+    return torch.randint(0, 2**62, (), dtype=torch.int64, device=device)
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a CUDA device; a small fixed number for CPU tensors in Triton's interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

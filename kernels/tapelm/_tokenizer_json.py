@@ -1,0 +1,217 @@
+"""The Hugging Face `tokenizer.json` of a byte-level BPE: written after training, checked and read at loading.
+
+In the file a token is text in which every byte stands as one printable character. Every fault found here is a
+ValueError that names it; `Tokenizer.load` adds the name of the file.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tapelm import _text
+
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_SPLIT_PATTERNS = {GPT2_PATTERN: _text.GPT2, LLAMA3_PATTERN: _text.LLAMA3}
+_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+
+
+def _byte_alphabet() -> list[str]:
+    """The character that stands for each byte: itself where printable, else the next one from U+0100."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return [chr(byte if byte in printable else 256 + others.index(byte)) for byte in range(256)]
+
+
+CHARACTER_OF_BYTE = _byte_alphabet()
+_BYTE_OF_CHARACTER = {character: byte for byte, character in enumerate(CHARACTER_OF_BYTE)}
+
+
+class BpeFile(NamedTuple):
+    """What the encoder needs of a tokenizer.json.
+
+    tokens: bytes of every id. merges: uint32 (n, 3) rows of ids (left, right, joined) in rank order.
+    specials: id of every special token by its text. pre_tokenizer: a constant of `tapelm._text`.
+    ignore_merges: a word that is a token as a whole is that token, whatever the merges say.
+    """
+
+    tokens: list[bytes]
+    merges: np.ndarray
+    specials: dict[str, int]
+    pre_tokenizer: int
+    ignore_merges: bool
+
+
+def new_config(specials: list[str], byte_ids: list[int], rows: list[list[int]]) -> dict[str, Any]:
+    """The tokenizer.json of a trained vocabulary; `rows` are merges (left, right, joined) in rank order."""
+    token = dict(enumerate(specials))
+    token.update({index: CHARACTER_OF_BYTE[byte] for byte, index in enumerate(byte_ids)})
+    for left, right, joined in sorted(rows, key=lambda row: row[2]):
+        token[joined] = token[left] + token[right]
+    vocab = {token[index]: index for index in sorted(token)}
+    _require(
+        len(vocab) == len(token), f"special_tokens {specials} clash with ordinary tokens: choose other texts"
+    )
+    added = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    model = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": False,
+        "vocab": vocab,
+        "merges": [[token[left], token[right]] for left, right, _ in rows],
+    }
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": index, "content": special, **added} for index, special in enumerate(specials)
+        ],
+        "normalizer": None,
+        "pre_tokenizer": _BYTE_LEVEL,
+        "post_processor": None,
+        "decoder": {**_BYTE_LEVEL, "add_prefix_space": True},
+        "model": model,
+    }
+
+
+def read_config(config: Any) -> BpeFile:
+    """Check a parsed tokenizer.json and take it apart; raises ValueError naming what is wrong with it."""
+    _require(isinstance(config, dict), "is not a tokenizer.json: it holds no JSON object")
+    model = config.get("model")
+    _require(isinstance(model, dict), "is not a tokenizer.json: it has no 'model' object")
+    kind = model.get("type", "BPE" if "merges" in model else "unknown")
+    _require(kind == "BPE", f"has a model of type {kind}: only byte-level BPE is supported")
+    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+        _require(not model.get(name), f"sets model.{name} to {model.get(name)!r}, which is not supported")
+    for name in ("normalizer", "truncation", "padding"):
+        _require(not config.get(name), f"has a {name}, which is not supported: remove it from the file")
+    decoder = config.get("decoder")
+    _require(
+        isinstance(decoder, dict) and decoder.get("type") == "ByteLevel",
+        "has no ByteLevel decoder: only byte-level BPE is supported",
+    )
+    pre_tokenizer = _read_pre_tokenizer(config.get("pre_tokenizer"))
+    specials = _read_specials(config.get("added_tokens") or [])
+    vocab = model.get("vocab")
+    _require(isinstance(vocab, dict), "has no model.vocab object")
+    tokens = _read_tokens(vocab, specials)
+    merges = _read_merges(model.get("merges"), vocab)
+    return BpeFile(tokens, merges, specials, pre_tokenizer, bool(model.get("ignore_merges")))
+
+
+def _require(condition: bool, fault: str) -> None:
+    if not condition:
+        raise ValueError(fault)
+
+
+def _read_pre_tokenizer(section: Any) -> int:
+    steps = (
+        section.get("pretokenizers")
+        if isinstance(section, dict) and section.get("type") == "Sequence"
+        else [section]
+    )
+    match steps:
+        case [{"type": "ByteLevel", "add_prefix_space": False, **rest}] if rest.get("use_regex", True):
+            return _text.GPT2
+        case [
+            {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated", "invert": False},
+            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+        ] if pattern in _SPLIT_PATTERNS:
+            return _SPLIT_PATTERNS[pattern]
+        case [
+            {"type": "Digits", "individual_digits": True},
+            {"type": "ByteLevel", "add_prefix_space": False, **rest},
+        ] if rest.get("use_regex", True):
+            return _text.GPT2_DIGITS
+    raise ValueError(
+        f"has an unsupported pre_tokenizer {str(section)[:99]}: supported are ByteLevel without prefix space "
+        "(GPT-2), the Llama-3 or GPT-2 Split followed by ByteLevel, and single Digits followed by ByteLevel"
+    )
+
+
+def _read_specials(added: Any) -> dict[str, int]:
+    _require(isinstance(added, list), "has added_tokens that are no list")
+    specials: dict[str, int] = {}
+    for token in added:
+        match token:
+            case {"id": int(index), "content": str(content), **flags} if content and index >= 0:
+                pass
+            case _:
+                raise ValueError(f"has an added token without content and id: {str(token)[:200]}")
+        for flag in ("single_word", "lstrip", "rstrip"):
+            _require(
+                not flags.get(flag), f"has the added token {content!r} with {flag}, which is not supported"
+            )
+        _require(
+            bool(flags.get("special")),
+            f"has the added token {content!r} that is not special, which is not supported",
+        )
+        _require(content not in specials, f"lists the added token {content!r} twice")
+        specials[content] = index
+    return specials
+
+
+def _read_tokens(vocab: dict[str, Any], specials: dict[str, int]) -> list[bytes]:
+    token_of: dict[int, str] = {}
+    for token, index in [*vocab.items(), *specials.items()]:
+        _require(type(index) is int and index >= 0, f"has the token {token!r} with the id {index!r}")
+        known = token_of.setdefault(index, token)
+        _require(known == token, f"gives the id {index} to both {known!r} and {token!r}")
+        _require(
+            vocab.get(token, index) == index,
+            f"has the token {token!r} with the ids {vocab.get(token)} and {index}",
+        )
+    missing = next(index for index in range(len(token_of) + 1) if index not in token_of)
+    _require(missing == len(token_of), f"has no token with the id {missing}, but higher ids")
+    tokens = []
+    for index in range(len(token_of)):
+        token = token_of[index]
+        if token in specials:
+            tokens.append(token.encode())
+            continue
+        strange = next((character for character in token if character not in _BYTE_OF_CHARACTER), None)
+        _require(
+            bool(token) and strange is None,
+            f"has the token {token!r} (id {index}), which is not byte-level: {strange!r} stands for no byte",
+        )
+        tokens.append(bytes([_BYTE_OF_CHARACTER[character] for character in token]))
+    for byte, character in enumerate(CHARACTER_OF_BYTE):
+        _require(
+            character in vocab, f"has no token for byte {byte} ({character!r}): its vocabulary is incomplete"
+        )
+    return tokens
+
+
+def _read_merges(merges: Any, vocab: dict[str, int]) -> np.ndarray:
+    _require(isinstance(merges, list), "has no model.merges list")
+    rows = np.empty((len(merges), 3), dtype=np.uint32)
+    kept = 0
+    for rank, merge in enumerate(merges):
+        if isinstance(merge, str):
+            if merge.startswith("#version"):  # the header line of GPT-2's merges.txt
+                continue
+            merge = merge.split(" ")
+        match merge:
+            case [str(left), str(right)] if left and right:
+                pass
+            case _:
+                raise ValueError(f"has a merge (number {rank}) that is no pair of tokens: {str(merge)[:200]}")
+        for token in (left, right, left + right):
+            _require(
+                token in vocab,
+                f"has the merge {left!r} + {right!r} (number {rank}), but {token!r} is not in its vocabulary",
+            )
+        rows[kept] = vocab[left], vocab[right], vocab[left + right]
+        kept += 1
+    return rows[:kept]

@@ -1,0 +1,231 @@
+"""Scaled dot-product attention that never stores the (T, T) weights.
+
+    S = scale * q @ k.T, -inf where key s is hidden from query t       P = softmax(S)       lse_t = log sum_s exp(S_ts)
+    R = dropout(P)        out = R @ v                                  hidden: causal and s > t, or another document
+    dv = R.T @ grad       dR = grad @ v.T       delta_t = sum_d grad_td * out_td
+    dS = P * (dropout(dR) - delta)              dq = scale * dS @ k           dk = scale * dS.T @ q
+
+[Dao et al., "FlashAttention", 2022; grouped queries: Ainslie et al., "GQA", 2023]. Dropout is that of ``dropout`` with
+element index ((b * Hq + h) * T + t) * S4 + s, S4 = T rounded up to a multiple of 4.
+
+Shapes: q, out (B, Hq, T, D); k, v (B, Hkv, T, D), Hq % Hkv == 0; lse (B, Hq, T) float32; document_ids (B, T) int32.
+Scores, softmax and sums are float32. Backward runs one kernel per block of keys and one per block of queries, so each
+gradient element is summed by one program in a fixed order. The Triton kernels are in ``_attention_kernels``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from ._attention_kernels import (
+    attention_backward_keys_kernel,
+    attention_backward_queries_kernel,
+    attention_delta_kernel,
+    attention_forward_kernel,
+)
+from ._library import (
+    autocast,
+    check_probability,
+    check_tensors,
+    draw_seed,
+    forbid_second_derivative,
+    register_autograd,
+    register_cuda,
+    register_fake,
+)
+from .dropout import keep_scale, keep_threshold, philox_reference
+
+def attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: float | None = None, dropout_p: float = 0.0,
+    seed: Tensor | None = None, document_ids: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The definition in plain PyTorch, any dtype."""
+    _, heads, time, width = q.shape
+    group = heads // k.shape[1] if k.shape[1] else 1
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = q @ k.transpose(-1, -2) * (width**-0.5 if scale is None else scale)
+    hidden = torch.ones(time, time, dtype=torch.bool, device=q.device).triu(1) & causal
+    if document_ids is not None:
+        hidden = hidden | (document_ids[:, None, :, None] != document_ids[:, None, None, :])
+    weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+    if seed is not None:
+        index = torch.arange(weights[..., 0].numel(), device=q.device).view(weights.shape[:-1])[..., None]
+        index = index * ((time + 3) // 4 * 4) + torch.arange(time, device=q.device)
+        kept = philox_reference(index, seed) >= keep_threshold(dropout_p)
+        weights = torch.where(kept, weights * keep_scale(dropout_p), 0.0)
+    return weights @ v
+
+
+# (bytes per element, BLOCK_D) -> (BLOCK_M, BLOCK_N, num_warps, num_stages); a smaller D uses the next entry's tile.
+FORWARD_CONFIGS = {
+    (2, 64): (128, 64, 4, 3), (2, 128): (128, 64, 8, 3), (2, 256): (64, 32, 8, 2),
+    (4, 64): (64, 32, 4, 2), (4, 128): (32, 32, 4, 2), (4, 256): (32, 16, 8, 2),
+}  # fmt: skip
+KEYS_CONFIGS = {
+    (2, 64): (64, 64, 4, 2), (2, 128): (32, 64, 8, 2), (2, 256): (32, 32, 8, 1),
+    (4, 64): (32, 32, 4, 2), (4, 128): (32, 32, 8, 1), (4, 256): (16, 16, 8, 1),
+}  # fmt: skip
+QUERIES_CONFIGS = {
+    (2, 64): (64, 64, 4, 2), (2, 128): (64, 32, 8, 2), (2, 256): (32, 32, 8, 1),
+    (4, 64): (32, 32, 4, 2), (4, 128): (32, 32, 8, 1), (4, 256): (16, 16, 8, 1),
+}  # fmt: skip
+
+
+def launch_config(configs: dict[tuple[int, int], tuple[int, int, int, int]], itemsize: int, width: int) -> dict[str, int]:
+    """Keyword arguments of a launch for heads of ``width`` elements."""
+    block_d = max(16, triton.next_power_of_2(width))
+    block_m, block_n, warps, stages = configs[itemsize, max(64, block_d)]
+    return {
+        "D": width, "BLOCK_D": block_d, "BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages
+    }  # fmt: skip
+
+
+def _rows_contiguous(x: Tensor) -> Tensor:
+    """x, copied unless rows are contiguous and offsets within a head fit in 32 bits, as the kernels compute them."""
+    return x if x.stride(3) == 1 and x.stride(2) * x.shape[2] < 2**31 else x.contiguous()
+
+
+def _empty_heads(like: Tensor) -> Tensor:
+    """(B, H, T, D) stored as (B, T, H, D), which the projection that follows reads without a copy."""
+    batch, heads, time, width = like.shape
+    return like.new_empty(batch, time, heads, width).transpose(1, 2)
+
+
+@register_cuda("attention_forward")
+def launch_attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, dropout_p: float, seed: Tensor | None,
+    document_ids: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Triton launch of ``tapelm::attention_forward``."""
+    q, k, v = _rows_contiguous(q), _rows_contiguous(k), _rows_contiguous(v)
+    batch, heads, time, width = q.shape
+    out, lse = _empty_heads(q), torch.zeros(batch, heads, time, dtype=torch.float32, device=q.device)
+    if q.numel():
+        config = launch_config(FORWARD_CONFIGS, q.itemsize, width)
+        attention_forward_kernel[(batch * heads, triton.cdiv(time, config["BLOCK_M"]))](
+            q, k, v, out, lse, None if document_ids is None else document_ids.contiguous(), seed,
+            q.stride()[:3], k.stride()[:3], v.stride()[:3], out.stride()[:3],
+            heads, heads // k.shape[1], time, scale, keep_threshold(dropout_p), keep_scale(dropout_p),
+            CAUSAL=causal, **config,
+        )  # fmt: skip
+    return out, lse
+
+
+@register_cuda("attention_backward")
+def launch_attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float,
+    dropout_p: float, seed: Tensor | None, document_ids: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Triton launch of ``tapelm::attention_backward``."""
+    grad, q, k, v, out = (_rows_contiguous(x) for x in (grad, q, k, v, out))
+    batch, heads, time, width = q.shape
+    dq, dk, dv = _empty_heads(q), _empty_heads(k), _empty_heads(v)
+    if not q.numel():
+        return dq, dk.zero_(), dv.zero_()
+    documents = None if document_ids is None else document_ids.contiguous()
+    strides = [x.stride()[:3] for x in (grad, q, k, v)]
+    delta = torch.empty_like(lse)
+    block_d = max(16, triton.next_power_of_2(width))
+    attention_delta_kernel[(batch * heads, triton.cdiv(time, 32))](
+        grad, out, delta, strides[0], out.stride()[:3], heads, time, D=width, BLOCK_D=block_d, BLOCK_M=32, num_warps=4
+    )
+    rest = (heads, heads // k.shape[1], time, scale, keep_threshold(dropout_p), keep_scale(dropout_p))
+    config = launch_config(KEYS_CONFIGS, q.itemsize, width)
+    attention_backward_keys_kernel[(batch * k.shape[1], triton.cdiv(time, config["BLOCK_N"]))](
+        grad, q, k, v, lse, delta, dk, dv, documents, seed, *strides, dk.stride()[:3], *rest, CAUSAL=causal, **config
+    )
+    config = launch_config(QUERIES_CONFIGS, q.itemsize, width)
+    attention_backward_queries_kernel[(batch * heads, triton.cdiv(time, config["BLOCK_M"]))](
+        grad, q, k, v, lse, delta, dq, documents, seed, *strides, dq.stride()[:3], *rest, CAUSAL=causal, **config
+    )
+    return dq, dk, dv
+
+
+@register_fake("attention_forward")
+def _(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return _empty_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@register_fake("attention_backward")
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_heads(q), _empty_heads(k), _empty_heads(v)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, *ctx.settings, seed, document_ids = inputs
+    ctx.save_for_backward(q, k, v, *output, seed, document_ids)
+
+
+def _backward(ctx: Any, grad: Tensor, unused: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, seed, document_ids = ctx.saved_tensors
+    gradients = torch.ops.tapelm.attention_backward(grad, *tensors, *ctx.settings, seed, document_ids)
+    return *gradients, None, None, None, None, None
+
+
+register_autograd("attention_forward", _setup, _backward)
+forbid_second_derivative("attention_backward")
+
+
+def _products(q_shape: Any, causal: bool) -> int:
+    """Multiply-adds of one (T, D) x (D, T) product over all heads, visible pairs only; documents are not counted."""
+    batch, heads, time, width = q_shape
+    return batch * heads * width * (time * (time + 1) // 2 if causal else time * time)
+
+
+@register_flop_formula(torch.ops.tapelm.attention_forward)
+def _(q: Any, k: Any, v: Any, causal: bool, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return 2 * 2 * _products(q, causal)
+
+
+@register_flop_formula(torch.ops.tapelm.attention_backward)
+def _(grad: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, causal: bool, *args: Any, out_shape: Any = None) -> int:
+    return 2 * 5 * _products(q, causal)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: float | None = None, dropout_p: float = 0.0,
+    document_ids: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Softmax attention of queries over keys and values.
+
+    Args:
+        q: (B, Hq, T, D), D in 1..256; float32 or bfloat16, on CUDA also float16. Any strides.
+        k, v: (B, Hkv, T, D) with Hq a multiple of Hkv. Under autocast q, k and v are cast to its dtype.
+        causal: query t sees keys s <= t only.
+        scale: factor on the scores; None is D**-0.5.
+        dropout_p: probability in [0, 1) of dropping each softmax weight, governed by ``torch.manual_seed``.
+        document_ids: (B, T) int32 or None; a query sees keys of its own document only.
+
+    Returns:
+        (B, Hq, T, D), dtype of q, a view of a contiguous (B, T, Hq, D) tensor.
+
+    Raises:
+        TypeError: unsupported or differing dtypes.
+        ValueError: shapes that do not match, dropout_p outside [0, 1), or devices that differ.
+    """
+    q, k, v = autocast(q, k, v)
+    check_tensors("attention", q=q, k=k, v=v)
+    check_probability("attention", "dropout_p", dropout_p)
+    if q.dim() != 4 or not 1 <= q.shape[3] <= 256:
+        raise ValueError(f"attention: q is {tuple(q.shape)}; it must be (B, Hq, T, D) with D in 1..256.")
+    for name, x in (("k", k), ("v", v)):
+        if x.shape != (q.shape[0], k.shape[1], *q.shape[2:]):
+            raise ValueError(f"attention: {name} is {tuple(x.shape)}; q {tuple(q.shape)} needs (B, Hkv, T, D).")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"attention: k has {k.shape[1]} heads; q's {q.shape[1]} heads must be a multiple of them.")
+    if document_ids is not None:
+        if document_ids.dtype != torch.int32:
+            raise TypeError(f"attention: document_ids are {document_ids.dtype}; pass document_ids.int().")
+        if document_ids.shape != (q.shape[0], q.shape[2]) or document_ids.device != q.device:
+            raise ValueError(
+                f"attention: document_ids are {tuple(document_ids.shape)} on {document_ids.device}; "
+                f"they must be {(q.shape[0], q.shape[2])} on {q.device}."
+            )
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    seed = draw_seed(q.device) if dropout_p else None
+    return torch.ops.tapelm.attention_forward(q, k, v, causal, scale, dropout_p, seed, document_ids)[0]

@@ -1,0 +1,151 @@
+"""Bias and GELU (tanh form) in one pass.
+
+    z = x + bias          y = z * sigmoid(2 u)          u = sqrt(2 / pi) * (z + 0.044715 z**3)
+    dx = grad * (s + z * s * (1 - s) * 2 u')            s = sigmoid(2 u)         dbias = sum of dx over the rows
+
+which is the tanh form because tanh(u) = 2 sigmoid(2 u) - 1 [Hendrycks and Gimpel, 2016].
+
+Shapes: x, y, grad, dx (..., N); bias, dbias (N,); all of one dtype, arithmetic and the sum over rows in float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._library import (
+    autocast,
+    check_tensors,
+    forbid_second_derivative,
+    processors,
+    register_autograd,
+    register_cuda,
+    register_fake,
+)
+
+
+def bias_gelu_reference(x: Tensor, bias: Tensor) -> Tensor:
+    """The definition in plain PyTorch, any dtype."""
+    return torch.nn.functional.gelu(x + bias, approximate="tanh")
+
+
+@triton.jit
+def _twice_u(z):
+    return 1.5957691216057308 * z * (1.0 + 0.044715 * z * z)
+
+
+@triton.jit
+def bias_gelu_forward_kernel(x_ptr, bias_ptr, y_ptr, rows, cols, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    row = tl.program_id(1).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    col = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    at = row[:, None] * cols + col[None, :]
+    inside = (row[:, None] < rows) & (col[None, :] < cols)
+    bias = tl.load(bias_ptr + col, mask=col < cols, other=0.0).to(tl.float32)
+    z = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) + bias[None, :]
+    tl.store(y_ptr + at, (z * tl.sigmoid(_twice_u(z))).to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def bias_gelu_backward_kernel(
+    grad_ptr, x_ptr, bias_ptr, dx_ptr, partial_ptr, rows, cols, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    # A program owns BLOCK_C columns and every num_programs(1)-th block of rows: dbias needs no atomics.
+    col = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    bias = tl.load(bias_ptr + col, mask=col < cols, other=0.0).to(tl.float32)
+    total = tl.zeros([BLOCK_R, BLOCK_C], dtype=tl.float32)
+    for first in range(tl.program_id(1) * BLOCK_R, rows, tl.num_programs(1) * BLOCK_R):
+        row = first + tl.arange(0, BLOCK_R)
+        at = row[:, None].to(tl.int64) * cols + col[None, :]
+        inside = (row[:, None] < rows) & (col[None, :] < cols)
+        z = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) + bias[None, :]
+        grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        s = tl.sigmoid(_twice_u(z))
+        twice_du = 1.5957691216057308 * (1.0 + 0.134145 * z * z)
+        dx = grad * s * (1.0 + z * (1.0 - s) * twice_du)
+        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+        total += dx
+    tl.store(partial_ptr + tl.program_id(1).to(tl.int64) * cols + col, tl.sum(total, axis=0), mask=col < cols)
+
+
+BLOCK_ROWS, BLOCK_COLS = 4, 512
+
+
+@register_cuda("bias_gelu_forward")
+def launch_bias_gelu_forward(x: Tensor, bias: Tensor) -> Tensor:
+    """Triton launch of ``tapelm::bias_gelu_forward``."""
+    x, bias = x.contiguous(), bias.contiguous()
+    y = torch.empty_like(x)
+    if x.numel():
+        cols = x.shape[-1]
+        rows = x.numel() // cols
+        row_blocks = triton.cdiv(rows, BLOCK_ROWS)
+        if row_blocks > 65535:
+            raise ValueError(f"bias_gelu: x has {rows} rows; split it into parts of {65535 * BLOCK_ROWS} rows.")
+        grid = (triton.cdiv(cols, BLOCK_COLS), row_blocks)
+        bias_gelu_forward_kernel[grid](x, bias, y, rows, cols, BLOCK_R=BLOCK_ROWS, BLOCK_C=BLOCK_COLS, num_warps=4)
+    return y
+
+
+@register_cuda("bias_gelu_backward")
+def launch_bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Triton launch of ``tapelm::bias_gelu_backward``."""
+    grad, x, bias = grad.contiguous(), x.contiguous(), bias.contiguous()
+    dx = torch.empty_like(x)
+    if not x.numel():
+        return dx, torch.zeros_like(bias)
+    cols = x.shape[-1]
+    rows = x.numel() // cols
+    col_blocks = triton.cdiv(cols, BLOCK_COLS)
+    row_programs = min(triton.cdiv(rows, BLOCK_ROWS), max(1, 8 * processors(x.device) // col_blocks))
+    partial = torch.empty(row_programs, cols, dtype=torch.float32, device=x.device)
+    bias_gelu_backward_kernel[(col_blocks, row_programs)](
+        grad, x, bias, dx, partial, rows, cols, BLOCK_R=BLOCK_ROWS, BLOCK_C=BLOCK_COLS, num_warps=4
+    )
+    return dx, partial.sum(0).to(bias.dtype)
+
+
+@register_fake("bias_gelu_forward")
+def _(x: Tensor, bias: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@register_fake("bias_gelu_backward")
+def _(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), bias.new_empty(bias.shape)
+
+
+def _setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.ops.tapelm.bias_gelu_backward(grad, *ctx.saved_tensors)
+
+
+register_autograd("bias_gelu_forward", _setup, _backward)
+forbid_second_derivative("bias_gelu_backward")
+
+
+def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    """GELU (tanh form) of ``x + bias``.
+
+    Args:
+        x: (..., N); float32 or bfloat16, on CUDA also float16.
+        bias: (N,), dtype of x. Under autocast both are cast to its dtype.
+
+    Returns:
+        (..., N), contiguous, dtype of x.
+
+    Raises:
+        TypeError: unsupported or differing dtypes.
+        ValueError: bias is not (N,), or devices differ.
+    """
+    x, bias = autocast(x, bias)
+    check_tensors("bias_gelu", x=x, bias=bias)
+    if x.dim() == 0 or bias.shape != x.shape[-1:]:
+        raise ValueError(f"bias_gelu: bias is {tuple(bias.shape)}; x {tuple(x.shape)} needs bias of its last dimension.")
+    return torch.ops.tapelm.bias_gelu_forward(x, bias)

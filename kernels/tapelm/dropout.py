@@ -1,0 +1,127 @@
+"""Dropout whose mask is computed, never stored, and is the same on every device.
+
+    y[i] = x[i] / (1 - p)  if r(seed, i) >= round(p * 2**32)  else 0          i: index in the contiguous tensor
+
+r(seed, i) is lane i & 3 of Philox4x32-10 with key (low, high 32 bits of seed) and counter (low, high 32 bits of
+i >> 2, 0, 0) [Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011]. Backward is the same function with
+the same seed applied to the gradient.
+
+Shapes: x and y (...), float32 / bfloat16 (float16 on CUDA); seed (), int64.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._library import check_probability, check_tensors, draw_seed, register_autograd, register_cuda, register_fake
+
+_WORD = 0xFFFFFFFF
+
+
+def philox_reference(index: Tensor, seed: Tensor) -> Tensor:
+    """The random 32-bit words of int64 element indices, any shape, as int64 in [0, 2**32)."""
+    group, lane = index >> 2, index & 3
+    counter = [group & _WORD, (group >> 32) & _WORD, torch.zeros_like(group), torch.zeros_like(group)]
+    key = [seed & _WORD, (seed >> 32) & _WORD]
+    for _ in range(10):
+        # int64 products wrap, which leaves the 64 bits of the unsigned product.
+        even, odd = counter[0] * 0xD2511F53, counter[2] * 0xCD9E8D57
+        counter = [
+            ((odd >> 32) & _WORD) ^ counter[1] ^ key[0],
+            odd & _WORD,
+            ((even >> 32) & _WORD) ^ counter[3] ^ key[1],
+            even & _WORD,
+        ]
+        key = [(key[0] + 0x9E3779B9) & _WORD, (key[1] + 0xBB67AE85) & _WORD]
+    return torch.stack(counter).gather(0, lane[None])[0]
+
+
+def keep_threshold(p: float) -> int:
+    """Words below it are dropped."""
+    return min(_WORD, round(p * 2**32))
+
+
+def keep_scale(p: float) -> float:
+    """1 / (1 - p) in float32."""
+    return float(np.float32(1) / (np.float32(1) - np.float32(p)))
+
+
+def dropout_reference(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    """The definition in plain PyTorch, any dtype."""
+    index = torch.arange(x.numel(), device=x.device).view(x.shape)
+    kept = philox_reference(index, seed) >= keep_threshold(p)
+    return torch.where(kept, x * keep_scale(p), 0.0).to(x.dtype)
+
+
+@triton.jit
+def keep_mask(seed, groups, threshold):
+    """groups (..., G) int64 indices of four elements each -> (..., 4 G) bool, the elements that stay."""
+    word0, word1, word2, word3 = tl.randint4x(seed, groups)
+    words = tl.interleave(tl.interleave(word0, word2), tl.interleave(word1, word3))
+    return words.to(tl.uint32, bitcast=True) >= threshold.to(tl.uint32)
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def dropout_kernel(x_ptr, seed_ptr, y_ptr, numel, threshold, scale, BLOCK: tl.constexpr):
+    seed = tl.load(seed_ptr)
+    block = tl.program_id(0).to(tl.int64)
+    kept = keep_mask(seed, block * (BLOCK // 4) + tl.arange(0, BLOCK // 4), threshold)
+    index = block * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + index, mask=index < numel, other=0.0).to(tl.float32)
+    tl.store(y_ptr + index, tl.where(kept, x * scale, 0.0).to(y_ptr.dtype.element_ty), mask=index < numel)
+
+
+BLOCK = 2048  # elements per program
+
+
+@register_cuda("dropout")
+def launch_dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    """Triton launch of ``tapelm::dropout``."""
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    if x.numel():
+        grid = (triton.cdiv(x.numel(), BLOCK),)
+        dropout_kernel[grid](x, seed, y, x.numel(), keep_threshold(p), keep_scale(p), BLOCK=BLOCK, num_warps=4)
+    return y
+
+
+@register_fake("dropout")
+def _(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, ctx.p, seed = inputs
+    ctx.save_for_backward(seed)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    return torch.ops.tapelm.dropout(grad, ctx.p, *ctx.saved_tensors), None, None
+
+
+register_autograd("dropout", _setup, _backward)
+
+
+def dropout(x: Tensor, p: float) -> Tensor:
+    """Zeroes each element with probability ``p`` and scales the others by 1 / (1 - p).
+
+    Args:
+        x: any shape; float32 or bfloat16, on CUDA also float16.
+        p: probability in [0, 1); 0 returns ``x`` itself.
+
+    Returns:
+        A contiguous tensor of x's shape and dtype. The mask follows ``torch.manual_seed`` and is not stored.
+
+    Raises:
+        TypeError: unsupported dtype.
+        ValueError: p outside [0, 1), or an unsupported device.
+    """
+    check_tensors("dropout", x=x)
+    check_probability("dropout", "p", p)
+    return torch.ops.tapelm.dropout(x, p, draw_seed(x.device)) if p else x

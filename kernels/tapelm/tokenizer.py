@@ -1,0 +1,209 @@
+"""Byte-level byte-pair encoding: the Python face of the C++ tokenizer (csrc/text/bpe.h).
+
+Training gives the merges, and encoding the ids, of Hugging Face `tokenizers` (BpeTrainer with the ByteLevel
+alphabet, BPE model), and the file format is its `tokenizer.json`. Texts are str or bytes: str is encoded as
+UTF-8, and bytes that are not UTF-8 count as characters that are no letter, number or white space, so that any
+bytes can be encoded and `decode_bytes(encode(x)) == x` always holds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from tapelm import _text
+from tapelm._tokenizer_json import CHARACTER_OF_BYTE, new_config, read_config
+from tapelm.shards import write_shards
+
+
+class Tokenizer:
+    """Byte-level BPE tokenizer; make one with `Tokenizer.train` or `Tokenizer.load`.
+
+    Attributes:
+        vocab_size: number of ids, special tokens included; ids are 0 .. vocab_size - 1.
+        special_tokens: id of every special token by its text.
+    """
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        """Build from the content of a tokenizer.json; raises ValueError naming what is wrong with it."""
+        file = read_config(config)
+        self._config = config
+        self._bpe = _text.Bpe(
+            file.tokens, file.merges, list(file.specials.values()), file.pre_tokenizer, file.ignore_merges
+        )
+        self.vocab_size = len(file.tokens)
+        self.special_tokens = file.specials
+
+    @classmethod
+    def train(
+        cls,
+        inputs: Iterable[str | bytes],
+        vocab_size: int,
+        special_tokens: Sequence[str] = ("<|endoftext|>",),
+        *,
+        min_frequency: int = 0,
+    ) -> Tokenizer:
+        """Learn a vocabulary of at most `vocab_size` ids from texts, split as GPT-2 does.
+
+        Ids are those of Hugging Face's BpeTrainer: special tokens first, then the 256 bytes, then the merges,
+        ties broken towards lower ids. The vocabulary is smaller where no pair is left that occurs
+        `min_frequency` times. Memory is bounded by the number of distinct words. Source: Sennrich et al.
+        2016; Radford et al. 2019 (bytes).
+
+        Raises:
+            ValueError: no text at all, `vocab_size` below 256 + special tokens, unusable special tokens.
+        """
+        if isinstance(inputs, str | bytes):
+            raise TypeError("inputs must be an iterable of texts: pass [text] for a single text")
+        if isinstance(special_tokens, str):
+            raise TypeError("special_tokens must be a sequence of str: pass [token] for a single one")
+        specials = list(special_tokens)
+        if len(set(specials)) != len(specials) or "" in specials:
+            raise ValueError(f"special_tokens must be distinct and not empty, got {specials}")
+        if vocab_size < 256 + len(specials):
+            raise ValueError(
+                f"vocab_size must be at least {256 + len(specials)} (256 bytes and {len(specials)} special "
+                f"tokens), got {vocab_size}"
+            )
+        if min_frequency < 0:
+            raise ValueError(f"min_frequency must not be negative, got {min_frequency}")
+        trainer = _text.BpeTrainer(_text.GPT2)
+        for text in inputs:
+            trainer.feed(text)
+        if trainer.words == 0:
+            raise ValueError("inputs contain no text to train on")
+        byte_ids = np.empty(256, dtype=np.int64)
+        byte_ids[np.argsort(CHARACTER_OF_BYTE)] = np.arange(len(specials), len(specials) + 256)
+        rows = trainer.train(
+            vocab_size, byte_ids.tolist(), [token.encode() for token in specials], min_frequency
+        )
+        return cls(new_config(specials, byte_ids.tolist(), rows.tolist()))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Tokenizer:
+        """Read a byte-level BPE `tokenizer.json` (GPT-2, Llama-3 or SmolLM2 splitting).
+
+        Raises:
+            ValueError: the file is broken or of another kind; the message names the file and the fault.
+        """
+        try:
+            return cls(json.loads(Path(path).read_bytes()))
+        except (ValueError, RecursionError) as error:
+            fault = (
+                "is not valid JSON" if isinstance(error, json.JSONDecodeError | UnicodeDecodeError) else error
+            )
+            raise ValueError(f"{os.fspath(path)}: {fault}") from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a Hugging Face `tokenizer.json`; an existing file is replaced only by a complete one."""
+        target = Path(path)
+        partial = target.with_name(f"{target.name}.tmp-{os.getpid()}")
+        try:
+            with partial.open("w", encoding="utf-8") as file:
+                json.dump(self._config, file, ensure_ascii=False, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def encode(self, text: str | bytes, *, allow_special: bool = False) -> np.ndarray:
+        """Ids of a text, uint32 of shape (n,). No token is added around it.
+
+        Raises:
+            ValueError: a str holds a lone surrogate, or the text holds that of a special token and
+                `allow_special` is False; with True it becomes the one id.
+        """
+        return self._bpe.encode(text, allow_special)
+
+    def encode_batch(
+        self, texts: Iterable[str | bytes], *, allow_special: bool = False, threads: int = 0
+    ) -> list[np.ndarray]:
+        """Ids of every text, as `encode` gives them, on `threads` threads (0: one per core).
+
+        The arrays are views of one flat array.
+        """
+        if isinstance(texts, str | bytes):
+            raise TypeError("texts must be an iterable of texts: use encode for a single one")
+        if threads < 0:
+            raise ValueError(f"threads must not be negative, got {threads}")
+        ids, offsets = self._bpe.encode_batch(tuple(texts), allow_special, threads)
+        return [ids[begin:end] for begin, end in pairwise(offsets.tolist())]
+
+    def encode_files(
+        self,
+        paths: Iterable[str | os.PathLike[str]],
+        out_dir: str | os.PathLike[str],
+        *,
+        end_of_text: str = "<|endoftext|>",
+    ) -> dict[str, Any]:
+        """Encode files into a directory of token shards and return its manifest (see `tapelm.write_shards`).
+
+        A `.jsonl` file holds one document per line in its field "text"; any other file is one UTF-8 document.
+
+        Raises:
+            ValueError: a file is not UTF-8, not JSONL with "text", or holds a special token; the message
+                names it.
+        """
+        if end_of_text not in self.special_tokens:
+            raise ValueError(
+                f"end_of_text {end_of_text!r} is not among the special tokens {list(self.special_tokens)}"
+            )
+
+        def documents() -> Iterable[np.ndarray]:
+            for path in map(Path, paths):
+                for place, text in _read_documents(path):
+                    try:
+                        ids = self.encode(text)
+                    except ValueError as error:
+                        raise ValueError(f"{place}: {error}") from error
+                    yield ids
+
+        return write_shards(
+            documents(), out_dir, vocab_size=self.vocab_size, end_of_text=self.special_tokens[end_of_text]
+        )
+
+    def decode_bytes(self, ids: ArrayLike) -> bytes:
+        """Bytes of ids, special tokens as their text; raises ValueError on an id outside the vocabulary."""
+        array = np.asarray(ids)
+        if array.size == 0:
+            return b""
+        if array.dtype.kind not in "iu":
+            raise TypeError(f"ids must be integers, got {array.dtype}")
+        if array.min() < 0 or array.max() >= self.vocab_size:
+            wrong = array[(array < 0) | (array >= self.vocab_size)].flat[0]
+            raise ValueError(f"id {wrong} is outside the vocabulary of {self.vocab_size} tokens")
+        return self._bpe.decode(np.ascontiguousarray(array, dtype=np.uint32))
+
+    def decode(self, ids: ArrayLike) -> str:
+        """Text of ids; bytes that are not UTF-8 (half a character) become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+
+def _read_documents(path: Path) -> Iterable[tuple[str, str | bytes]]:
+    """The documents of a file and the place of each for error messages."""
+    if path.suffix != ".jsonl":
+        content = path.read_bytes()
+        try:
+            content.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from error
+        yield str(path), content
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            place = f"{path}, line {number}"
+            try:
+                document = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{place} is not valid JSON") from error
+            if not isinstance(document, dict) or not isinstance(document.get("text"), str):
+                raise ValueError(f'{place} has no "text" that is a string')
+            yield place, document["text"]

@@ -1,0 +1,252 @@
+"""python -m data.prepare: what it writes, its repeatability, and one clear line for every mistake."""
+
+import hashlib
+import json
+import random
+import resource
+import sys
+from datetime import date, timedelta
+from pathlib import Path
+
+import pytest
+
+from data import prepare as program
+from data.card import is_complete
+from data.documents import SPLITS, read_jsonl
+from data.prepare import Config, main, prepare
+from tapelm import Tokenizer
+
+WORDS = ["rates", "rose", "fell", "bank", "credit", "growth", "prices", "market", "demand", "yield"]
+
+
+def write_corpus(path, *, documents=300, dated=True, words=60):
+    generator = random.Random(5)
+    with open(path, "w", encoding="utf-8") as file:
+        for number in range(documents):
+            record = {"text": f"Note {number}: " + " ".join(generator.choices(WORDS, k=words))}
+            if dated:
+                record["date"] = str(date(2010, 1, 1) + timedelta(days=7 * number))
+            file.write(json.dumps(record) + "\n")
+    return path
+
+
+def config_for(tmp_path, **changes):
+    settings = {"source": "files", "vocab_size": 300, "min_block": 64, "out": tmp_path / "out", **changes}
+    settings.setdefault("input", (str(write_corpus(tmp_path / "news.jsonl")),))
+    return Config(**settings)
+
+
+def hashes(directory):
+    files = sorted(path for path in Path(directory).rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def run(monkeypatch, capsys, *arguments):
+    """Exit code, standard output, and the lines of standard error that begin a message."""
+    monkeypatch.setattr(sys, "argv", ["data.prepare", *map(str, arguments)])
+    code = 0
+    try:
+        main()
+    except SystemExit as exit_:
+        code = exit_.code
+    captured = capsys.readouterr()
+    marks = ("error:", "warning:", "interrupted", "Traceback")
+    return code, captured.out, [line for line in captured.err.splitlines() if line.startswith(marks)]
+
+
+def test_dated_documents(tmp_path):
+    config = config_for(tmp_path)
+    card = prepare(config)
+    out = config.out
+    documents = {split: list(read_jsonl(out / "documents" / f"{split}.jsonl")) for split in SPLITS}
+    days = {split: [document.available_at for document in documents[split]] for split in SPLITS}
+    assert max(days["train"]) < min(days["val"]) <= max(days["val"]) < min(days["test"])
+    assert (min(days["val"]) - max(days["train"])).days > config.embargo_days
+    assert sum(map(len, documents.values())) + card["left_out_documents"] == 300
+    assert card["split_dates"]["validation_from"] == str(min(days["val"]))
+
+    tokenizer = Tokenizer.load(out / "tokenizer.json")
+    for split in SPLITS:
+        manifest = json.loads((out / split / "manifest.json").read_text())
+        tally = card["splits"][split]["news"]
+        tokens = sum(len(tokenizer.encode(document.text)) + 1 for document in documents[split])
+        assert manifest["tokens"] == tally["tokens"] == tokens
+        assert manifest["documents"] == tally["documents"] == len(documents[split])
+        assert manifest["end_of_text"] == tokenizer.special_tokens["<|endoftext|>"]
+        assert tally["bytes"] == sum(len(document.text.encode()) for document in documents[split])
+        assert (tally["first"], tally["last"]) == (str(days[split][0]), str(days[split][-1]))
+
+    assert is_complete(out, card)
+    assert {name: entry["sha256"] for name, entry in card["outputs"].items()} == {
+        name: digest for name, digest in hashes(out).items() if name != "data_card.json"
+    }
+    assert json.loads((out / "data_card.json").read_text()) == card
+    assert card["warnings"] == []
+
+
+def test_the_tokenizer_sees_nothing_but_train(tmp_path):
+    config = config_for(tmp_path)
+    path = Path(config.input[0])
+    lines = path.read_text().splitlines()
+    lines[-15:] = [line.replace('"Note', '"' + "Zqzqzqzqzq" * 50) for line in lines[-15:]]
+    path.write_text("\n".join(lines))
+    prepare(config)
+    train = [document.text for document in read_jsonl(config.out / "documents" / "train.jsonl")]
+    expected = Tokenizer.train(train, 300)
+    expected.save(tmp_path / "expected.json")
+    assert (config.out / "tokenizer.json").read_bytes() == (tmp_path / "expected.json").read_bytes()
+    assert "qzq" not in (config.out / "tokenizer.json").read_text()
+
+
+def test_two_runs_give_the_same_bytes(tmp_path):
+    first = config_for(tmp_path)
+    second = config_for(tmp_path, out=tmp_path / "again")
+    assert prepare(first) == prepare(second)
+    assert hashes(first.out) == hashes(second.out)
+
+
+def test_rerun_is_up_to_date_and_other_settings_need_force(tmp_path, monkeypatch, capsys):
+    config = config_for(tmp_path)
+    arguments = ["--source", "files", "--input", config.input[0], "--out", config.out, "--min-block", "64"]
+    code, out, messages = run(monkeypatch, capsys, *arguments, "--vocab-size", "300")
+    assert (code, messages) == (0, []) and "news" in out
+    before = hashes(config.out)
+    stamp = (config.out / "data_card.json").stat().st_mtime_ns
+
+    monkeypatch.setattr(sys, "argv", ["data.prepare", *map(str, arguments), "--vocab-size", "300"])
+    main()
+    assert "up to date" in capsys.readouterr().err
+    assert (config.out / "data_card.json").stat().st_mtime_ns == stamp
+
+    code, _, messages = run(monkeypatch, capsys, *arguments, "--vocab-size", "310")
+    assert code == 2 and len(messages) == 1
+    assert "vocab_size was 300, now 310" in messages[0] and "--force" in messages[0]
+    assert hashes(config.out) == before
+
+    code, _, messages = run(monkeypatch, capsys, *arguments, "--vocab-size", "310", "--force")
+    assert code == 0 and hashes(config.out) != before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["news.jsonl", "out"]
+
+
+def test_changed_input_needs_force_and_a_damaged_directory_is_rebuilt(tmp_path):
+    config = config_for(tmp_path)
+    prepare(config)
+    before = hashes(config.out)
+    (config.out / "tokenizer.json").unlink()
+    prepare(config)
+    assert hashes(config.out) == before
+    with open(config.input[0], "a") as file:
+        file.write('{"text": "one more", "date": "2016-01-01"}\n')
+    with pytest.raises(program.DataError, match="its inputs differ"):
+        prepare(config)
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError(28, "No space left on device", "shard")])
+def test_a_run_that_stops_leaves_the_old_data(tmp_path, monkeypatch, capsys, failure):
+    config = config_for(tmp_path)
+    prepare(config)
+    before = hashes(config.out)
+
+    def stop(*_, **__):
+        raise failure
+
+    monkeypatch.setattr(program, "write_shards", stop)
+    arguments = ["--source", "files", "--input", config.input[0], "--out", config.out, "--force"]
+    code, _, messages = run(monkeypatch, capsys, *arguments, "--vocab-size", "290")
+    assert code == (130 if failure is KeyboardInterrupt else 2)
+    assert len(messages) == 1 and "nothing was replaced" in messages[0]
+    assert hashes(config.out) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["news.jsonl", "out"]
+
+
+def test_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
+    config = config_for(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        code, _, messages = run(
+            monkeypatch, capsys, "--source", "files", "--input", config.input[0], "--out", config.out
+        )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert code == 2 and len(messages) == 1 and "File too large" in messages[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["news.jsonl"]
+
+
+def test_undated_documents_are_split_by_hash_with_a_warning(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "finance_corpus.txt"
+    generator = random.Random(1)
+    path.write_text("\n\n".join(" ".join(generator.choices(WORDS, k=400)) for _ in range(300)))
+    code, out, messages = run(
+        monkeypatch,
+        capsys,
+        "--source",
+        "files",
+        "--input",
+        path,
+        "--out",
+        tmp_path / "out",
+        "--min-block",
+        "64",
+    )
+    assert code == 0 and "finance_corpus" in out and "no dates" in out
+    assert len(messages) == 1 and messages[0].startswith("warning: 300 of 300 documents have no date")
+    assert next(read_jsonl(tmp_path / "out" / "documents" / "val.jsonl")).available_at is None
+
+
+def test_dates_on_the_command_line(tmp_path, monkeypatch, capsys):
+    path = write_corpus(tmp_path / "news.jsonl")
+    code, _, messages = run(
+        monkeypatch,
+        capsys,
+        *("--source", "files", "--input", path, "--out", tmp_path / "out", "--min-block", "64"),
+        *("--validation-from", "2014-01-01", "--test-from", "2014-08-01", "--until", "2015-01-01"),
+    )
+    assert (code, messages) == (0, [])
+    card = json.loads((tmp_path / "out" / "data_card.json").read_text())
+    assert card["split_dates"] == {
+        "validation_from": "2014-01-01",
+        "test_from": "2014-08-01",
+        "until": "2015-01-01",
+        "embargo_days": 7,
+    }
+    assert card["splits"]["test"]["news"]["last"] < "2015-01-01"
+    assert card["left_out_documents"] > 40
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--source files --input gone.txt", "gone.txt does not exist"),
+        ("--source files", "needs --input"),
+        ("--source files --input empty.txt", "the corpus is empty"),
+        ("--source files --input blank.jsonl", "the corpus is empty"),
+        ("--source files --input latin1.txt", "latin1.txt: not UTF-8 at byte offset 3"),
+        ("--source files --input small.txt", "split is empty: the corpus has"),
+        ("--source files --input news.jsonl --min-block 5000", "a block of 5000 needs 5001"),
+        ("--source files --input news.jsonl --vocab-size 100", "--vocab-size must be at least 257"),
+        ("--source files --input news.jsonl --min-block 0", "--min-block must be at least 1"),
+        ("--source files --input news.jsonl --test-from 2012-01-01", "go together"),
+        (
+            "--source files --input news.jsonl --until 2001-01-01",
+            "no document was released before --until 2001-01-01",
+        ),
+        ("--source files --input news.jsonl --split hash --until 2015-01-01", "go with --split date"),
+        ("--source files --input news.jsonl --embargo-days -1", "embargo_days must not be negative"),
+        ("--source packages --input news.jsonl", "--input goes with --source files"),
+        ("--source files --input news.jsonl --out small.txt", "is a file"),
+        ("--source files --input news.jsonl --out .", "holds other files"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    write_corpus(tmp_path / "news.jsonl")
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "blank.jsonl").write_text('{"text": " "}\n\n')
+    (tmp_path / "latin1.txt").write_bytes("caf\xe9 au lait".encode("latin-1"))
+    (tmp_path / "small.txt").write_text("A short corpus.")
+    before = hashes(tmp_path)
+    code, _, messages = run(monkeypatch, capsys, "--out", "out", *arguments.split())
+    assert code == 2
+    assert len(messages) == 1 and messages[0].startswith("error: ") and message in messages[0]
+    assert hashes(tmp_path) == before and not (tmp_path / "out").exists()

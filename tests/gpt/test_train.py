@@ -1,0 +1,217 @@
+"""Training runs on a tiny corpus: what they write, and that they can be cut anywhere."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gpt import checkpoint
+from gpt.checkpoint import sha256_of
+from gpt.cli import UserError
+from gpt.config import TrainConfig, preset
+from gpt.train import train
+
+TABLES = ("plain", "optimized")
+TINY = {
+    "n_layer": 2,
+    "n_head": 2,
+    "n_embd": 32,
+    "block_size": 32,
+    "batch_size": 4,
+    "max_steps": 10,
+    "warmup_steps": 2,
+    "eval_interval": 5,
+    "eval_batches": 2,
+    "checkpoint_interval": 4,
+    "threads": 1,
+    "precision": "fp32",
+    "device": "cpu",
+}
+
+
+def tiny(data: Path, out: Path, **options: Any) -> TrainConfig:
+    return preset("demo", data=data, out=out, **(TINY | options))
+
+
+def records(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def summary(out: Path) -> dict[str, Any]:
+    return json.loads((out / "summary.json").read_text())
+
+
+def checkpoints(out: Path) -> list[str]:
+    return sorted(path.name for path in (out / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.usefixtures("measured_ceiling")
+def test_run_learns_and_writes_everything_it_promises(table: str, tiny_data: Path, tmp_path: Path) -> None:
+    assert train(tiny(tiny_data, tmp_path, kernels=table, max_steps=60, learning_rate=1e-2)) == 0
+    lines, result = records(tmp_path), summary(tmp_path)
+    assert [line["step"] for line in lines] == list(range(1, 61))
+    assert {"loss", "lr", "grad_norm", "tokens_per_second", "step_ms", "seconds", "tokens"} <= set(lines[0])
+    assert [line["step"] for line in lines if "val_loss" in line] == list(range(5, 61, 5))
+    assert lines[-1]["tokens"] == 60 * 4 * 32
+    assert result["val_loss"] < 0.7 * lines[0]["loss"]
+    fields = "tokens_per_second step_ms_median train_loss val_loss val_bits_per_byte peak_memory_bytes "
+    fields += "model_bytes parameters mfu gemm_peak_flops device versions config seconds batches_sha256"
+    assert set(fields.split()) <= set(result)
+    assert result["completed"] and 0 < result["mfu"] < 1
+    assert result["model_bytes"] == 4 * result["parameters"]
+    assert result["peak_memory_bytes"] > 50e6
+    assert result["train_loss"] == pytest.approx(sum(line["loss"] for line in lines[-20:]) / 20)
+    assert checkpoints(tmp_path) == ["step-00000056", "step-00000060"]
+
+
+def test_both_tables_see_the_same_batches_and_agree(tiny_data: Path, tmp_path: Path) -> None:
+    for table in TABLES:
+        train(tiny(tiny_data, tmp_path / table, kernels=table))
+    plain, optimized = (summary(tmp_path / table) for table in TABLES)
+    assert plain["batches_sha256"] == optimized["batches_sha256"]
+    assert optimized["val_loss"] == pytest.approx(plain["val_loss"], rel=1e-4)
+    losses = [[record["loss"] for record in records(tmp_path / table)] for table in TABLES]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    train(tiny(tiny_data, tmp_path / "other", seed=5))
+    assert summary(tmp_path / "other")["batches_sha256"] != plain["batches_sha256"]
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_resume_is_bit_exact_with_dropout(table: str, tiny_data: Path, tmp_path: Path) -> None:
+    straight, halves = tmp_path / "straight", tmp_path / "halves"
+    train(tiny(tiny_data, straight, kernels=table, dropout=0.2))
+    train(tiny(tiny_data, halves, kernels=table, dropout=0.2, stop_after=5))
+    assert not summary(halves)["completed"] and checkpoints(halves)[-1] == "step-00000005"
+    torch.manual_seed(999)
+    train(tiny(tiny_data, halves, kernels=table, dropout=0.2, resume="auto"))
+    last = "checkpoints/step-00000010"
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert sha256_of(straight / last / name) == sha256_of(halves / last / name)
+    for name in ("loss", "val_loss", "lr", "tokens", "step", "grad_norm"):
+        of_straight, of_halves = ([record.get(name) for record in records(out)] for out in (straight, halves))
+        # The session that ended after step 5 validated there, as eval_interval does.
+        assert of_straight == of_halves
+    assert summary(straight)["batches_sha256"] == summary(halves)["batches_sha256"]
+
+
+@pytest.mark.parametrize("precision", ("bf16", "bf16-autocast"))
+def test_half_precision_resumes_bit_exactly_and_stays_near_fp32(
+    precision: str, tiny_data: Path, tmp_path: Path
+) -> None:
+    train(tiny(tiny_data, tmp_path / "fp32", kernels="plain"))
+    train(tiny(tiny_data, tmp_path / "straight", precision=precision))
+    train(tiny(tiny_data, tmp_path / "halves", precision=precision, stop_after=5))
+    train(tiny(tiny_data, tmp_path / "halves", precision=precision, resume="auto"))
+    last = "checkpoints/step-00000010/model.safetensors"
+    assert sha256_of(tmp_path / "straight" / last) == sha256_of(tmp_path / "halves" / last)
+    assert summary(tmp_path / "straight")["val_loss"] == pytest.approx(
+        summary(tmp_path / "fp32")["val_loss"], rel=0.01
+    )
+
+
+def test_accumulated_gradients_equal_those_of_the_whole_batch(tiny_data: Path, tmp_path: Path) -> None:
+    train(tiny(tiny_data, tmp_path / "whole", kernels="plain"))
+    train(tiny(tiny_data, tmp_path / "parts", kernels="plain", batch_size=2, accumulation_steps=2))
+    whole, parts = (records(tmp_path / name) for name in ("whole", "parts"))
+    assert [r["loss"] for r in parts] == pytest.approx([r["loss"] for r in whole], rel=1e-4)
+    assert parts[-1]["tokens"] == whole[-1]["tokens"]
+
+
+def test_epochs_count_passes_over_the_data(tiny_data: Path, tmp_path: Path) -> None:
+    train(tiny(tiny_data, tmp_path, max_steps=None, epochs=2, batch_size=32, eval_batches=1))
+    manifest = json.loads((tiny_data / "train" / "manifest.json").read_text())
+    assert summary(tmp_path)["steps"] == 2 * ((manifest["tokens"] - 1) // 32 // 32)
+
+
+def test_resume_of_a_finished_run_changes_nothing(tiny_data: Path, tmp_path: Path) -> None:
+    train(tiny(tiny_data, tmp_path))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert train(tiny(tiny_data, tmp_path, resume="auto")) == 0
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_new_run_does_not_bury_an_old_one(tiny_data: Path, tmp_path: Path) -> None:
+    train(tiny(tiny_data, tmp_path, stop_after=1))
+    with pytest.raises(UserError, match="already holds a run: continue it with --resume auto"):
+        train(tiny(tiny_data, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"n_layer": 3}, "n_layer was 2 and is 3 now"),
+        ({"dropout": 0.5}, "dropout was 0.0 and is 0.5 now"),
+        ({"kernels": "plain"}, "kernels was optimized and is plain now"),
+        ({"precision": "bf16"}, "precision was fp32 and is bf16 now"),
+        ({"seed": 5}, "seed was 1234 and is 5 now"),
+    ],
+)
+def test_resume_names_the_setting_that_changed(
+    changed: dict, message: str, tiny_data: Path, tmp_path: Path
+) -> None:
+    train(tiny(tiny_data, tmp_path, stop_after=1))
+    with pytest.raises(UserError, match=message):
+        train(tiny(tiny_data, tmp_path, resume="auto", **changed))
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-10] ^= 1
+    path.write_bytes(content)
+
+
+def test_corrupt_newest_checkpoint_falls_back_to_the_one_before(
+    tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tiny(tiny_data, tmp_path))
+    root = tmp_path / "checkpoints"
+    assert checkpoints(tmp_path) == ["step-00000008", "step-00000010"]
+    whole = sha256_of(root / "step-00000010" / "model.safetensors")
+    flip_a_bit(root / "step-00000010" / "model.safetensors")
+    with pytest.raises(UserError, match=r"step-00000010 is corrupt: model\.safetensors does not match"):
+        train(tiny(tiny_data, tmp_path, resume=str(root / "step-00000010")))
+    capsys.readouterr()
+    train(tiny(tiny_data, tmp_path, resume="auto"))
+    said = capsys.readouterr().err
+    assert "warning: checkpoint" in said and "step-00000010 is corrupt" in said
+    assert "resumed from" in said and "step-00000008" in said
+    assert sha256_of(root / "step-00000010" / "model.safetensors") == whole
+    assert [record["step"] for record in records(tmp_path)] == list(range(1, 11))
+
+
+def test_truncated_and_missing_files_are_corrupt_too(tiny_data: Path, tmp_path: Path) -> None:
+    train(tiny(tiny_data, tmp_path, stop_after=2))
+    path = tmp_path / "checkpoints" / "step-00000002"
+    state = (path / "state.json").read_bytes()
+    (path / "state.json").write_bytes(state[:-5])
+    with pytest.raises(UserError, match=r"state\.json does not match"):
+        checkpoint.verify(path)
+    (path / "state.json").unlink()
+    with pytest.raises(UserError, match=r"state\.json is missing"):
+        checkpoint.verify(path)
+    (path / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match=r"manifest\.json cannot be read"):
+        checkpoint.verify(path)
+    assert checkpoint.newest(tmp_path / "checkpoints") is None
+
+
+def test_metrics_of_repeated_steps_are_dropped(tiny_data: Path, tmp_path: Path) -> None:
+    train(tiny(tiny_data, tmp_path, stop_after=4))
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": 5, "loss": 99.0}) + "\n" + '{"step": 6, "lo')
+    train(tiny(tiny_data, tmp_path, resume="auto"))
+    assert [record["step"] for record in records(tmp_path)] == list(range(1, 11))
+    assert all(record["loss"] < 99 for record in records(tmp_path))
+
+
+@pytest.mark.slow
+def test_compiled_run_agrees_with_eager(tiny_data: Path, tmp_path: Path) -> None:
+    for compiled in (False, True):
+        train(tiny(tiny_data, tmp_path / str(compiled), compile=compiled, max_steps=5))
+    eager, compiled = ([record["loss"] for record in records(tmp_path / name)] for name in ("False", "True"))
+    assert compiled == pytest.approx(eager, rel=1e-4)

@@ -1,0 +1,126 @@
+import importlib
+
+import pytest
+import tapelm
+import torch
+from tapelm.linear_cross_entropy import linear_cross_entropy_reference
+from tapelm.testing import check_registration
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def make(n, c, v, dtype, device="cpu"):
+    hidden, weight, bias = (torch.randn(shape, dtype=dtype).to(device) for shape in ((n, c), (v, c), (v,)))
+    return hidden, weight * 0.3, bias, torch.randint(0, v, (n,)).to(device)
+
+
+@pytest.mark.parametrize("n,c,v", [(1, 1, 2), (5, 33, 17), (70, 16, 130), (9, 24, 4100)])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_values_and_gradients(n, c, v, has_bias, dtype, device, check):
+    hidden, weight, bias, targets = make(n, c, v, dtype, device)
+    targets[: n // 3] = -100
+
+    def op(hidden, weight, *bias):
+        return tapelm.linear_cross_entropy(hidden, weight, targets, bias=bias[0] if bias else None)
+
+    def reference(hidden, weight, *bias):
+        return linear_cross_entropy_reference(hidden, weight, targets, bias=bias[0] if bias else None)
+
+    check(op, reference, hidden, weight, *((bias,) if has_bias else ()))
+
+
+def test_many_chunks(monkeypatch, dtype, device, check):
+    monkeypatch.setattr(importlib.import_module("tapelm.linear_cross_entropy"), "CHUNK_ELEMENTS", 128 * 40)
+    hidden, weight, bias, targets = make(300, 8, 40, dtype, device)
+    check(
+        lambda h, w, b: tapelm.linear_cross_entropy(h, w, targets, bias=b, ignore_index=3),
+        lambda h, w, b: linear_cross_entropy_reference(h, w, targets, bias=b, ignore_index=3),
+        hidden, weight, bias,
+    )  # fmt: skip
+
+
+def test_loss_without_gradients_is_the_same(dtype, device):
+    hidden, weight, bias, targets = make(20, 8, 40, dtype, device)
+    with torch.no_grad():
+        loss = tapelm.linear_cross_entropy(hidden.requires_grad_(), weight, targets, bias=bias)
+    assert not loss.requires_grad
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, tapelm.linear_cross_entropy(hidden, weight, targets, bias=bias).detach())
+
+
+def test_upstream_gradient_scales(device):
+    hidden, weight, _, targets = make(20, 8, 40, torch.float32, device)
+    hidden.requires_grad_()
+    (one,) = torch.autograd.grad(tapelm.linear_cross_entropy(hidden, weight, targets), hidden)
+    (half,) = torch.autograd.grad(tapelm.linear_cross_entropy(hidden, weight, targets) / 2, hidden)
+    assert torch.equal(one / 2, half)
+
+
+def test_leading_dimensions(device):
+    hidden, weight, bias, targets = make(24, 8, 40, torch.float32, device)
+    flat = tapelm.linear_cross_entropy(hidden, weight, targets, bias=bias)
+    folded = tapelm.linear_cross_entropy(hidden.view(2, 12, 8), weight, targets.view(2, 12), bias=bias)
+    assert torch.equal(flat, folded)
+
+
+def test_huge_logits_stay_finite(device):
+    hidden, weight, _, targets = make(8, 16, 40, torch.float32, device)
+    loss = tapelm.linear_cross_entropy(hidden * 1e4, weight, targets)
+    torch.testing.assert_close(loss, linear_cross_entropy_reference(hidden * 1e4, weight, targets), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("n", [0, 5])
+def test_no_valid_target_is_nan_as_in_torch(n, device):
+    hidden, weight, _, _ = make(n, 8, 40, torch.float32, device)
+    targets = torch.full((n,), -100, device=device)
+    assert tapelm.linear_cross_entropy(hidden, weight, targets).isnan()
+
+
+def test_registration():
+    hidden, weight, bias, targets = make(6, 4, 9, torch.float32)
+    hidden, weight, bias = (t.requires_grad_() for t in (hidden, weight, bias))
+    utils = ("test_schema", "test_autograd_registration", "test_faketensor")
+    for arguments in ((hidden, weight, targets, bias, -100, True), (hidden, weight, targets, None, -100, True)):
+        overload = torch.ops.tapelm.linear_cross_entropy_forward.default
+        # The gradient outputs are not differentiable, so the op is compiled in test_compiles instead.
+        torch.library.opcheck(overload, arguments, test_utils=utils)
+    check_registration(
+        "linear_cross_entropy_forward", hidden.detach(), weight.detach(), targets, bias.detach(), -100, False
+    )
+
+
+def test_compiles():
+    hidden, weight, bias, targets = make(6, 4, 9, torch.float32)
+    inputs = [t.requires_grad_() for t in (hidden, weight, bias)]
+    compiled = torch.compile(tapelm.linear_cross_entropy, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(tapelm.linear_cross_entropy(hidden, weight, targets, bias=bias), inputs)
+    found = torch.autograd.grad(compiled(hidden, weight, targets, bias=bias), inputs)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_flops():
+    hidden, weight, _, targets = make(6, 4, 9, torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        tapelm.linear_cross_entropy(hidden, weight, targets)
+    assert counter.get_total_flops() == 2 * 6 * 4 * 9
+    with FlopCounterMode(display=False) as counter:
+        tapelm.linear_cross_entropy(hidden.requires_grad_(), weight, targets).backward()
+    assert counter.get_total_flops() == 6 * 6 * 4 * 9
+
+
+@pytest.mark.parametrize(
+    "change,error,match",
+    [
+        (lambda h, w, b, t: (h.double(), w.double(), t, b.double()), TypeError, r"hidden is torch\.float64"),
+        (lambda h, w, b, t: (h, w.bfloat16(), t, b), TypeError, "weight is"),
+        (lambda h, w, b, t: (h, w[:, :3], t, b), ValueError, "weight is"),
+        (lambda h, w, b, t: (h, w, t.int(), b), TypeError, "targets are"),
+        (lambda h, w, b, t: (h, w, t[:3], b), ValueError, "targets are"),
+        (lambda h, w, b, t: (h, w, t.to("meta"), b), ValueError, "targets are on meta"),
+        (lambda h, w, b, t: (h, w, t, b[:3]), ValueError, "bias is"),
+    ],
+)
+def test_bad_arguments(change, error, match):
+    hidden, weight, targets, bias = change(*make(6, 4, 9, torch.float32))
+    with pytest.raises(error, match=match):
+        tapelm.linear_cross_entropy(hidden, weight, targets, bias=bias)

@@ -1,0 +1,52 @@
+"""The README's tree and the files of an op stay what they are said to be."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+OPS = ("attention", "layer_norm", "dropout", "bias_gelu", "linear", "linear_cross_entropy", "adamw")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_op_has_its_files(op: str) -> None:
+    expected = [
+        f"kernels/tapelm/{op}.py",
+        f"csrc/{op}.cpp",
+        f"csrc/{op}.inl",
+        f"tests/kernels/test_{op}.py",
+        f"benchmarks/ops/{op}.py",
+    ]
+    assert [path for path in expected if not (ROOT / path).is_file()] == []
+
+
+def test_no_op_is_missing_from_this_list() -> None:
+    kernels = {path.stem for path in (ROOT / "csrc").glob("*.inl")} - {"simd_vector"}
+    assert kernels == set(OPS)
+
+
+def test_readme_tree_matches_the_disk() -> None:
+    """Every path in the README's tree exists, and every tracked top-level entry is in it."""
+    tree = re.search(r"```text\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert tree is not None
+    named = [line.split()[0] for line in tree.group(1).splitlines() if line and not line.startswith("    ")]
+    assert [name for name in named if not (ROOT / name).exists()] == []
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    top = {name.split("/")[0] for name in tracked}
+    assert top - {name.split("/")[0] for name in named} - {".gitignore"} == set()
+
+
+def test_no_package_shadows_another() -> None:
+    """`kernels` is also a Hugging Face library, and __init__.py under tests would shadow packages."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert list((ROOT / "tests").rglob("__init__.py")) == []
+
+
+def test_setup_py_stays_small() -> None:
+    assert len((ROOT / "setup.py").read_text(encoding="utf-8").splitlines()) < 60
