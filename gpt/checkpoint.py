@@ -145,9 +145,11 @@ def generators() -> dict[str, str]:
 
 
 def _set_generators(states: dict[str, str]) -> None:
-    setters = {"cpu": torch.set_rng_state, "cuda": torch.cuda.set_rng_state}
-    for name, text in states.items():
-        setters[name](torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8))
+    setters = {"cpu": torch.set_rng_state}
+    if torch.cuda.is_available():
+        setters["cuda"] = torch.cuda.set_rng_state
+    for name in setters.keys() & states.keys():
+        setters[name](torch.frombuffer(bytearray(base64.b64decode(states[name])), dtype=torch.uint8))
 
 
 def sha256_of(path: Path) -> str:

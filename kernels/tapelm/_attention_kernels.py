@@ -1,7 +1,9 @@
 """Triton kernels of ``attention``; its docstring has the maths, its launchers the grids and tiles.
 
 Every kernel takes the (batch, head, time) strides of each tensor as a tuple; the last dimension is contiguous. Pointers
-to document ids and to the dropout seed may be None, which compiles them away. Tiles: M queries t, N keys s.
+to document ids and to the dropout seed may be None, which compiles them away. Tiles: M queries t, N keys s. Phase 0
+masks hidden pairs, phase 1 covers the tiles that have none; with document ids every tile may have some, and with dropout
+masking costs little beside the random numbers, so both have phase 0 only, which also keeps them within their registers.
 """
 
 from __future__ import annotations
@@ -67,16 +69,17 @@ def attention_forward_kernel(
     q = _load(q_ptr + b * q_strides[0] + h * q_strides[1], t, q_strides[2], time, D, BLOCK_D)
     # Keys in [0, unmasked) are visible to all of these queries, keys from end on to none.
     end = tl.minimum(first + BLOCK_M, time) if CAUSAL else time
-    unmasked = 0 if documents_ptr is not None else (first if CAUSAL else time) // BLOCK_N * BLOCK_N
+    MASK_ALL: tl.constexpr = documents_ptr is not None or seed_ptr is not None
+    unmasked = 0 if MASK_ALL else (first if CAUSAL else time) // BLOCK_N * BLOCK_N
     largest = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-    for masked in tl.static_range(2):
-        for first_key in range(unmasked if masked else 0, end if masked else unmasked, BLOCK_N):
+    for phase in tl.static_range(1 if MASK_ALL else 2):
+        for first_key in range(unmasked if phase == 0 else 0, end if phase == 0 else unmasked, BLOCK_N):
             s = first_key + tl.arange(0, BLOCK_N)
             k = _load(k_ptr, s, k_strides[2], time, D, BLOCK_D)
             scores = tl.dot(q, tl.trans(k), input_precision="tf32x3") * (scale * _LOG2E)
-            if masked:
+            if phase == 0:
                 scores = tl.where(_visible(t[:, None], s[None, :], time, documents_ptr, CAUSAL), scores, float("-inf"))
             highest = tl.maximum(largest, tl.max(scores, axis=1))
             # A row may have seen no visible key yet: -inf - 0 instead of -inf - -inf.
@@ -128,14 +131,15 @@ def attention_backward_keys_kernel(
     dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     # Queries before start see none of these keys; queries from unmasked on see all of them.
     start = first_key // BLOCK_M * BLOCK_M if CAUSAL else 0
+    MASK_ALL: tl.constexpr = documents_ptr is not None or seed_ptr is not None
     unmasked = tl.cdiv(first_key + BLOCK_N, BLOCK_M) * BLOCK_M if CAUSAL else 0
-    unmasked = tl.minimum(unmasked, time) if documents_ptr is None else time
+    unmasked = time if MASK_ALL else tl.minimum(unmasked, time)
     for h in range(key_head * group, key_head * group + group):
         grad_head = grad_ptr + b * grad_strides[0] + h * grad_strides[1]
         q_head = q_ptr + b * q_strides[0] + h * q_strides[1]
         head = b * heads + h
-        for masked in tl.static_range(2):
-            for first in range(start if masked else unmasked, unmasked if masked else time, BLOCK_M):
+        for phase in tl.static_range(1 if MASK_ALL else 2):
+            for first in range(start if phase == 0 else unmasked, unmasked if phase == 0 else time, BLOCK_M):
                 t = first + tl.arange(0, BLOCK_M)
                 q = _load(q_head, t, q_strides[2], time, D, BLOCK_D)
                 grad = _load(grad_head, t, grad_strides[2], time, D, BLOCK_D)
@@ -144,7 +148,7 @@ def attention_backward_keys_kernel(
                 delta = tl.load(delta_ptr + head * time + t, mask=t < time, other=0.0)
                 scores = tl.dot(k, tl.trans(q), input_precision="tf32x3") * (scale * _LOG2E)
                 p = tl.exp2(scores - (lse * _LOG2E)[None, :])
-                if masked:
+                if phase == 0:
                     p = tl.where(_visible(t[None, :], s[:, None], time, documents_ptr, CAUSAL), p, 0.0)
                 dp = tl.dot(v, tl.trans(grad), input_precision="tf32x3")
                 r = p
@@ -181,15 +185,16 @@ def attention_backward_queries_kernel(
     lse = tl.load(lse_ptr + row, mask=t < time, other=float("inf")) * _LOG2E
     delta = tl.load(delta_ptr + row, mask=t < time, other=0.0)
     end = tl.minimum(first + BLOCK_M, time) if CAUSAL else time
-    unmasked = 0 if documents_ptr is not None else (first if CAUSAL else time) // BLOCK_N * BLOCK_N
+    MASK_ALL: tl.constexpr = documents_ptr is not None or seed_ptr is not None
+    unmasked = 0 if MASK_ALL else (first if CAUSAL else time) // BLOCK_N * BLOCK_N
     dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-    for masked in tl.static_range(2):
-        for first_key in range(unmasked if masked else 0, end if masked else unmasked, BLOCK_N):
+    for phase in tl.static_range(1 if MASK_ALL else 2):
+        for first_key in range(unmasked if phase == 0 else 0, end if phase == 0 else unmasked, BLOCK_N):
             s = first_key + tl.arange(0, BLOCK_N)
             k = _load(k_ptr, s, k_strides[2], time, D, BLOCK_D)
             v = _load(v_ptr, s, v_strides[2], time, D, BLOCK_D)
             p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="tf32x3") * (scale * _LOG2E) - lse[:, None])
-            if masked:
+            if phase == 0:
                 p = tl.where(_visible(t[:, None], s[None, :], time, documents_ptr, CAUSAL), p, 0.0)
             dp = tl.dot(grad, tl.trans(v), input_precision="tf32x3")
             if seed_ptr is not None:

@@ -31,7 +31,7 @@ QUICK = [*SMALL, "--threads", "1", "--device", "cpu", "--eval-batches", "1", "--
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The programs pin threads for the process they run in; and measuring the GEMM ceiling takes too long here."""
+    """The programs pin threads for their process; measuring the GEMM ceiling takes too long here."""
     threads = torch.get_num_threads()
     monkeypatch.setattr("gpt.train.gemm_peak_flops", lambda device, precision: 1e11)
     yield
