@@ -45,9 +45,10 @@ def save(
     tokenizer: Path,
     keep: int,
 ) -> Path:
-    """Write root/step-<state["step"]>, then remove all checkpoints but the newest `keep`; returns its path.
+    """Write root/step-<state["step"]>; then `keep` checkpoints stay, this one and those just before it.
 
-    `state` needs "step" and must be JSON; "model", the shape, is added. Raises OSError when the disk is full.
+    Later ones, which a run that went back to an earlier checkpoint has abandoned, are removed. `state` needs
+    "step" and must be JSON; "model", the shape, is added. Raises OSError when the disk is full.
     """
     root.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(root)
@@ -71,8 +72,9 @@ def save(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     _remove_leftovers(root)
-    for old in _steps(root)[:-keep]:
-        shutil.rmtree(old)
+    before = [path for path in _steps(root) if path.name <= final.name]
+    for path in set(_steps(root)) - set(before[-keep:]):
+        shutil.rmtree(path)
     return final
 
 

@@ -10,7 +10,8 @@ import torch
 
 from gpt.cli import UserError
 from gpt.config import TrainConfig
-from tapelm import Batch, Tokenizer, TokenLoader
+from tapelm import Tokenizer, TokenLoader
+from tapelm.loader import Batch
 
 END_OF_TEXT = "<|endoftext|>"
 SHARD_HEADER_BYTES = 64  # csrc/text/shards.h

@@ -37,6 +37,11 @@ def summarize(path: Path) -> dict[str, Any]:
     }
 
 
+def summary_is_of(path: Path, step: int) -> bool:
+    """Whether there is a summary of the run up to `step`."""
+    return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["steps"] == step
+
+
 def open_tensorboard(out: Path) -> Any:
     """A SummaryWriter when TensorBoard is installed, else None: metrics.jsonl has the numbers either way."""
     if importlib.util.find_spec("tensorboard") is None:

@@ -47,7 +47,7 @@ def load_ops(name: Literal["plain", "optimized"]) -> Ops:
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -> Tensor:
-    """Masked softmax attention, written out; q (B, H, T, D) holds the last T positions of k, v (B, H, S, D)."""
+    """Masked softmax attention; q (B, H, T, D) stands at the last T positions of k and v (B, H, S, D)."""
     queries, keys = q.shape[-2], k.shape[-2]
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, H, T, S)
     if queries > 1:

@@ -33,10 +33,10 @@ from gpt.hardware import (
     synchronize,
     versions,
 )
-from gpt.metrics import keep_up_to, open_tensorboard, summarize
+from gpt.metrics import keep_up_to, open_tensorboard, summarize, summary_is_of
 from gpt.model import GPT
 from gpt.ops import load_ops
-from tapelm import Batch
+from tapelm.loader import Batch
 
 # A run that changes one of these is another run; the model's shape and the tokenizer are compared as well.
 FIXED_ON_RESUME = ("kernels", "batch_size", "seed")
@@ -102,7 +102,7 @@ def train(config: TrainConfig, arguments: list[str] | None = None) -> int:
     last_step = total_steps if config.stop_after is None else min(total_steps, step + config.stop_after)
     tensorboard = open_tensorboard(config.out)
     step_function = torch.compile(model) if config.compile else model
-    resumed_at, session_seconds, val_loss = step, seconds, None
+    resumed_at, session_seconds = step, seconds
     session_started = time.perf_counter()
 
     def save() -> Path:
@@ -161,9 +161,8 @@ def train(config: TrainConfig, arguments: list[str] | None = None) -> int:
                 "tokens": tokens,
             }
             if step % config.eval_interval == 0 or step == last_step:
-                val_loss = validation_loss(model, validation, device, precision)
-                best_val_loss = min(best_val_loss, val_loss)
-                record["val_loss"] = val_loss
+                record["val_loss"] = validation_loss(model, validation, device, precision)
+                best_val_loss = min(best_val_loss, record["val_loss"])
             seconds = session_seconds + time.perf_counter() - session_started
             record["seconds"] = seconds
             metrics.write(json.dumps(record) + "\n")
@@ -175,7 +174,7 @@ def train(config: TrainConfig, arguments: list[str] | None = None) -> int:
             progress.update(bar, completed=step, speed=record["tokens_per_second"], loss=train_loss)
             if "val_loss" in record and not console.is_terminal:
                 speed = f"{record['tokens_per_second']:,.0f} tokens/s"
-                console.print(f"step {step}: loss {train_loss:.4f}, val {val_loss:.4f}, {speed}")
+                console.print(f"step {step}: loss {train_loss:.4f}, val {record['val_loss']:.4f}, {speed}")
 
             if stop.signal is not None or step % config.checkpoint_interval == 0 or step == last_step:
                 path = save()
@@ -185,12 +184,12 @@ def train(config: TrainConfig, arguments: list[str] | None = None) -> int:
                 )
                 return 128 + stop.signal
 
-    if step == resumed_at and (config.out / "summary.json").is_file():
+    if step == resumed_at and summary_is_of(config.out / "summary.json", step):
         console.print(f"nothing left to do: {start} is already at step {step} of {total_steps}")
         return 0
     summary = {
         **summarize(metrics_path),
-        "completed": step == total_steps,
+        "completed": step >= total_steps,
         "peak_memory_bytes": peak_memory_bytes(device),
         "model_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
         "parameters": parameter_count(model),
@@ -204,10 +203,8 @@ def train(config: TrainConfig, arguments: list[str] | None = None) -> int:
         "model": vars(shape),
         "config": config.as_json(),
     }
-    nats_to_bits = sum(b.targets.numel() for b in validation) / (
-        math.log(2) * text_bytes(tokenizer, validation)
-    )
-    summary["val_bits_per_byte"] = summary["val_loss"] * nats_to_bits
+    val_bits = summary["val_loss"] / math.log(2) * sum(batch.targets.numel() for batch in validation)
+    summary["val_bits_per_byte"] = val_bits / text_bytes(tokenizer, validation)
     summary["mfu"] = shape.flops_per_token() * summary["tokens_per_second"] / summary["gemm_peak_flops"]
     write_atomically(config.out / "summary.json", json.dumps(summary, indent=1) + "\n")
     console.print(

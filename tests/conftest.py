@@ -1,4 +1,4 @@
-"""Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before triton is imported."""
+"""Without a GPU, Triton kernels run in its interpreter, which must be chosen before triton is imported."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""The torch.library handle: loads the compiled extension, which defines every op, and the checks that all ops share."""
+"""The torch.library handle: loads the extension that defines the ops; checks that all ops share."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ def forbid_second_derivative(name: str) -> None:
     torch.library.register_autograd(f"tapelm::{name}", backward, lib=LIBRARY)
 
 
-def check_tensors(op: str, *, mixed_dtypes: bool = False, **tensors: Tensor | None) -> None:
-    """Raises unless all tensors are on one supported device and, unless ``mixed_dtypes``, of one supported dtype.
+def check_tensors(op: str, **tensors: Tensor | None) -> None:
+    """Raises unless all tensors are on one supported device and of one supported dtype.
 
     Raises:
         TypeError: a dtype that the device's kernels do not compute in, or dtypes that differ.
@@ -94,7 +94,7 @@ def check_tensors(op: str, *, mixed_dtypes: bool = False, **tensors: Tensor | No
         if tensor.dtype not in supported:
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in supported)
             raise TypeError(f"{op}: {name} is {tensor.dtype}; on {first.device.type} use one of {names}.")
-        if not mixed_dtypes and tensor.dtype != first.dtype:
+        if tensor.dtype != first.dtype:
             raise TypeError(f"{op}: {name} is {tensor.dtype} but {first_name} is {first.dtype}; cast one.")
 
 
@@ -104,7 +104,7 @@ def check_probability(op: str, name: str, p: float) -> None:
         raise ValueError(f"{op}: {name} is {p}; it must be in [0, 1).")
 
 
-def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The tensors in autocast's dtype where autocast is on for their device, as torch's own matmuls do."""
     device_type = next(tensor for tensor in tensors if tensor is not None).device.type
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
@@ -114,7 +114,7 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def draw_seed(device: torch.device) -> Tensor:
-    """A 0-d int64 seed on ``device`` from torch's generator: ``torch.manual_seed`` governs it, nothing synchronises."""
+    """A 0-d int64 seed on ``device``, which ``torch.manual_seed`` governs; drawing does not synchronise."""
     return torch.randint(0, 2**62, (), dtype=torch.int64, device=device)
 
 

@@ -5,12 +5,15 @@
     m = m + (g - m) * (1 - beta1)        v = v * beta2 + g * g * (1 - beta2)
     p -= lr / (1 - beta1**step) * m / (sqrt(v / (1 - beta2**step)) + eps)
 
-[Loshchilov and Hutter, "Decoupled weight decay regularization", 2019]. Moments are float32; a bfloat16 or float16
-parameter is the rounded copy of a float32 master. On CUDA all tensors are cut into chunks whose addresses go to the device
-in one table, so that one launch updates them all.
+[Loshchilov and Hutter, "Decoupled weight decay regularization", 2019]. Moments are float32; a bfloat16 or
+float16 parameter is the rounded copy of a float32 master. On CUDA all tensors are cut into chunks whose
+addresses go to the device in one table, so that one launch updates them all.
 
 Shapes: param, grad, m, v, master alike and contiguous; norm and clip factor () float32, on the device.
 """
+
+# Triton's stubs do not know its own language and launch options.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
@@ -101,7 +104,7 @@ _TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.
 
 
 def _chunk_table(*columns: list[Tensor]) -> Tensor:
-    """(len(columns) + 1, chunks) int64 on the tensors' device: chunk addresses per column, then chunk lengths."""
+    """(len(columns) + 1, chunks) int64 on the tensors' device: chunk addresses per column, then lengths."""
     sizes = np.array([tensor.numel() for tensor in columns[0]], dtype=np.int64)
     counts = -(-sizes // CHUNK)
     owner = np.repeat(np.arange(len(sizes)), counts)
@@ -110,7 +113,9 @@ def _chunk_table(*columns: list[Tensor]) -> Tensor:
     for row, tensors in zip(table, columns, strict=False):
         addresses = np.array([tensor.data_ptr() for tensor in tensors], dtype=np.int64)
         if (addresses % 16)[sizes > 0].any():
-            raise ValueError("adamw: a tensor does not start on a 16-byte boundary; clone() it into its own storage.")
+            raise ValueError(
+                "adamw: a tensor does not start on a 16-byte boundary; clone() it into its own storage."
+            )
         row[:] = addresses[owner] + offset * tensors[0].itemsize
     table[-1] = np.minimum(sizes[owner] - offset, CHUNK)
     device = columns[0][0].device
@@ -138,8 +143,9 @@ def launch_grad_norm(grads: list[Tensor]) -> Tensor:
 
 @register_cuda("adamw_step_")
 def launch_adamw_step_(
-    params: list[Tensor], grads: list[Tensor], exp_avg: list[Tensor], exp_avg_sq: list[Tensor], masters: list[Tensor],
-    grad_scale: Tensor, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int,
+    params: list[Tensor], grads: list[Tensor], exp_avg: list[Tensor], exp_avg_sq: list[Tensor],
+    masters: list[Tensor], grad_scale: Tensor, lr: float, beta1: float, beta2: float, eps: float,
+    weight_decay: float, step: int,
 ) -> None:  # fmt: skip
     """Triton launch of ``tapelm::adamw_step_``; all params of one dtype."""
     grads = [grad.contiguous() for grad in grads]
@@ -147,8 +153,8 @@ def launch_adamw_step_(
     if chunks := table.shape[1]:
         adamw_kernel[(chunks,)](
             table, grad_scale, chunks, beta1, beta2, eps, 1 - lr * weight_decay, lr / (1 - beta1**step),
-            (1 - beta2**step) ** -0.5, DTYPE=_TRITON_DTYPES[params[0].dtype], HAS_MASTER=bool(masters), BLOCK=BLOCK,
-            num_warps=4,
+            (1 - beta2**step) ** -0.5,
+            DTYPE=_TRITON_DTYPES[params[0].dtype], HAS_MASTER=bool(masters), BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
 
 
@@ -163,7 +169,7 @@ def _(params: list[Tensor], *args: Any) -> None:
 
 
 class AdamW(torch.optim.Optimizer):
-    """AdamW with decoupled weight decay and optional clipping by the global gradient norm; a ``torch.optim.Optimizer``.
+    """Adam with decoupled weight decay and optional clipping by the global norm; a ``torch.optim.Optimizer``.
 
     Args:
         params: contiguous float32 or bfloat16 tensors (on CUDA also float16), or dicts of parameter groups.
@@ -171,8 +177,9 @@ class AdamW(torch.optim.Optimizer):
         max_grad_norm: gradients of all groups together are scaled down to this L2 norm; None does not clip.
         state_bits: bits of the stored moments; 32 is the only choice.
 
-    ``state[p]`` holds ``step``, ``exp_avg``, ``exp_avg_sq`` and, for half-precision parameters, the float32 ``master``.
-    With ``max_grad_norm`` set, ``grad_norm`` is the norm before clipping at the last step, a 0-d tensor on the device.
+    ``state[p]`` holds ``step``, ``exp_avg``, ``exp_avg_sq`` and, for half-precision parameters, the float32
+    ``master``. With ``max_grad_norm`` set, ``grad_norm`` is the norm before clipping at the last step, a 0-d
+    tensor on the device.
 
     Raises:
         ValueError: hyperparameters out of range, state_bits other than 32, parameters not contiguous.
@@ -180,13 +187,16 @@ class AdamW(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-        weight_decay: float = 1e-2, *, max_grad_norm: float | None = None, state_bits: int = 32,
+        self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8, weight_decay: float = 1e-2, *, max_grad_norm: float | None = None,
+        state_bits: int = 32,
     ) -> None:  # fmt: skip
         if state_bits != 32:
             raise ValueError(f"AdamW: state_bits is {state_bits}; only 32 exists.")
         if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"AdamW: max_grad_norm is {max_grad_norm}; it must be positive, or None for no clipping.")
+            raise ValueError(
+                f"AdamW: max_grad_norm is {max_grad_norm}; it must be positive, or None for no clipping."
+            )
         self.max_grad_norm = max_grad_norm
         self.grad_norm: Tensor | None = None
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
@@ -202,9 +212,13 @@ class AdamW(torch.optim.Optimizer):
             raise ValueError(f"AdamW: betas are {group['betas']}; both must be in [0, 1).")
         for p in group["params"]:
             if p.dtype not in SUPPORTED_DTYPES.get(p.device.type, ()):
-                raise TypeError(f"AdamW: params has a {p.dtype} tensor on {p.device}; use float32 or bfloat16.")
+                raise TypeError(
+                    f"AdamW: params has a {p.dtype} tensor on {p.device}; use float32 or bfloat16."
+                )
             if not p.is_contiguous():
-                raise ValueError(f"AdamW: params has a tensor of shape {tuple(p.shape)} that is not contiguous.")
+                raise ValueError(
+                    f"AdamW: params has a tensor of shape {tuple(p.shape)} that is not contiguous."
+                )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -249,12 +263,14 @@ class AdamW(torch.optim.Optimizer):
         """The clip factor on each device; sets ``grad_norm``."""
         by_device: dict[torch.device, list[Tensor]] = defaultdict(list)
         for p in params:
-            by_device[p.device].append(p.grad)
-        if self.max_grad_norm is None or not params:
+            if p.grad is not None:
+                by_device[p.device].append(p.grad)
+        if self.max_grad_norm is None or not by_device:
             return {device: torch.ones((), device=device) for device in by_device}
         norms = [torch.ops.tapelm.grad_norm(grads) for grads in by_device.values()]
-        self.grad_norm = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
-        scale = (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
+        norm = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+        self.grad_norm = norm
+        scale = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         return {device: scale.to(device) for device in by_device}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

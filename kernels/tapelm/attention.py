@@ -1,17 +1,21 @@
 """Scaled dot-product attention that never stores the (T, T) weights.
 
-    S = scale * q @ k.T, -inf where key s is hidden from query t       P = softmax(S)       lse_t = log sum_s exp(S_ts)
-    R = dropout(P)        out = R @ v                                  hidden: causal and s > t, or another document
+    S = scale * q @ k.T, -inf where key s is hidden from query t: causal and s > t, or another document
+    lse_t = log sum_s exp(S_ts)         P = softmax(S)          R = dropout(P)           out = R @ v
     dv = R.T @ grad       dR = grad @ v.T       delta_t = sum_d grad_td * out_td
     dS = P * (dropout(dR) - delta)              dq = scale * dS @ k           dk = scale * dS.T @ q
 
-[Dao et al., "FlashAttention", 2022; grouped queries: Ainslie et al., "GQA", 2023]. Dropout is that of ``dropout`` with
-element index ((b * Hq + h) * T + t) * S4 + s, S4 = T rounded up to a multiple of 4.
+[Dao et al., "FlashAttention", 2022; grouped queries: Ainslie et al., "GQA", 2023]. Dropout is that of
+``dropout`` with element index ((b * Hq + h) * T + t) * S4 + s, S4 = T rounded up to a multiple of 4.
 
-Shapes: q, out (B, Hq, T, D); k, v (B, Hkv, T, D), Hq % Hkv == 0; lse (B, Hq, T) float32; document_ids (B, T) int32.
-Scores, softmax and sums are float32. Backward runs one kernel per block of keys and one per block of queries, so each
-gradient element is summed by one program in a fixed order. The Triton kernels are in ``_attention_kernels``.
+Shapes: q, out (B, Hq, T, D); k, v (B, Hkv, T, D), Hq % Hkv == 0; lse (B, Hq, T) float32; document_ids (B, T)
+int32. Scores, softmax and sums are float32. Backward runs one kernel per block of keys and one per block of
+queries, so each gradient element is summed by one program in a fixed order. The Triton kernels are in
+``_attention_kernels``.
 """
+
+# Triton's stubs do not know its own language and launch options.
+# pyright: reportCallIssue=false, reportArgumentType=false
 
 from __future__ import annotations
 
@@ -40,9 +44,10 @@ from ._library import (
 )
 from .dropout import keep_scale, keep_threshold, philox_reference
 
+
 def attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: float | None = None, dropout_p: float = 0.0,
-    seed: Tensor | None = None, document_ids: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: float | None = None,
+    dropout_p: float = 0.0, seed: Tensor | None = None, document_ids: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The definition in plain PyTorch, any dtype."""
     _, heads, time, width = q.shape
@@ -61,32 +66,43 @@ def attention_reference(
     return weights @ v
 
 
-# (bytes per element, BLOCK_D) -> (BLOCK_M, BLOCK_N, num_warps, num_stages); a smaller D uses the next entry's tile.
+# (bytes per element, BLOCK_D, with dropout or documents) -> (BLOCK_M, BLOCK_N, num_warps, num_stages), the
+# largest tiles that do not spill on sm_80 and sm_90. D below 64 uses the tile of 64; without a True entry the
+# False one serves both.
 FORWARD_CONFIGS = {
-    (2, 64): (128, 64, 4, 3), (2, 128): (128, 64, 8, 3), (2, 256): (64, 32, 8, 2),
-    (4, 64): (64, 32, 4, 2), (4, 128): (32, 32, 4, 2), (4, 256): (32, 16, 8, 2),
+    (2, 64, False): (128, 64, 8, 3), (2, 128, False): (128, 64, 8, 3), (2, 256, False): (64, 32, 8, 2),
+    (4, 64, False): (64, 32, 8, 2), (4, 128, False): (32, 32, 8, 2), (4, 256, False): (16, 16, 8, 2),
+    (2, 128, True): (128, 32, 8, 3),
 }  # fmt: skip
 KEYS_CONFIGS = {
-    (2, 64): (64, 64, 4, 2), (2, 128): (32, 64, 8, 2), (2, 256): (32, 32, 8, 1),
-    (4, 64): (32, 32, 4, 2), (4, 128): (32, 32, 8, 1), (4, 256): (16, 16, 8, 1),
+    (2, 64, False): (32, 64, 8, 2), (2, 128, False): (32, 64, 8, 2), (2, 256, False): (32, 32, 8, 1),
+    (4, 64, False): (16, 32, 8, 2), (4, 128, False): (16, 16, 8, 1), (4, 256, False): (16, 16, 8, 1),
+    (2, 128, True): (32, 32, 8, 2),
 }  # fmt: skip
 QUERIES_CONFIGS = {
-    (2, 64): (64, 64, 4, 2), (2, 128): (64, 32, 8, 2), (2, 256): (32, 32, 8, 1),
-    (4, 64): (32, 32, 4, 2), (4, 128): (32, 32, 8, 1), (4, 256): (16, 16, 8, 1),
+    (2, 64, False): (64, 64, 8, 2), (2, 128, False): (64, 64, 8, 2), (2, 256, False): (32, 32, 8, 2),
+    (4, 64, False): (32, 32, 4, 2), (4, 128, False): (16, 32, 8, 1), (4, 256, False): (32, 16, 8, 1),
 }  # fmt: skip
 
 
-def launch_config(configs: dict[tuple[int, int], tuple[int, int, int, int]], itemsize: int, width: int) -> dict[str, int]:
-    """Keyword arguments of a launch for heads of ``width`` elements."""
+def launch_config(
+    configs: dict[tuple[int, int, bool], tuple[int, int, int, int]], itemsize: int, width: int, masked: bool
+) -> dict[str, Any]:
+    """Keyword arguments of a launch for heads of ``width``; ``masked``: with dropout or document ids."""
     block_d = max(16, triton.next_power_of_2(width))
-    block_m, block_n, warps, stages = configs[itemsize, max(64, block_d)]
+    tile = max(64, block_d)
+    block_m, block_n, warps, stages = configs.get((itemsize, tile, masked), configs[itemsize, tile, False])
+    # float32 products are three TensorFloat-32 ones; the wide backward has no registers for that and
+    # multiplies plainly.
+    precision = "ieee" if (itemsize, tile) == (4, 256) and configs is not FORWARD_CONFIGS else "tf32x3"
     return {
-        "D": width, "BLOCK_D": block_d, "BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages
+        "D": width, "BLOCK_D": block_d, "BLOCK_M": block_m, "BLOCK_N": block_n, "PRECISION": precision,
+        "num_warps": warps, "num_stages": stages,
     }  # fmt: skip
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:
-    """x, copied unless rows are contiguous and offsets within a head fit in 32 bits, as the kernels compute them."""
+    """x, copied unless its rows are contiguous and offsets within a head fit in 32 bits."""
     return x if x.stride(3) == 1 and x.stride(2) * x.shape[2] < 2**31 else x.contiguous()
 
 
@@ -106,7 +122,9 @@ def launch_attention_forward(
     batch, heads, time, width = q.shape
     out, lse = _empty_heads(q), torch.zeros(batch, heads, time, dtype=torch.float32, device=q.device)
     if q.numel():
-        config = launch_config(FORWARD_CONFIGS, q.itemsize, width)
+        config = launch_config(
+            FORWARD_CONFIGS, q.itemsize, width, seed is not None or document_ids is not None
+        )
         attention_forward_kernel[(batch * heads, triton.cdiv(time, config["BLOCK_M"]))](
             q, k, v, out, lse, None if document_ids is None else document_ids.contiguous(), seed,
             q.stride()[:3], k.stride()[:3], v.stride()[:3], out.stride()[:3],
@@ -132,16 +150,54 @@ def launch_attention_backward(
     delta = torch.empty_like(lse)
     block_d = max(16, triton.next_power_of_2(width))
     attention_delta_kernel[(batch * heads, triton.cdiv(time, 32))](
-        grad, out, delta, strides[0], out.stride()[:3], heads, time, D=width, BLOCK_D=block_d, BLOCK_M=32, num_warps=4
+        grad,
+        out,
+        delta,
+        strides[0],
+        out.stride()[:3],
+        heads,
+        time,
+        D=width,
+        BLOCK_D=block_d,
+        BLOCK_M=32,
+        num_warps=4,
     )
     rest = (heads, heads // k.shape[1], time, scale, keep_threshold(dropout_p), keep_scale(dropout_p))
-    config = launch_config(KEYS_CONFIGS, q.itemsize, width)
+    masked = seed is not None or documents is not None
+    config = launch_config(KEYS_CONFIGS, q.itemsize, width, masked)
     attention_backward_keys_kernel[(batch * k.shape[1], triton.cdiv(time, config["BLOCK_N"]))](
-        grad, q, k, v, lse, delta, dk, dv, documents, seed, *strides, dk.stride()[:3], *rest, CAUSAL=causal, **config
+        grad,
+        q,
+        k,
+        v,
+        lse,
+        delta,
+        dk,
+        dv,
+        documents,
+        seed,
+        *strides,
+        dk.stride()[:3],
+        *rest,
+        CAUSAL=causal,
+        **config,
     )
-    config = launch_config(QUERIES_CONFIGS, q.itemsize, width)
+    config = launch_config(QUERIES_CONFIGS, q.itemsize, width, masked)
     attention_backward_queries_kernel[(batch * heads, triton.cdiv(time, config["BLOCK_M"]))](
-        grad, q, k, v, lse, delta, dq, documents, seed, *strides, dq.stride()[:3], *rest, CAUSAL=causal, **config
+        grad,
+        q,
+        k,
+        v,
+        lse,
+        delta,
+        dq,
+        documents,
+        seed,
+        *strides,
+        dq.stride()[:3],
+        *rest,
+        CAUSAL=causal,
+        **config,
     )
     return dq, dk, dv
 
@@ -172,7 +228,7 @@ forbid_second_derivative("attention_backward")
 
 
 def _products(q_shape: Any, causal: bool) -> int:
-    """Multiply-adds of one (T, D) x (D, T) product over all heads, visible pairs only; documents are not counted."""
+    """Multiply-adds of one (T, D) x (D, T) product over all heads, of the pairs that ``causal`` leaves."""
     batch, heads, time, width = q_shape
     return batch * heads * width * (time * (time + 1) // 2 if causal else time * time)
 
@@ -183,13 +239,15 @@ def _(q: Any, k: Any, v: Any, causal: bool, *args: Any, out_shape: Any = None, *
 
 
 @register_flop_formula(torch.ops.tapelm.attention_backward)
-def _(grad: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, causal: bool, *args: Any, out_shape: Any = None) -> int:
+def _(
+    grad: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, causal: bool, *args: Any, out_shape: Any = None
+) -> int:
     return 2 * 5 * _products(q, causal)
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: float | None = None, dropout_p: float = 0.0,
-    document_ids: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: float | None = None,
+    dropout_p: float = 0.0, document_ids: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Softmax attention of queries over keys and values.
 
@@ -215,9 +273,13 @@ def attention(
         raise ValueError(f"attention: q is {tuple(q.shape)}; it must be (B, Hq, T, D) with D in 1..256.")
     for name, x in (("k", k), ("v", v)):
         if x.shape != (q.shape[0], k.shape[1], *q.shape[2:]):
-            raise ValueError(f"attention: {name} is {tuple(x.shape)}; q {tuple(q.shape)} needs (B, Hkv, T, D).")
+            raise ValueError(
+                f"attention: {name} is {tuple(x.shape)}; q {tuple(q.shape)} needs (B, Hkv, T, D)."
+            )
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"attention: k has {k.shape[1]} heads; q's {q.shape[1]} heads must be a multiple of them.")
+        raise ValueError(
+            f"attention: k has {k.shape[1]} heads; q's {q.shape[1]} heads must be a multiple of them."
+        )
     if document_ids is not None:
         if document_ids.dtype != torch.int32:
             raise TypeError(f"attention: document_ids are {document_ids.dtype}; pass document_ids.int().")

@@ -1,13 +1,16 @@
 """Dropout whose mask is computed, never stored, and is the same on every device.
 
-    y[i] = x[i] / (1 - p)  if r(seed, i) >= round(p * 2**32)  else 0          i: index in the contiguous tensor
+    y[i] = x[i] / (1 - p)  if r(seed, i) >= round(p * 2**32)  else 0      i: index in the contiguous tensor
 
-r(seed, i) is lane i & 3 of Philox4x32-10 with key (low, high 32 bits of seed) and counter (low, high 32 bits of
-i >> 2, 0, 0) [Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011]. Backward is the same function with
-the same seed applied to the gradient.
+r(seed, i) is lane i & 3 of Philox4x32-10 with key (low, high 32 bits of seed) and counter (low, high 32 bits
+of i >> 2, 0, 0) [Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011]. Backward is the same
+function with the same seed applied to the gradient.
 
 Shapes: x and y (...), float32 / bfloat16 (float16 on CUDA); seed (), int64.
 """
+
+# Triton's stubs do not know its own language and launch options.
+# pyright: reportCallIssue=false
 
 from __future__ import annotations
 
@@ -19,7 +22,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._library import check_probability, check_tensors, draw_seed, register_autograd, register_cuda, register_fake
+from ._library import (
+    check_probability,
+    check_tensors,
+    draw_seed,
+    register_autograd,
+    register_cuda,
+    register_fake,
+)
 
 _WORD = 0xFFFFFFFF
 
@@ -87,7 +97,9 @@ def launch_dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
     y = torch.empty_like(x)
     if x.numel():
         grid = (triton.cdiv(x.numel(), BLOCK),)
-        dropout_kernel[grid](x, seed, y, x.numel(), keep_threshold(p), keep_scale(p), BLOCK=BLOCK, num_warps=4)
+        dropout_kernel[grid](
+            x, seed, y, x.numel(), keep_threshold(p), keep_scale(p), BLOCK=BLOCK, num_warps=4
+        )
     return y
 
 

@@ -1,14 +1,17 @@
 """Layer normalisation over the last dimension.
 
-    h = (x - mean) * rstd        y = h * weight + bias        mean, var over the last dimension, rstd = (var + eps)**-0.5
+    rstd = (var + eps)**-0.5        h = (x - mean) * rstd        y = h * weight + bias
     dx = rstd * (g - mean(g) - h * mean(g * h))               g = grad * weight
     dweight = sum over rows of grad * h                       dbias = sum over rows of grad
 
 [Ba, Kiros and Hinton, "Layer normalization", 2016]
 
-Shapes: x, y, grad, dx (..., N); weight, bias, dweight, dbias (N,), all of one dtype; mean, rstd (...), float32.
-Statistics and sums over rows are in float32.
+Shapes: x, y, grad, dx (..., N); weight, bias, dweight, dbias (N,), all of one dtype; mean, rstd (...)
+float32. Statistics and sums over rows are in float32.
 """
+
+# Triton's stubs do not know its own language and launch options.
+# pyright: reportArgumentType=false
 
 from __future__ import annotations
 
@@ -39,7 +42,17 @@ def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1
 
 @triton.jit
 def layer_norm_forward_kernel(
-    x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr, rows, cols, eps, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    mean_ptr,
+    rstd_ptr,
+    rows,
+    cols,
+    eps,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     col = tl.arange(0, BLOCK_C)
@@ -62,7 +75,8 @@ def layer_norm_backward_kernel(
     grad_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dweight_ptr, dbias_ptr, rows, cols,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    # Each program takes every num_programs-th block of rows and keeps one partial dweight and dbias: no atomics.
+    # Each program takes every num_programs-th block of rows and keeps one partial dweight and dbias: no
+    # atomics.
     program = tl.program_id(0)
     col = tl.arange(0, BLOCK_C)
     weight = tl.load(weight_ptr + col, mask=col < cols, other=0.0).to(tl.float32)
@@ -90,14 +104,18 @@ def layer_norm_backward_kernel(
 def launch_config(cols: int) -> dict[str, int]:
     """Tile of BLOCK_R whole rows and the warps that hold it: 16 elements per thread."""
     if cols > MAX_CUDA_WIDTH:
-        raise ValueError(f"layer_norm: x has rows of {cols} elements; the CUDA kernel supports {MAX_CUDA_WIDTH}.")
+        raise ValueError(
+            f"layer_norm: x has rows of {cols} elements; the CUDA kernel supports {MAX_CUDA_WIDTH}."
+        )
     block = max(32, triton.next_power_of_2(cols))
     rows = max(1, 2048 // block)
     return {"BLOCK_R": rows, "BLOCK_C": block, "num_warps": max(4, rows * block // 512)}
 
 
 @register_cuda("layer_norm_forward")
-def launch_layer_norm_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def launch_layer_norm_forward(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Triton launch of ``tapelm::layer_norm_forward``."""
     x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
     y = torch.empty_like(x)
@@ -106,7 +124,9 @@ def launch_layer_norm_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: floa
     if x.numel():
         config = launch_config(x.shape[-1])
         grid = (triton.cdiv(mean.numel(), config["BLOCK_R"]),)
-        layer_norm_forward_kernel[grid](x, weight, bias, y, mean, rstd, mean.numel(), x.shape[-1], eps, **config)
+        layer_norm_forward_kernel[grid](
+            x, weight, bias, y, mean, rstd, mean.numel(), x.shape[-1], eps, **config
+        )
     return y, mean, rstd
 
 
@@ -123,8 +143,8 @@ def launch_layer_norm_backward(
     programs = min(triton.cdiv(mean.numel(), config["BLOCK_R"]), 4 * processors(x.device))
     partial = torch.empty(2, programs, x.shape[-1], dtype=torch.float32, device=x.device)
     layer_norm_backward_kernel[(programs,)](
-        grad, x, weight, mean.contiguous(), rstd.contiguous(), dx, partial[0], partial[1], mean.numel(), x.shape[-1],
-        **config,
+        grad, x, weight, mean.contiguous(), rstd.contiguous(), dx, partial[0], partial[1],
+        mean.numel(), x.shape[-1], **config,
     )  # fmt: skip
     dweight, dbias = partial.sum(1).to(weight.dtype).unbind()
     return dx, dweight.clone(), dbias.clone()
@@ -177,7 +197,9 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
         raise ValueError("layer_norm: x has no dimension to normalise; give it at least one.")
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor.shape != x.shape[-1:]:
-            raise ValueError(f"layer_norm: {name} is {tuple(tensor.shape)}; x {tuple(x.shape)} needs ({x.shape[-1]},).")
+            raise ValueError(
+                f"layer_norm: {name} is {tuple(tensor.shape)}; x {tuple(x.shape)} needs ({x.shape[-1]},)."
+            )
     if not eps > 0:
         raise ValueError(f"layer_norm: eps is {eps}; it must be positive.")
     return torch.ops.tapelm.layer_norm_forward(x, weight, bias, eps)[0]

@@ -1,9 +1,9 @@
 """Linear layer.
 
-    y = x @ weight.T + bias        dx = grad @ weight        dweight = grad.T @ x        dbias = sum over rows of grad
+    y = x @ weight.T + bias    dx = grad @ weight    dweight = grad.T @ x      dbias = sum over rows of grad
 
-Shapes: x, dx (..., K); y, grad (..., N); weight, dweight (N, K); bias, dbias (N,), all of one dtype. The CPU kernel is
-ours; CUDA uses torch's matrix products, which are cuBLAS.
+Shapes: x, dx (..., K); y, grad (..., N); weight, dweight (N, K); bias, dbias (N,), all of one dtype. The CPU
+kernel is ours; CUDA uses torch's matrix products, which are cuBLAS.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def launch_linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
 
 
 @register_cuda("linear_backward")
-def launch_linear_backward(grad: Tensor, x: Tensor, weight: Tensor, has_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+def launch_linear_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, has_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """``tapelm::linear_backward`` on CUDA."""
     grad, x = grad.contiguous(), x.contiguous()
     rows = grad.view(-1, weight.shape[0]) if grad.numel() else grad.new_zeros(0, weight.shape[0])
@@ -55,7 +57,11 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @register_fake("linear_backward")
 def _(grad: Tensor, x: Tensor, weight: Tensor, has_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0] if has_bias else 0)
+    return (
+        x.new_empty(x.shape),
+        weight.new_empty(weight.shape),
+        weight.new_empty(weight.shape[0] if has_bias else 0),
+    )
 
 
 def _setup(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
@@ -79,7 +85,9 @@ def _(x_shape: Any, weight_shape: Any, *args: Any, out_shape: Any = None, **kwar
 
 
 @register_flop_formula(torch.ops.tapelm.linear_backward)
-def _(grad_shape: Any, x_shape: Any, weight_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+def _(
+    grad_shape: Any, x_shape: Any, weight_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
     return 4 * math.prod(x_shape[:-1]) * math.prod(weight_shape)
 
 
@@ -101,7 +109,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     x, weight, bias = autocast(x, weight, bias)
     check_tensors("linear", x=x, weight=weight, bias=bias)
     if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"linear: weight is {tuple(weight.shape)}; x {tuple(x.shape)} needs (N, {x.shape[-1:]}).")
+        raise ValueError(
+            f"linear: weight is {tuple(weight.shape)}; x {tuple(x.shape)} needs (N, {x.shape[-1:]})."
+        )
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"linear: bias is {tuple(bias.shape)}; weight {tuple(weight.shape)} needs one per row.")
+        raise ValueError(
+            f"linear: bias is {tuple(bias.shape)}; weight {tuple(weight.shape)} needs one per row."
+        )
     return torch.ops.tapelm.linear_forward(x, weight, bias)

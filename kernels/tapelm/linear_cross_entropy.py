@@ -5,12 +5,16 @@
     dlogits = (softmax(logits) - onehot(target)) / number of valid rows, 0 on ignored rows
     dhidden = dlogits @ weight      dweight = dlogits.T @ hidden      dbias = sum over rows of dlogits
 
-The forward pass goes over chunks of rows and turns the logits of a chunk into dlogits in place, so the gradients for an
-upstream gradient of 1 exist when it ends; backward multiplies them by the upstream scalar. With no valid row the loss is
-NaN, as in torch. [Idea: Hsu et al., "Liger kernel", 2024; Wijmans et al., "Cut your losses", 2024]
+The forward pass goes over chunks of rows and turns the logits of a chunk into dlogits in place, so the
+gradients for an upstream gradient of 1 exist when it ends; backward multiplies them by the upstream scalar.
+With no valid row the loss is NaN, as in torch. [Idea: Hsu et al., "Liger kernel", 2024; Wijmans et al., "Cut
+your losses", 2024]
 
 Shapes: hidden (N, C), weight (V, C), bias (V,), all of one dtype; targets (N,) int64; loss () float32.
 """
+
+# Triton's stubs do not know its own language and launch options.
+# pyright: reportCallIssue=false
 
 from __future__ import annotations
 
@@ -33,12 +37,21 @@ def linear_cross_entropy_reference(
 ) -> Tensor:
     """The definition in plain PyTorch, any dtype."""
     logits = torch.nn.functional.linear(hidden, weight, bias)
-    return torch.nn.functional.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=ignore_index)
+    return torch.nn.functional.cross_entropy(
+        logits.flatten(0, -2), targets.flatten(), ignore_index=ignore_index
+    )
 
 
 @triton.jit(do_not_specialize=["ignore_index"])
 def cross_entropy_kernel(
-    logits_ptr, targets_ptr, losses_ptr, valid_ptr, vocabulary, ignore_index, NEED_GRAD: tl.constexpr, BLOCK: tl.constexpr
+    logits_ptr,
+    targets_ptr,
+    losses_ptr,
+    valid_ptr,
+    vocabulary,
+    ignore_index,
+    NEED_GRAD: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """One row: its loss / number of valid rows, and its logits replaced by dlogits."""
     row = tl.program_id(0).to(tl.int64)
@@ -86,7 +99,11 @@ def launch_linear_cross_entropy_forward(
     valid = (targets != ignore_index).sum()
     dhidden = torch.empty_like(hidden) if need_grad else hidden.new_empty(0)
     dweight = torch.zeros_like(weight, dtype=torch.float32) if need_grad else weight.new_empty(0)
-    dbias = weight.new_zeros(vocabulary, dtype=torch.float32) if need_grad and bias is not None else weight.new_empty(0)
+    dbias = (
+        weight.new_zeros(vocabulary, dtype=torch.float32)
+        if need_grad and bias is not None
+        else weight.new_empty(0)
+    )
     for first in range(0, rows, chunk):
         part = slice(first, first + chunk)
         logits = torch.nn.functional.linear(hidden[part], weight, bias)
@@ -124,7 +141,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
 
 def _backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
     if not ctx.need_grad:
-        raise RuntimeError("linear_cross_entropy: the loss was computed without gradients; call it with grad enabled.")
+        raise RuntimeError(
+            "linear_cross_entropy: the loss was computed without gradients; call it with grad enabled."
+        )
     dhidden, dweight, dbias = ctx.saved_tensors
     return grad * dhidden, grad * dweight, None, grad * dbias if ctx.has_bias else None, None, None
 
@@ -134,8 +153,8 @@ register_autograd("linear_cross_entropy_forward", _setup, _backward)
 
 @register_flop_formula(torch.ops.tapelm.linear_cross_entropy_forward)
 def _(
-    hidden_shape: Any, weight_shape: Any, targets_shape: Any, bias_shape: Any, ignore_index: int, need_grad: bool,
-    *args: Any, out_shape: Any = None, **kwargs: Any,
+    hidden_shape: Any, weight_shape: Any, targets_shape: Any, bias_shape: Any, ignore_index: int,
+    need_grad: bool, *args: Any, out_shape: Any = None, **kwargs: Any,
 ) -> int:  # fmt: skip
     return (6 if need_grad else 2) * hidden_shape[0] * weight_shape[0] * weight_shape[1]
 
@@ -143,7 +162,7 @@ def _(
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = None, ignore_index: int = -100
 ) -> Tensor:
-    """Mean cross-entropy of ``hidden @ weight.T + bias`` against ``targets`` over the targets that are not ignored.
+    """Mean cross-entropy of ``hidden @ weight.T + bias`` against those ``targets`` that are not ignored.
 
     Args:
         hidden: (..., C); float32 or bfloat16, on CUDA also float16.
@@ -164,17 +183,23 @@ def linear_cross_entropy(
     if targets.dtype != torch.int64:
         raise TypeError(f"linear_cross_entropy: targets are {targets.dtype}; pass targets.long().")
     if targets.device != hidden.device:
-        raise ValueError(f"linear_cross_entropy: targets are on {targets.device} but hidden is on {hidden.device}.")
+        raise ValueError(
+            f"linear_cross_entropy: targets are on {targets.device} but hidden is on {hidden.device}."
+        )
     if weight.dim() != 2 or hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"linear_cross_entropy: weight is {tuple(weight.shape)}; hidden {tuple(hidden.shape)} needs (V, C)."
+            f"linear_cross_entropy: weight is {tuple(weight.shape)}; "
+            f"hidden {tuple(hidden.shape)} needs (V, {hidden.shape[-1] if hidden.dim() else 1})."
         )
     if targets.shape != hidden.shape[:-1]:
         raise ValueError(
-            f"linear_cross_entropy: targets are {tuple(targets.shape)}; hidden {tuple(hidden.shape)} needs one per row."
+            f"linear_cross_entropy: targets are {tuple(targets.shape)}; "
+            f"hidden {tuple(hidden.shape)} needs {tuple(hidden.shape[:-1])}."
         )
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"linear_cross_entropy: bias is {tuple(bias.shape)}; it must be ({weight.shape[0]},).")
+        raise ValueError(
+            f"linear_cross_entropy: bias is {tuple(bias.shape)}; it must be ({weight.shape[0]},)."
+        )
     need_grad = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)
     )

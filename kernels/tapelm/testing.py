@@ -1,7 +1,8 @@
-"""How an op is tested: against its reference in float64, with one table of tolerances, on every device it has.
+"""How an op is tested: against its reference in float64, by one table of tolerances, on all its devices.
 
-``check_op`` covers values, gradients, determinism and strides; ``check_registration`` covers schema, fake and autograd.
-``interpreted_triton`` runs the Triton kernels on CPU tensors in Triton's interpreter, made honest for bfloat16.
+``check_op`` covers values, gradients, determinism and strides; ``check_registration`` covers schema, fake and
+autograd. ``interpreted_triton`` runs the Triton kernels on CPU tensors in Triton's interpreter, made honest
+for bfloat16.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from triton.runtime import interpreter
 
 from ._library import CUDA_LAUNCHERS
 
-# dtype of the inputs -> (how many times PyTorch's own error in that dtype we may have, slack relative to the exact
-# values). The slack is one rounding in the half-precision types; in float32 it covers exp of rounded scores.
+# dtype of the inputs -> (how many times PyTorch's own error in that dtype we may have, slack relative to the
+# exact values). The slack is one rounding in the half-precision types; in float32 it covers exp of rounded
+# scores.
 TOLERANCES: dict[torch.dtype, tuple[float, float]] = {
     torch.float32: (2.0, 2.0**-18),
     torch.bfloat16: (2.0, 2.0**-8),
@@ -31,16 +33,22 @@ TOLERANCES: dict[torch.dtype, tuple[float, float]] = {
 def assert_close(name: str, dtype: torch.dtype, ours: Tensor, theirs: Tensor, exact: Tensor) -> None:
     """Asserts that our error against ``exact`` (float64) is within the tolerance of inputs of ``dtype``.
 
-    Both the largest and the root-mean-square error are compared with those of ``theirs``, PyTorch in ``dtype``.
+    Both the largest and the root-mean-square error are compared with those of ``theirs``, PyTorch in
+    ``dtype``.
     """
     assert ours.shape == exact.shape, f"{name}: shape {tuple(ours.shape)}, expected {tuple(exact.shape)}"
     if not exact.numel():
         return
     factor, slack = TOLERANCES[dtype]
     assert bool(ours.isfinite().all()), f"{name}: not finite"
-    for kind, norm in (("largest", lambda x: float(x.abs().max())), ("rms", lambda x: float(x.square().mean().sqrt()))):
+    for kind, norm in (
+        ("largest", lambda x: float(x.abs().max())),
+        ("rms", lambda x: float(x.square().mean().sqrt())),
+    ):
         own, peer, floor = norm(ours.double() - exact), norm(theirs.double() - exact), slack * norm(exact)
-        assert own <= factor * peer + floor, f"{name}: {kind} error {own:.3e}, PyTorch's {peer:.3e}, slack {floor:.1e}"
+        assert own <= factor * peer + floor, (
+            f"{name}: {kind} error {own:.3e}, PyTorch's {peer:.3e}, slack {floor:.1e}"
+        )
 
 
 def _gradients(
@@ -48,7 +56,9 @@ def _gradients(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     leaves = [x.detach().requires_grad_() for x in inputs]
     y = op(*leaves)
-    return y.detach(), torch.autograd.grad(y, leaves, torch.ones_like(y) if grad is None else grad.to(y.dtype))
+    return y.detach(), torch.autograd.grad(
+        y, leaves, torch.ones_like(y) if grad is None else grad.to(y.dtype)
+    )
 
 
 def _strided(x: Tensor) -> Tensor:
@@ -61,7 +71,7 @@ def _strided(x: Tensor) -> Tensor:
 def check_op(
     op: Callable[..., Tensor], reference: Callable[..., Tensor], *inputs: Tensor, repeat: bool = True
 ) -> None:
-    """Asserts that ``op`` equals ``reference`` in value and gradient, repeats bit for bit and takes any strides.
+    """Asserts that ``op`` equals ``reference`` in value and gradient, repeats exactly and takes any strides.
 
     Args:
         op: function of ``inputs`` alone; a random one must draw from a fixed seed.
@@ -87,7 +97,8 @@ def check_op(
     assert torch.equal(y, again_y), "rerun: values differ"
     for index, (a, b) in enumerate(zip(ours, again, strict=True)):
         assert torch.equal(a, b), f"rerun: gradient {index} differs"
-    # A matrix product may sum in another order when its operands lie differently in memory: tolerance, not equality.
+    # A matrix product may sum in another order when its operands lie differently in memory: tolerance, not
+    # equality.
     strided_y, strided = _gradients(op, [_strided(x) for x in inputs], grad)
     assert_close("value with other strides", dtype, strided_y, theirs_y, exact_y)
     for index, (a, b, c) in enumerate(zip(strided, theirs, exact, strict=True)):
@@ -114,8 +125,8 @@ def _round(x: np.ndarray) -> np.ndarray:
 class _HonestBfloat16:
     """Replacements for methods of Triton's InterpreterBuilder, which keeps bfloat16 as raw uint16.
 
-    The originals truncate on the way to bfloat16 and do arithmetic on the bits. These round to nearest even, multiply
-    matrices in float32, and refuse element-wise arithmetic: a kernel must cast to float32 first.
+    The originals truncate on the way to bfloat16 and do arithmetic on the bits. These round to nearest even,
+    multiply matrices in float32, and refuse element-wise arithmetic: a kernel must cast to float32 first.
     """
 
     builder = interpreter.InterpreterBuilder

@@ -184,6 +184,14 @@ def test_corrupt_newest_checkpoint_falls_back_to_the_one_before(
     assert [record["step"] for record in records(tmp_path)] == list(range(1, 11))
 
 
+def test_going_back_abandons_later_checkpoints(tiny_data: Path, tmp_path: Path) -> None:
+    train(tiny(tiny_data, tmp_path))
+    earlier = tmp_path / "checkpoints" / "step-00000008"
+    train(tiny(tiny_data, tmp_path, resume=str(earlier), stop_after=1))
+    assert checkpoints(tmp_path) == ["step-00000008", "step-00000009"]
+    assert records(tmp_path)[-1]["step"] == 9 and summary(tmp_path)["steps"] == 9
+
+
 def test_truncated_and_missing_files_are_corrupt_too(tiny_data: Path, tmp_path: Path) -> None:
     train(tiny(tiny_data, tmp_path, stop_after=2))
     path = tmp_path / "checkpoints" / "step-00000002"

@@ -1,7 +1,8 @@
-"""Compiles every Triton kernel at its shipped configurations without a GPU; prints registers and spilled bytes as JSON.
+"""Compiles the Triton kernels as they ship, without a GPU; prints registers and spilled bytes as JSON lines.
 
-Run by test_triton_compile.py in a process of its own, because kernels imported for the interpreter cannot be compiled:
-    python compile_triton.py CAPABILITY...
+Run by test_triton_compile.py in a process of its own, because kernels imported for the interpreter cannot be
+compiled:
+    python compile_triton.py CAPABILITY[,CAPABILITY...] [LABEL_PREFIX...]
 """
 
 import json
@@ -33,8 +34,8 @@ ELEMENT = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
 FLOATS = {"scale", "rescale", "eps", "beta1", "beta2", "decay", "step_size", "inverse_root_correction"}
 POINTERS = {
     "lse_ptr": "fp32", "delta_ptr": "fp32", "mean_ptr": "fp32", "rstd_ptr": "fp32", "dweight_ptr": "fp32",
-    "dbias_ptr": "fp32", "partial_ptr": "fp32", "losses_ptr": "fp32", "grad_scale_ptr": "fp32", "table_ptr": "i64",
-    "targets_ptr": "i64", "valid_ptr": "i64", "seed_ptr": "i64", "documents_ptr": "i32",
+    "dbias_ptr": "fp32", "partial_ptr": "fp32", "losses_ptr": "fp32", "grad_scale_ptr": "fp32",
+    "table_ptr": "i64", "targets_ptr": "i64", "valid_ptr": "i64", "seed_ptr": "i64", "documents_ptr": "i32",
 }  # fmt: skip
 
 
@@ -69,15 +70,17 @@ def compile_kernel(kernel, capability: int, element: str, config: dict, absent: 
             [CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
     found = {key: int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL")}
-    wide = len(re.findall(r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64|cp\.async\.cg", compiled.asm["ptx"]))
+    wide = len(
+        re.findall(r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64|cp\.async\.cg", compiled.asm["ptx"])
+    )
     return {
-        "registers": found["REG"], "spilled": found["STACK"] + found["LOCAL"], "shared": compiled.metadata.shared,
-        "wide_loads": wide,
+        "registers": found["REG"], "spilled": found["STACK"] + found["LOCAL"],
+        "shared": compiled.metadata.shared, "wide_loads": wide,
     }  # fmt: skip
 
 
 def configurations(element: str) -> list[tuple[str, object, dict, tuple[str, ...]]]:
-    """(label, kernel, config, arguments that are None) of everything that ships, for tensors of ``element``."""
+    """(label, kernel, config, arguments that are None) of all that ships, for tensors of ``element``."""
     k = attention_kernels
     size = ELEMENT[element].primitive_bitwidth // 8
     rows = []
@@ -87,10 +90,13 @@ def configurations(element: str) -> list[tuple[str, object, dict, tuple[str, ...
             ("keys", k.attention_backward_keys_kernel, KEYS_CONFIGS),
             ("queries", k.attention_backward_queries_kernel, QUERIES_CONFIGS),
         ):
-            config = {**attention_config(table, size, width), "CAUSAL": True}
-            plain = ("documents_ptr", "seed_ptr")
-            variants = {"": plain, "+dropout": plain[:1], "+documents": plain[1:]}
-            for suffix, absent in variants.items():
+            for suffix, absent in (
+                ("", ("documents_ptr", "seed_ptr")),
+                (" dropout", ("documents_ptr",)),
+                (" documents", ("seed_ptr",)),
+                (" both", ()),
+            ):
+                config = {**attention_config(table, size, width, bool(suffix)), "CAUSAL": True}
                 rows.append((f"attention {label} {width}{suffix}", kernel, config, absent))
         delta = {"D": width, "BLOCK_D": width, "BLOCK_M": 32, "num_warps": 4}
         rows.append((f"attention delta {width}", k.attention_delta_kernel, delta, ()))
@@ -118,7 +124,7 @@ if __name__ == "__main__":
     for capability in sys.argv[1].split(","):
         for element in ("bf16", "fp32"):
             for label, kernel, config, absent in configurations(element):
-                if any(part in label for part in chosen):
+                if any(label.startswith(part) for part in chosen):
                     facts = compile_kernel(kernel, int(capability), element, config, absent)
                     row = {"kernel": label, "element": element, "capability": int(capability), **facts}
                     print(json.dumps(row), flush=True)

@@ -1,4 +1,4 @@
-"""Every kernel test runs on each implementation: the C++ kernels, and Triton on the GPU or in its interpreter."""
+"""Kernel tests run on each implementation: the C++ kernels, and Triton on the GPU or in its interpreter."""
 
 from collections.abc import Callable, Iterator
 from functools import partial

@@ -2,8 +2,9 @@ import copy
 import importlib
 
 import pytest
-import tapelm
 import torch
+
+import tapelm
 from tapelm.adamw import adamw_reference
 from tapelm.testing import check_registration
 
@@ -49,7 +50,11 @@ def test_equals_torch_over_20_steps(device):
 
 def test_equals_float64_reference(device):
     p = parameters(torch.float32, device, [(40,)])[0]
-    state = p.detach().double(), torch.zeros(40, device=device).double(), torch.zeros(40, device=device).double()
+    state = (
+        p.detach().double(),
+        torch.zeros(40, device=device).double(),
+        torch.zeros(40, device=device).double(),
+    )
     optimizer = tapelm.AdamW([p], **SETTINGS)
     for step in range(1, 6):
         set_gradients([p])
@@ -115,7 +120,9 @@ def test_state_dict_round_trip_is_exact(dtype, device):
     resumed = tapelm.AdamW(copies, lr=9.0, max_grad_norm=1.0)
     resumed.load_state_dict(saved)
     for p in copies:
-        assert all(value.dtype == torch.float32 for value in resumed.state[p].values() if torch.is_tensor(value))
+        assert all(
+            value.dtype == torch.float32 for value in resumed.state[p].values() if torch.is_tensor(value)
+        )
     train(optimizer, params, 2, seed=2)
     train(resumed, copies, 2, seed=2)
     assert all(torch.equal(a, b) for a, b in zip(params, copies, strict=True))

@@ -1,9 +1,10 @@
 import pytest
-import tapelm
 import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import tapelm
 from tapelm.attention import attention_reference
 from tapelm.testing import check_registration
-from torch.utils.flop_counter import FlopCounterMode
 
 SEED = 2**40 + 12345
 
@@ -28,9 +29,7 @@ LARGER_CASES = [
 
 def make(b, hq, hkv, t, d, dtype, device):
     # (B, T, H, D) storage seen as (B, H, T, D), as a model passes it.
-    return [
-        torch.randn(b, t, h, d, dtype=dtype).to(device).transpose(1, 2) for h in (hq, hkv, hkv)
-    ]
+    return [torch.randn(b, t, h, d, dtype=dtype).to(device).transpose(1, 2) for h in (hq, hkv, hkv)]
 
 
 def documents_of(b, t, device):
@@ -47,7 +46,9 @@ def test_values_and_gradients(b, hq, hkv, t, d, causal, p, documents, dtype, dev
         return torch.ops.tapelm.attention_forward(q, k, v, causal, scale, p, seed, ids)[0]
 
     def reference(q, k, v):
-        return attention_reference(q, k, v, causal=causal, scale=scale, dropout_p=p, seed=seed, document_ids=ids)
+        return attention_reference(
+            q, k, v, causal=causal, scale=scale, dropout_p=p, seed=seed, document_ids=ids
+        )
 
     check(op, reference, *make(b, hq, hkv, t, d, dtype, device))
 
@@ -124,7 +125,9 @@ def test_compiles():
     compiled = torch.compile(tapelm.attention, fullgraph=True, backend="aot_eager")
     eager, out = tapelm.attention(q, k, v), compiled(q, k, v)
     assert torch.equal(eager, out)
-    for a, b in zip(torch.autograd.grad(eager.sum(), (q, k, v)), torch.autograd.grad(out.sum(), (q, k, v)), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(eager.sum(), (q, k, v)), torch.autograd.grad(out.sum(), (q, k, v)), strict=True
+    ):
         assert torch.equal(a, b)
     assert compiled(q, k, v, dropout_p=0.5, document_ids=documents_of(1, 9, "cpu")).shape == q.shape
 
@@ -153,7 +156,11 @@ def test_second_derivative_is_refused():
 @pytest.mark.parametrize(
     "change,error,match",
     [
-        (lambda a: a.update(q=a["q"].double(), k=a["k"].double(), v=a["v"].double()), TypeError, "q is torch.float64"),
+        (
+            lambda a: a.update(q=a["q"].double(), k=a["k"].double(), v=a["v"].double()),
+            TypeError,
+            "q is torch.float64",
+        ),
         (lambda a: a.update(k=a["k"].bfloat16()), TypeError, "k is torch.bfloat16"),
         (lambda a: a.update(q=a["q"][0]), ValueError, "q is"),
         (lambda a: a.update(v=a["v"][:, :, :5]), ValueError, "v is"),

@@ -1,6 +1,7 @@
 import pytest
-import tapelm
 import torch
+
+import tapelm
 from tapelm.bias_gelu import bias_gelu_reference
 from tapelm.testing import check_registration
 

@@ -1,6 +1,7 @@
 import pytest
-import tapelm
 import torch
+
+import tapelm
 from tapelm.dropout import dropout_reference, philox_reference
 from tapelm.testing import check_registration
 

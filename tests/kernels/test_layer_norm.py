@@ -1,13 +1,16 @@
 import pytest
-import tapelm
 import torch
+
+import tapelm
 from tapelm.layer_norm import MAX_CUDA_WIDTH, launch_config, layer_norm_reference
 from tapelm.testing import check_registration
 
 
 def make(shape, dtype, device):
     x = torch.randn(shape, dtype=dtype) * 2 + 1
-    return [t.to(device) for t in (x, torch.randn(shape[-1:], dtype=dtype), torch.randn(shape[-1:], dtype=dtype))]
+    return [
+        t.to(device) for t in (x, torch.randn(shape[-1:], dtype=dtype), torch.randn(shape[-1:], dtype=dtype))
+    ]
 
 
 @pytest.mark.parametrize("shape", [(1, 3), (5, 33), (2, 3, 64), (70, 24), (3, 2100)])

@@ -1,16 +1,19 @@
 import pytest
-import tapelm
 import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import tapelm
 from tapelm.linear import linear_reference
 from tapelm.testing import check_registration
-from torch.utils.flop_counter import FlopCounterMode
 
 
 def make(rows, k, n, dtype, device="cpu"):
     return [torch.randn(shape, dtype=dtype).to(device) for shape in ((*rows, k), (n, k), (n,))]
 
 
-@pytest.mark.parametrize("rows,k,n", [((1,), 1, 1), ((5,), 33, 17), ((2, 3), 64, 48), ((70,), 100, 130), ((), 8, 3)])
+@pytest.mark.parametrize(
+    "rows,k,n", [((1,), 1, 1), ((5,), 33, 17), ((2, 3), 64, 48), ((70,), 100, 130), ((), 8, 3)]
+)
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_values_and_gradients(rows, k, n, has_bias, dtype, device, check):
     x, weight, bias = make(rows, k, n, dtype, device)

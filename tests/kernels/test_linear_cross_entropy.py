@@ -1,11 +1,12 @@
 import importlib
 
 import pytest
-import tapelm
 import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import tapelm
 from tapelm.linear_cross_entropy import linear_cross_entropy_reference
 from tapelm.testing import check_registration
-from torch.utils.flop_counter import FlopCounterMode
 
 
 def make(n, c, v, dtype, device="cpu"):
@@ -65,7 +66,9 @@ def test_leading_dimensions(device):
 def test_huge_logits_stay_finite(device):
     hidden, weight, _, targets = make(8, 16, 40, torch.float32, device)
     loss = tapelm.linear_cross_entropy(hidden * 1e4, weight, targets)
-    torch.testing.assert_close(loss, linear_cross_entropy_reference(hidden * 1e4, weight, targets), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        loss, linear_cross_entropy_reference(hidden * 1e4, weight, targets), rtol=1e-5, atol=0
+    )
 
 
 @pytest.mark.parametrize("n", [0, 5])
@@ -79,7 +82,10 @@ def test_registration():
     hidden, weight, bias, targets = make(6, 4, 9, torch.float32)
     hidden, weight, bias = (t.requires_grad_() for t in (hidden, weight, bias))
     utils = ("test_schema", "test_autograd_registration", "test_faketensor")
-    for arguments in ((hidden, weight, targets, bias, -100, True), (hidden, weight, targets, None, -100, True)):
+    for arguments in (
+        (hidden, weight, targets, bias, -100, True),
+        (hidden, weight, targets, None, -100, True),
+    ):
         overload = torch.ops.tapelm.linear_cross_entropy_forward.default
         # The gradient outputs are not differentiable, so the op is compiled in test_compiles instead.
         torch.library.opcheck(overload, arguments, test_utils=utils)
