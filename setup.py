@@ -11,9 +11,11 @@ try:
     import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 except ImportError:
-    sys.exit("tapelm: building needs torch>=2.13,<2.14 (run `pip install torch==2.13.0 -c constraints.txt` first)")
+    sys.exit(
+        "tapelm: building needs torch>=2.13,<2.14 (run `pip install torch==2.13.0 -c constraints.txt` first)"
+    )
 
-# OpenMP is compiled in but not linked: the runtime that torch has already loaded serves both, so there is one thread pool.
+# OpenMP is compiled in but not linked: torch's runtime, already loaded, serves both with one thread pool.
 FLAGS = ["-O3", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"]
 TORCH_INCLUDE = str(Path(torch.__file__).parent / "include")
 
@@ -24,14 +26,23 @@ class Build(BuildExtension):
     def build_extensions(self) -> None:
         compiler = self.compiler.compiler_cxx[0]
         if shutil.which(compiler) is None:
-            sys.exit(f"tapelm: no C++ compiler `{compiler}` found; install one (`apt-get install g++`) or set CXX")
-        print(f"tapelm: building CPU kernels and text extension with {compiler} for torch {torch.__version__}", flush=True)
+            sys.exit(
+                f"tapelm: no C++ compiler `{compiler}` found; install one (`apt-get install g++`) or set CXX"
+            )
+        print(
+            f"tapelm: building CPU kernels and text extension with {compiler} for torch {torch.__version__}",
+            flush=True,
+        )
         super().build_extensions()
 
 
 setup(
     ext_modules=[
-        CppExtension("tapelm._C", sorted(set(glob.glob("csrc/*.cpp")) - {"csrc/python.cpp"}), extra_compile_args=[*FLAGS, "-fopenmp"]),
+        CppExtension(
+            "tapelm._C",
+            sorted(set(glob.glob("csrc/*.cpp")) - {"csrc/python.cpp"}),
+            extra_compile_args=[*FLAGS, "-fopenmp"],
+        ),
         Extension(
             "tapelm._text",
             ["csrc/python.cpp", *sorted(glob.glob("csrc/text/*.cpp"))],

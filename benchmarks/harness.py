@@ -1,4 +1,4 @@
-"""Timing by interleaved rounds: A B ceiling, A B ceiling, ...; what is reported are medians and ratios of one run.
+"""Timing by interleaved rounds: A B ceiling, A B ceiling, ...; reported are medians and ratios of one run.
 
 A shared machine drifts by factors within minutes, so that only times taken in turn can be compared.
 """
@@ -34,7 +34,7 @@ class Case:
     """One shape of one subject with the variants that are timed in turn, the first being the baseline.
 
     `work` is what the maths needs at the least: flops when `bound` is "gemm", bytes when it is "copy".
-    A variant returns its results; `agree` compares one variant's with the baseline's before anything is timed.
+    A variant returns its results; `agree` compares them with the baseline's before anything is timed.
     """
 
     subject: str
@@ -162,7 +162,9 @@ def report(title: str, rows: list[Row], device: torch.device, json_path: Path | 
     table = Table(title=title)
     columns = ("op", "shape", "dtype", "variant", "median ms", "min-max", "speed-up", "of ceiling", "ceiling")
     for column in columns:
-        table.add_column(column, justify="left" if column in ("op", "shape", "variant", "ceiling") else "right")
+        table.add_column(
+            column, justify="left" if column in ("op", "shape", "variant", "ceiling") else "right"
+        )
     for row in rows:
         table.add_row(
             row.subject,
@@ -180,7 +182,7 @@ def report(title: str, rows: list[Row], device: torch.device, json_path: Path | 
     mark = fingerprint(device)
     console.print(
         f"{mark['device']}, {mark['cpu_capability']}, {mark['date']}, commit {mark['commit']}, "
-        f"torch {mark['versions']['torch']}, load {mark['load_average']:.1f}; median of the rounds, taken in turn"
+        f"torch {mark['versions']['torch']}, load {mark['load_average']:.1f}; medians of interleaved rounds"
     )
     if json_path is not None:
         json_path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """One training step (forward, backward, clip, update) of the plain and the optimized GPT, taken in turn.
 
-Both start from the same weights and see the same batches. The fraction of the ceiling counts the model's own matrix
-products (causal attention at half) against the GEMM peak measured between the steps.
+Both start from the same weights and see the same batches. The fraction of the ceiling counts the model's own
+matrix products (causal attention at half) against the GEMM peak measured between the steps.
 """
 
 from __future__ import annotations
@@ -108,4 +108,6 @@ def agree(plain: Step, optimized: Step) -> None:
         step.model.train()
     tolerance = 1e-4 if optimized.precision == "fp32" else 1e-2
     if abs(losses[0] - losses[1]) > tolerance * abs(losses[0]):
-        raise UserError(f"plain and optimized disagree, nothing was timed: losses {losses[0]} and {losses[1]}")
+        raise UserError(
+            f"plain and optimized disagree, nothing was timed: losses {losses[0]} and {losses[1]}"
+        )

@@ -1,4 +1,4 @@
-"""One file per op: `cases(device)` returns functions that each build one Case, peers and ours on the same tensors."""
+"""One file per op; `cases(device)` returns functions that each build one Case on the same tensors."""
 
 from __future__ import annotations
 

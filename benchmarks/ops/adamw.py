@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-import tapelm
 import torch
 
+import tapelm
 from benchmarks.harness import Case, close
 
 WIDTHS = (512, 768)  # 6 blocks each: 19 and 43 million parameters
@@ -19,7 +19,14 @@ def cases(device: torch.device) -> list[Callable[[], Case]]:
 
 
 def tensors(width: int, device: torch.device) -> list[torch.Tensor]:
-    shapes = 6 * [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width), (width,), (width,)]
+    shapes = 6 * [
+        (3 * width, width),
+        (width, width),
+        (4 * width, width),
+        (width, 4 * width),
+        (width,),
+        (width,),
+    ]
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(shape, generator=generator).to(device) for shape in shapes]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-import tapelm
 import torch
 import torch.nn.functional as F
 
+import tapelm
 from benchmarks.harness import Case, close
 from gpt.ops import causal_attention
 

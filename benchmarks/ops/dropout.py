@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import tapelm
 import torch
 import torch.nn.functional as F
 
+import tapelm
 from benchmarks.harness import Case
 
 SHAPES = ((4096, 512), (8192, 3072))
@@ -21,7 +21,7 @@ def cases(device: torch.device) -> list[Callable[[], Case]]:
 
 
 def same_rate(ours: Sequence[torch.Tensor], _: Any) -> None:
-    """Two generators cannot agree element by element: the share of zeros and the mask of the gradient must."""
+    """Two generators cannot agree element by element; the share of zeros and the gradient's mask must."""
     dropped = (ours[0] == 0).float().mean().item()
     if abs(dropped - P) > 0.01 or not torch.equal(ours[0] == 0, ours[1] == 0):
         raise AssertionError(f"dropout drops {dropped:.3f} instead of {P}, or its gradient has another mask")

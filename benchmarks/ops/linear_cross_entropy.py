@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-import tapelm
 import torch
 import torch.nn.functional as F
 
+import tapelm
 from benchmarks.harness import Case, close
 
 SHAPES = ((2048, 512, 10_000), (1024, 768, 50_304))  # tokens, width, vocabulary
