@@ -170,7 +170,7 @@ class TrainConfig:
 # Each preset lists only what differs from the defaults above.
 PRESETS: dict[str, dict[str, Any]] = {
     # A few minutes for each table of ops on two CPU cores.
-    "demo": {"max_steps": 250},
+    "demo": {"max_steps": 120},
     # The model and schedule of the original course project.
     "seed": {
         "n_layer": 6,

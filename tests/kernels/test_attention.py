@@ -14,16 +14,16 @@ CASES = [
     (2, 2, 2, 33, 24, True, 0.0, False),
     (1, 2, 1, 70, 64, True, 0.0, False),
     (1, 1, 1, 67, 32, False, 0.0, False),
-    (1, 2, 1, 37, 1, True, 0.25, False),
+    (1, 2, 1, 36, 1, True, 0.25, False),
     (2, 2, 1, 41, 17, True, 0.1, True),
     (1, 1, 1, 65, 40, False, 0.5, True),
     (1, 1, 1, 35, 128, True, 0.0, True),
     (1, 1, 1, 18, 256, True, 0.1, False),
 ]
 LARGER_CASES = [
-    (2, 3, 3, 257, 64, True, 0.1, False),
-    (1, 4, 2, 300, 80, True, 0.0, True),
-    (2, 4, 1, 130, 96, False, 0.2, True),
+    (1, 3, 3, 200, 64, True, 0.1, False),
+    (1, 4, 2, 260, 80, True, 0.0, True),
+    (1, 4, 1, 130, 96, False, 0.2, True),
 ]
 
 

@@ -23,7 +23,10 @@ def compile_all(capability: int, labels: list[str]) -> list[dict]:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(capability), *labels], env=environment, capture_output=True, text=True
+        [sys.executable, str(SCRIPT), str(capability), *labels],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -40,5 +43,7 @@ def test_nothing_spills(capability):
 
 @pytest.mark.slow
 def test_streaming_kernels_load_128_bits():
-    for row in compile_all(80, ["layer_norm forward 1024", "bias_gelu", "cross_entropy", "adamw", "grad_norm"]):
+    for row in compile_all(
+        80, ["layer_norm forward 1024", "bias_gelu", "cross_entropy", "adamw", "grad_norm"]
+    ):
         assert row["wide_loads"], row
