@@ -1,16 +1,14 @@
-double sum_of_squares(const float* x, int64_t n) {
-  vf total = {};
+// Float lanes over short runs, their sums in double: the error does not grow with n.
+template <typename T>
+double sum_of_squares(const T* x, int64_t n) {
+  constexpr int64_t RUN = 64 * W;
+  double s = 0.0;
   int64_t i = 0;
-  for (; i + W <= n; i += W) total += load(x + i) * load(x + i);
-  double s = sum(total);
-  for (; i < n; ++i) s += static_cast<double>(x[i]) * x[i];
-  return s;
-}
-double sum_of_squares(const bf16* x, int64_t n) {
-  vf total = {};
-  int64_t i = 0;
-  for (; i + W <= n; i += W) total += load(x + i) * load(x + i);
-  double s = sum(total);
+  while (i + W <= n) {
+    vf total = {};
+    for (const int64_t end = std::min(n, i + RUN); i + W <= end; i += W) total += load(x + i) * load(x + i);
+    s += sum(total);
+  }
   for (; i < n; ++i) s += static_cast<double>(x[i]) * static_cast<double>(x[i]);
   return s;
 }

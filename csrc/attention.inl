@@ -122,10 +122,14 @@ void attention_forward_head(const AttentionShape& s, int64_t head, const int32_t
         mask_row(row, q0 + i, k0, s, documents);
         vf highest = load(row);
         for (int64_t j = W; j < BK; j += W) highest = max(highest, load(row + j));
-        const float new_top = std::max(top[i], max(highest));
+        float new_top = std::max(top[i], max(highest));
         if (new_top == -__builtin_inff()) {
-          std::fill(row, row + BK, 0.0f);  // nothing visible yet
-          continue;
+          // Nothing visible yet, unless it was a NaN that the maximum lost.
+          if (std::none_of(row, row + BK, [](float x) { return x != x; })) {
+            std::fill(row, row + BK, 0.0f);
+            continue;
+          }
+          new_top = __builtin_nanf("");
         }
         const float rescale = std::exp(top[i] - new_top);
         vf weights = {};

@@ -14,6 +14,9 @@ bool prefer_matrix_product() { return isa() != Isa::avx512; }
 
 void matrix_product(Matrix left, Matrix right, int64_t M, int64_t N, int64_t K, const float* bias, bool add, float* out,
                     int64_t ld) {
+  if (K == 0 && !add)
+    for (int64_t m = 0; m < M; ++m)
+      for (int64_t n = 0; n < N; ++n) out[m * ld + n] = bias ? bias[n] : 0.0f;
   const int64_t MC = TAPELM_DISPATCH(linear_row_block()), KC = TAPELM_DISPATCH(linear_depth_block());
   const int64_t NC = TAPELM_DISPATCH(linear_column_block()), NR = TAPELM_DISPATCH(linear_panel());
   const int64_t left_floats = TAPELM_DISPATCH(linear_left_floats());
@@ -51,6 +54,13 @@ Matrix matrix_of(const Tensor& t) { return {t.const_data_ptr<float>(), t.stride(
 
 bool ours(const Tensor& x) { return x.scalar_type() == at::kFloat && prefer_matrix_product(); }
 
+// (..., C) as (rows, C); explicit sizes, since reshape cannot infer one of a tensor without elements.
+Tensor as_rows(const Tensor& t) {
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < t.dim(); ++i) rows *= t.size(i);
+  return t.reshape({rows, t.size(-1)});
+}
+
 Tensor linear_forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   check(x, weight);
   if (bias.has_value()) {
@@ -58,8 +68,8 @@ Tensor linear_forward(const Tensor& x, const Tensor& weight, const std::optional
     TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == weight.size(0), "linear: bias must have shape (",
                       weight.size(0), ")");
   }
-  if (!ours(x) || x.numel() == 0 || weight.numel() == 0) return at::linear(x, weight, bias);
-  const Tensor rows = x.reshape({-1, x.size(-1)});
+  if (!ours(x)) return at::linear(x, weight, bias);
+  const Tensor rows = as_rows(x);
   const Tensor b = bias.has_value() ? bias->contiguous() : Tensor();
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = weight.size(0);
@@ -74,9 +84,11 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad, const Ten
   check(x, weight);
   check_same_dtype(grad, x, "linear", "grad");
   const int64_t N = weight.size(0), K = weight.size(1);
-  const Tensor g = grad.reshape({-1, N}), rows = x.reshape({-1, K});
+  TORCH_CHECK_VALUE(grad.dim() == x.dim() && grad.size(-1) == N, "linear: grad ", grad.sizes(), " does not fit weight ",
+                    weight.sizes());
+  const Tensor g = as_rows(grad), rows = as_rows(x);
   const Tensor dbias = has_bias ? g.sum(0) : at::empty({0}, x.options());
-  if (!ours(x) || x.numel() == 0 || weight.numel() == 0)
+  if (!ours(x))
     return {at::mm(g, weight).reshape(x.sizes()), at::mm(g.t(), rows), dbias};
   Tensor dx = at::empty(x.sizes(), x.options()), dweight = at::empty(weight.sizes(), weight.options());
   matrix_product(matrix_of(g), matrix_of(weight), g.size(0), K, N, nullptr, false, dx.mutable_data_ptr<float>(), K);
