@@ -18,8 +18,8 @@ import torch
 import tyro
 
 from benchmarks import harness, ops, train
-from gpt.cli import UserError, run_program
-from gpt.hardware import pick_device
+from gpt.cli import UserError, prepare_output, run_program
+from gpt.hardware import pick_device, set_threads
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,10 @@ class Options:
 def run(options: Options) -> int:
     if options.rounds < 1 or options.batch_size < 1:
         raise UserError("--rounds and --batch-size must be at least 1")
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    set_threads(options.threads)
     device = pick_device(options.device)
+    if options.json is not None:
+        prepare_output(options.json)
     rows: list[harness.Row] = []
     if options.subject in ("ops", "all", "gpu-check"):
         cases = [case for name, case in ops.cases(device) if options.only in name]

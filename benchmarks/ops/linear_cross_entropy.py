@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch.nn.modules.linear_cross_entropy_options import LinearCrossEntropyOptions
 
 import tapelm
 from benchmarks.harness import Case, close
@@ -35,7 +36,7 @@ def case(device: torch.device, shape: tuple[int, int, int]) -> Case:
         dtype=torch.float32,
         variants={
             "stored logits": partial(run, lambda h, w, t: F.cross_entropy(F.linear(h, w), t)),
-            "torch fused": partial(run, F.linear_cross_entropy),
+            "torch fused": partial(run, partial(F.linear_cross_entropy, options=LinearCrossEntropyOptions())),
             "tapelm": partial(run, tapelm.linear_cross_entropy),
         },
         bound="gemm",

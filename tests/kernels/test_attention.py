@@ -178,3 +178,13 @@ def test_bad_arguments(change, error, match):
     change(arguments)
     with pytest.raises(error, match=match):
         tapelm.attention(**arguments)
+
+
+def test_a_nan_key_reaches_every_row_that_sees_it() -> None:
+    """Also rows that see nothing else in its block of keys, whose maximum a NaN does not raise."""
+    T, first = 130, 95
+    q, k, v = (torch.randn(1, 1, T, 16) for _ in range(3))
+    k[0, 0, first] = float("nan")
+    documents = (torch.arange(T) >= first).int()[None]
+    out = tapelm.attention(q, k, v, document_ids=documents)
+    assert out.isnan().any(-1).sum().item() == T - first

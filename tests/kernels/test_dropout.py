@@ -85,3 +85,9 @@ def test_bad_probability(p):
 def test_bad_dtype():
     with pytest.raises(TypeError, match=r"x is torch\.float64"):
         tapelm.dropout(torch.randn(3).double(), 0.5)
+
+
+def test_a_dropped_infinity_is_zero() -> None:
+    y = tapelm.dropout(torch.full((4096,), float("inf")), 0.5)
+    assert not y.isnan().any()
+    assert 0 < (y == 0).sum() < 4096

@@ -1,4 +1,5 @@
 import importlib
+import math
 
 import pytest
 import torch
@@ -130,3 +131,9 @@ def test_bad_arguments(change, error, match):
     hidden, weight, targets, bias = change(*make(6, 4, 9, torch.float32))
     with pytest.raises(error, match=match):
         tapelm.linear_cross_entropy(hidden, weight, targets, bias=bias)
+
+
+def test_no_features_is_a_uniform_guess() -> None:
+    targets = torch.zeros(5, dtype=torch.int64)
+    loss = tapelm.linear_cross_entropy(torch.randn(5, 0), torch.randn(7, 0), targets)
+    assert abs(loss.item() - math.log(7)) < 1e-6
