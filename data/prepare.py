@@ -44,6 +44,7 @@ from data.sources.wheels import default_cache, fetch_packages
 from tapelm import Tokenizer, write_shards
 
 ENCODE_BATCH = 256
+MOST_EMBARGO_DAYS = 36_500  # further back, dates leave the calendar
 
 
 @dataclass
@@ -128,6 +129,10 @@ def _check(config: Config) -> None:
         raise DataError(f"--vocab-size must be at least 257: 256 bytes and {END_OF_TEXT}")
     if config.min_block < 1:
         raise DataError(f"--min-block must be at least 1, got {config.min_block}")
+    if not 0 <= config.embargo_days <= MOST_EMBARGO_DAYS:
+        raise DataError(
+            f"embargo_days must not be negative or above {MOST_EMBARGO_DAYS}, got {config.embargo_days}"
+        )
     if config.source == "packages" and config.input:
         raise DataError("--input goes with --source files")
     cuts = (config.validation_from, config.test_from, config.until)

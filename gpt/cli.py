@@ -62,6 +62,19 @@ class StopRequest:
         self.__exit__()
 
 
+def prepare_output(path: Path) -> None:
+    """Create the folder of a file that is written at the end, before the work that it would cost.
+
+    Raises UserError when no file can be there.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"cannot write {path}: {error.filename} is not a directory") from error
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a directory")
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file through a temporary sibling and a rename, so that a failure leaves the old file."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")

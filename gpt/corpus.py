@@ -12,6 +12,7 @@ from gpt.cli import UserError
 from gpt.config import TrainConfig
 from tapelm import Tokenizer, TokenLoader
 from tapelm.loader import Batch
+from tapelm.shards import verify_shards
 
 END_OF_TEXT = "<|endoftext|>"
 SHARD_HEADER_BYTES = 64  # csrc/text/shards.h
@@ -42,6 +43,20 @@ def open_loader(
         return TokenLoader(shards, batch_size, block_size, seed=seed, device=device)
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def check_shards(data: Path, tokenizer: Tokenizer) -> None:
+    """Raise UserError unless the shards of `data` are whole and their ids are those of `tokenizer`."""
+    for split in ("train", "val"):
+        try:
+            vocab_size = verify_shards(data / split)["vocab_size"]
+        except ValueError as error:
+            raise UserError(f"{error}: run python -m data.prepare again") from error
+        if vocab_size != tokenizer.vocab_size:
+            raise UserError(
+                f"{data / split} was encoded with {vocab_size} token ids, but {data / 'tokenizer.json'} has "
+                f"{tokenizer.vocab_size}: run python -m data.prepare again"
+            )
 
 
 def fixed_batches(config: TrainConfig, device: torch.device) -> list[Batch]:
@@ -82,10 +97,10 @@ def read_domains(path: Path, max_bytes: int = 0) -> dict[str, list[str]]:
         raise UserError(f"no {path}: run python -m data.prepare first")
     domains: dict[str, list[str]] = {}
     left: dict[str, int] = {}
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             try:
-                document = json.loads(line)
+                document = json.loads(line.decode())
                 source, text = str(document["source"]), document["text"].encode()
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UserError(f"{path}:{number}: not a document with text and source") from error

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import shlex
 import shutil
@@ -80,6 +81,8 @@ class Stage:
             console.print(f"[bold]{self.name}[/] done before, {self.output}")
             return
         if not same and self.restart is not None and self.restart.exists():
+            if not before:
+                raise UserError(f"{self.restart} was not made by this demo: choose another --out")
             shutil.rmtree(self.restart)
         if not same:
             write_atomically(stamp, json.dumps({"key": key, "done": False, "seconds": 0.0}))
@@ -112,7 +115,20 @@ def run_to_end(command: list[str]) -> int:
         signal.signal(signal.SIGTERM, previous)
 
 
+def code_sha256() -> str:
+    """SHA-256 of the code that the results come from: the modules and libraries of gpt and tapelm."""
+    tapelm = importlib.util.find_spec("tapelm")
+    if tapelm is None or tapelm.origin is None:
+        raise UserError("the package tapelm is not installed: run make setup")
+    digest = hashlib.sha256()
+    for folder in (Path(__file__).parent, Path(tapelm.origin).parent):
+        for path in sorted((*folder.glob("*.py"), *folder.glob("*.so"))):
+            digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
 def stages_after_data(config: DemoConfig, data: Path) -> list[Stage]:
+    code = code_sha256()
     shared = ["--device", config.device, "--threads", str(config.threads)]
     tokens = [data / "tokenizer.json", data / "train" / "manifest.json", data / "val" / "manifest.json"]
     stages, results = [], []
@@ -128,7 +144,7 @@ def stages_after_data(config: DemoConfig, data: Path) -> list[Stage]:
                 arguments=[*arguments, "--resume", "auto", *shared],
                 inputs=tokens,
                 output=run / "summary.json",
-                settings=repr(PRESETS[config.preset]),
+                settings=repr(PRESETS[config.preset]) + code,
                 restart=run,
             )
         )
@@ -145,6 +161,7 @@ def stages_after_data(config: DemoConfig, data: Path) -> list[Stage]:
                 arguments=[*of_run, "--data", str(data), *limits, *shared],
                 inputs=[run / "summary.json"],
                 output=evaluation,
+                settings=code,
             ),
             Stage(
                 name=f"generate-{kernels}",
@@ -152,6 +169,7 @@ def stages_after_data(config: DemoConfig, data: Path) -> list[Stage]:
                 arguments=[*of_run, "--prompt", config.prompt, *length, *shared],
                 inputs=[run / "summary.json"],
                 output=sample,
+                settings=code,
             ),
         ]
         results += [run / "summary.json", evaluation, sample]
@@ -170,6 +188,9 @@ def main(arguments: list[str]) -> int:
     config = tyro.cli(DemoConfig, args=arguments, prog="python -m gpt.demo")
     if config.preset not in PRESETS:
         raise UserError(f"unknown preset {config.preset!r}; choose one of: {', '.join(PRESETS)}")
+    for name in ("threads", "max_new_tokens", "evaluate_bytes"):
+        if getattr(config, name) < 0:
+            raise UserError(f"{name} must not be negative, got {getattr(config, name)}")
     console = Console(stderr=True, highlight=False)
     stamps = config.out / "stages"
     stamps.mkdir(parents=True, exist_ok=True)

@@ -21,10 +21,10 @@ import tyro
 from rich.table import Table
 
 import tapelm
-from gpt.checkpoint import load_model
-from gpt.cli import run_program, wide_console, write_atomically
+from gpt.checkpoint import load_model, sha256_of
+from gpt.cli import UserError, prepare_output, run_program, wide_console, write_atomically
 from gpt.corpus import END_OF_TEXT, open_tokenizer, read_domains, training_counts
-from gpt.hardware import device_name, pick_device, versions
+from gpt.hardware import device_name, pick_device, set_threads, versions
 from gpt.model import GPT
 
 
@@ -46,6 +46,12 @@ class EvaluateConfig:
     """auto takes the table of ops the model was trained with."""
     device: str = "auto"
     threads: int = 0
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UserError(f"--batch-size must be at least 1, got {self.batch_size}")
+        if self.max_bytes < 0:
+            raise UserError(f"--max-bytes must not be negative, got {self.max_bytes}")
 
 
 def token_stream(tokenizer: tapelm.Tokenizer, texts: list[str]) -> np.ndarray:
@@ -108,6 +114,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     device = pick_device(config.device)
     model, checkpoint, state = load_model(config.checkpoint, kernels=config.kernels, device=str(device))
     tokenizer = open_tokenizer(checkpoint / "tokenizer.json")
+    check_same_tokenizer(checkpoint / "tokenizer.json", config.data / "tokenizer.json")
     end_of_text = tokenizer.special_tokens[END_OF_TEXT]
     domains = read_domains(config.data / "documents" / f"{config.split}.jsonl", config.max_bytes)
     counts = training_counts(config.data / "train", tokenizer.vocab_size)
@@ -125,6 +132,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         everything += data
     return {
         "split": config.split,
+        "max_bytes": config.max_bytes,
         "checkpoint": str(checkpoint),
         "step": state["step"],
         "block_size": model.config.block_size,
@@ -135,6 +143,15 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             total_nats, total_unigram, bytes(everything), tokens=total_tokens, documents=total_documents
         ),
     }
+
+
+def check_same_tokenizer(of_model: Path, of_data: Path) -> None:
+    """Raise UserError unless both files have the same SHA-256: the unigram model counts ids of the shards."""
+    open_tokenizer(of_data)
+    if sha256_of(of_model) != sha256_of(of_data):
+        raise UserError(
+            f"{of_model} and {of_data} are different tokenizers: use the data the model was trained on"
+        )
 
 
 def print_table(result: dict[str, Any]) -> None:
@@ -151,8 +168,8 @@ def print_table(result: dict[str, Any]) -> None:
 
 def main(arguments: list[str]) -> int:
     config = tyro.cli(EvaluateConfig, args=arguments, prog="python -m gpt.evaluate")
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    set_threads(config.threads)
+    prepare_output(config.json)
     result = evaluate(config)
     write_atomically(config.json, json.dumps(result, indent=1) + "\n")
     print_table(result)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import codecs
 import dataclasses
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -19,9 +20,9 @@ import tyro
 from torch import Tensor
 
 from gpt.checkpoint import load_model
-from gpt.cli import UserError, run_program, write_atomically
+from gpt.cli import UserError, prepare_output, run_program, write_atomically
 from gpt.corpus import END_OF_TEXT, open_tokenizer
-from gpt.hardware import pick_device, synchronize
+from gpt.hardware import pick_device, set_threads, synchronize
 from gpt.model import GPT, KVCache
 
 
@@ -37,12 +38,14 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise UserError(f"temperature must not be negative, got {self.temperature}")
+        if not 0 <= self.temperature < math.inf:  # NaN fails it as well
+            raise UserError(f"temperature must be a number of at least 0, got {self.temperature}")
         if self.top_k < 0:
             raise UserError(f"top_k must not be negative, got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p must be in (0, 1], got {self.top_p}")
+        if not -(2**63) <= self.seed < 2**63:
+            raise UserError(f"seed must fit 64 bits with a sign, got {self.seed}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +64,11 @@ class GenerateConfig(Sampling):
     threads: int = 0
     json: Path | None = None
     """Also write prompt, text and timings to this file."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_new_tokens < 0:
+            raise UserError(f"max_new_tokens must not be negative, got {self.max_new_tokens}")
 
 
 def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
@@ -111,8 +119,9 @@ def generate(
 
 def main(arguments: list[str]) -> int:
     config = tyro.cli(GenerateConfig, args=arguments, prog="python -m gpt.generate")
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    set_threads(config.threads)
+    if config.json is not None:
+        prepare_output(config.json)
     device = pick_device(config.device)
     model, checkpoint, _ = load_model(config.checkpoint, kernels=config.kernels, device=str(device))
     tokenizer = open_tokenizer(checkpoint / "tokenizer.json")
@@ -154,6 +163,7 @@ def main(arguments: list[str]) -> int:
             "text": "".join(pieces),
             "new_tokens": count,
             "latency_ms": latency_ms,
+            "ms_per_token": latency_ms / count if count else 0.0,
             "first_token_ms": first_ms,
             "tokens_per_second": speed,
             "checkpoint": str(checkpoint),

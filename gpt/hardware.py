@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import re
 import resource
 import sys
 import time
@@ -19,13 +20,21 @@ def pick_device(name: str) -> torch.device:
     """ "auto" is CUDA when there is one, else the CPU. Raises UserError for a device that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"unknown device {name!r}: use auto, cpu or cuda") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device {name!r} asked for, but PyTorch sees no GPU: use --device cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d{1,2})?", name):
+        raise UserError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise UserError(f"device {name!r} asked for, but PyTorch sees {count or 'no'} GPU: use --device cpu")
     return device
+
+
+def set_threads(threads: int) -> None:
+    """Pin the CPU threads of this process; 0 leaves PyTorch's default. Raises UserError below that."""
+    if threads < 0:
+        raise UserError(f"--threads must not be negative, got {threads}")
+    if threads:
+        torch.set_num_threads(threads)
 
 
 def pick_precision(config: TrainConfig, device: torch.device) -> str:

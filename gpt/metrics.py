@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
 
-from gpt.cli import write_atomically
+from gpt.cli import UserError, write_atomically
 
 # The first steps compile, allocate and fill caches; they are left out of the median step time.
 UNTIMED_STEPS = 3
@@ -20,6 +21,20 @@ def keep_up_to(path: Path, step: int) -> None:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
         write_atomically(path, "".join(kept))
+
+
+def check_finite(record: dict[str, Any]) -> None:
+    """Raise UserError naming the loss or norm of a step that is no number any more."""
+    for name in ("loss", "grad_norm", "val_loss"):
+        if not math.isfinite(record.get(name, 0.0)):
+            step, value = record["step"], record[name]
+            raise UserError(f"the {name} became {value} at step {step}: lower --learning-rate")
+
+
+def append_record(path: Path, record: dict[str, Any]) -> None:
+    """The file appears with its first record."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
 
 
 def summarize(path: Path) -> dict[str, Any]:

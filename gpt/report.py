@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import datetime
 import html
 import io
 import json
@@ -60,10 +59,15 @@ ROWS = (
     Row("bits per byte, evaluation", ("evaluation", "total", "bits_per_byte"), "{:.4f}".format),
     Row("peak memory", ("summary", "peak_memory_bytes"), _megabytes),
     Row("model size", ("summary", "model_bytes"), _megabytes),
-    Row("generation latency", ("sample", "latency_ms"), "{:,.0f} ms".format),
+    Row("generation, per token", ("sample", "ms_per_token"), "{:,.2f} ms".format),
+    Row("generated tokens", ("sample", "new_tokens"), "{:,.0f}".format),
     Row("generated tokens/s", ("sample", "tokens_per_second"), "{:,.1f}".format),
     Row("seconds of training", ("summary", "seconds"), "{:,.1f}".format),
 )
+
+
+# What files written by an earlier version lack.
+NEEDED = {"summary": ("date",), "evaluation": ("max_bytes",), "sample": ("ms_per_token",)}
 
 
 def read_run(directory: Path) -> dict[str, Any]:
@@ -74,6 +78,8 @@ def read_run(directory: Path) -> dict[str, Any]:
         if not path.is_file():
             raise UserError(f"no {name}.json in {directory}: train, evaluate and generate first")
         run[name] = json.loads(path.read_text(encoding="utf-8"))
+        if missing := {key for key in NEEDED[name] if key not in run[name]}:
+            raise UserError(f"{path} has no {', '.join(sorted(missing))}: make it again with this version")
     lines = (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     run["metrics"] = [json.loads(line) for line in lines]
     return run
@@ -81,6 +87,9 @@ def read_run(directory: Path) -> dict[str, Any]:
 
 def build(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The content of report.json from read_run() of "plain" and "optimized"."""
+    scored = [{key: runs[name]["evaluation"][key] for key in ("split", "max_bytes")} for name in RUNS]
+    if scored[0] != scored[1]:
+        raise UserError(f"the runs were evaluated on different text: {scored[0]} and {scored[1]}")
     table = []
     for row in ROWS:
         numbers = {}
@@ -93,7 +102,7 @@ def build(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
         table.append({"metric": row.label, **numbers, "ratio": ratio})
     summaries = {name: runs[name]["summary"] for name in RUNS}
     return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "dates": {name: summaries[name]["date"] for name in RUNS},
         "machine": f"{summaries['plain']['device']}, {platform.system()} {platform.machine()}",
         "versions": summaries["optimized"]["versions"],
         "same_batches": summaries["plain"]["batches_sha256"] == summaries["optimized"]["batches_sha256"],
@@ -115,7 +124,15 @@ def shown_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
         rows.append((row.label, row.show(values["plain"]), row.show(values["optimized"]), ratio))
     devices = [report["runs"][name]["summary"]["device"] for name in RUNS]
     precisions = [report["precision"][name] for name in RUNS]
-    return [*rows, ("precision", *precisions, ""), ("device", *devices, "")]
+    dates = [report["dates"][name] for name in RUNS]
+    return [*rows, ("precision", *precisions, ""), ("device", *devices, ""), ("trained", *dates, "")]
+
+
+def scored_text(report: dict[str, Any]) -> str:
+    """What the bits per byte are of, for headings."""
+    evaluation = report["runs"]["plain"]["evaluation"]
+    limit, split = evaluation["max_bytes"], evaluation["split"]
+    return f"the first {limit:,} bytes of each domain of the {split} split" if limit else f"the {split} split"
 
 
 def domain_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -159,6 +176,10 @@ def plot(runs: dict[str, dict[str, Any]], x: str, x_label: str) -> bytes:
     return image.getvalue()
 
 
+SEQUENTIAL = (
+    "The trainings ran one after the other, so that the machine's own drift is in the ratio; "
+    "for one measured in turn: python -m benchmarks train."
+)
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c1f24; }
 body { max-width: 1000px; margin: 2rem auto; padding: 0 1rem; }
@@ -185,19 +206,19 @@ def to_html(report: dict[str, Any], runs: dict[str, dict[str, Any]]) -> str:
         for name in RUNS
     )
     listed = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    notes = f"{report['machine']}. {report['date']}. {listed}."
-    evaluation = report["runs"]["plain"]["evaluation"]
+    notes = f"{report['machine']}. {listed}."
+    plain, optimized = (html.escape(report["precision"][name]) for name in RUNS)
     return f"""<!doctype html>
 <html lang="en">
 <head><meta charset="utf-8"><title>Plain and optimized GPT</title><style>{STYLE}</style></head>
 <body>
-<h1>The optimized GPT trains {report["speedup"]:.2f}× as fast as the plain one</h1>
+<h1>The optimized GPT ({optimized}) trains {report["speedup"]:.2f}× as fast as the plain one ({plain})</h1>
 <p>Same model, same initial weights; both runs saw {batches}
-(SHA-256 {html.escape(report["batches_sha256"]["plain"][:16])}…).</p>
+(SHA-256 {html.escape(report["batches_sha256"]["plain"][:16])}…). {SEQUENTIAL}</p>
 <p class="note">{html.escape(notes)}</p>
 {_html_table(("", *RUNS, "ratio"), shown_rows(report))}
 <h2>Training</h2>{"".join(images)}
-<h2>Bits per byte on the {html.escape(evaluation["split"])} split, by domain</h2>
+<h2>Bits per byte on {html.escape(scored_text(report))}</h2>
 {_html_table(("domain", *RUNS, "unigram tokens", "bz2 -9", "xz -9"), domain_rows(report))}
 <p class="note">Compressors see exactly the bytes the models are scored on; the unigram model counts training
 tokens.</p>
@@ -222,12 +243,14 @@ def print_report(report: dict[str, Any]) -> None:
         comparison.add_column(name, justify="left" if number == 0 else "right")
     for row in shown_rows(report):
         comparison.add_row(*row)
-    domains = Table(title="bits per byte by domain", title_justify="left")
+    domains = Table(title=f"bits per byte on {scored_text(report)}", title_justify="left")
     for number, name in enumerate(("domain", *RUNS, "unigram", "bz2 -9", "xz -9")):
         domains.add_column(name, justify="left" if number == 0 else "right")
     for row in domain_rows(report):
         domains.add_row(*row)
-    console.print(comparison, domains)
+    console.print(comparison)
+    console.print(SEQUENTIAL, "\n", highlight=False)
+    console.print(domains)
 
 
 def write_report(config: ReportConfig) -> dict[str, Any]:

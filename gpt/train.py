@@ -7,6 +7,7 @@ Ctrl-C (or SIGTERM) finishes the current step, writes a checkpoint and says how 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import hashlib
 import json
 import math
@@ -23,17 +24,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from gpt import checkpoint
 from gpt.cli import StopRequest, UserError, run_program, write_atomically
 from gpt.config import ModelConfig, TrainConfig, parse_command_line
-from gpt.corpus import fixed_batches, open_loader, open_tokenizer, text_bytes
+from gpt.corpus import check_shards, fixed_batches, open_loader, open_tokenizer, text_bytes
 from gpt.hardware import (
     device_name,
     gemm_peak_flops,
     peak_memory_bytes,
     pick_device,
     pick_precision,
+    set_threads,
     synchronize,
     versions,
 )
-from gpt.metrics import keep_up_to, open_tensorboard, summarize, summary_is_of
+from gpt.metrics import append_record, check_finite, keep_up_to, open_tensorboard, summarize, summary_is_of
 from gpt.model import GPT
 from gpt.ops import load_ops
 from tapelm.loader import Batch
@@ -48,8 +50,7 @@ def train(config: TrainConfig, arguments: list[str] | None = None) -> int:
     Raises UserError for input that cannot be trained on, OSError when the disk is full.
     """
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    set_threads(config.threads)
     torch.manual_seed(config.seed)
     device = pick_device(config.device)
     precision = pick_precision(config, device)
@@ -57,6 +58,7 @@ def train(config: TrainConfig, arguments: list[str] | None = None) -> int:
     tokenizer = open_tokenizer(config.data / "tokenizer.json")
     loader = open_loader(config.data / "train", config.batch_size, config.block_size, config.seed, device)
     validation = fixed_batches(config, device)
+    check_shards(config.data, tokenizer)
     steps_per_epoch = max(1, len(loader) // config.accumulation_steps)
     total_steps = config.max_steps or config.epochs * steps_per_epoch
 
@@ -73,7 +75,7 @@ def train(config: TrainConfig, arguments: list[str] | None = None) -> int:
     )
 
     checkpoints = config.out / "checkpoints"
-    step, tokens, seconds, best_val_loss, digest = 0, 0, 0.0, math.inf, ""
+    step, tokens, seconds, peak_memory, best_val_loss, digest = 0, 0, 0.0, 0, math.inf, ""
     start = choose_checkpoint(config, checkpoints)
     if start is not None:
         check_same_run(config, shape, precision, start)
@@ -83,6 +85,7 @@ def train(config: TrainConfig, arguments: list[str] | None = None) -> int:
         except ValueError as error:
             raise UserError(f"cannot resume from {start}: {error}") from error
         step, tokens, seconds = state["step"], state["tokens"], state["seconds"]
+        peak_memory = state.get("peak_memory_bytes", 0)
         best_val_loss, digest = state["best_val_loss"] or math.inf, state["batches_sha256"]
         if state["threads"] != torch.get_num_threads():
             console.print(
@@ -110,6 +113,7 @@ def train(config: TrainConfig, arguments: list[str] | None = None) -> int:
             "step": step,
             "tokens": tokens,
             "seconds": seconds,
+            "peak_memory_bytes": max(peak_memory, peak_memory_bytes(device)),
             "best_val_loss": None if math.isinf(best_val_loss) else best_val_loss,
             "batches_sha256": digest,
             "loader": loader.state_dict(),
@@ -122,11 +126,7 @@ def train(config: TrainConfig, arguments: list[str] | None = None) -> int:
         tokenizer_file, keep = config.data / "tokenizer.json", config.keep_checkpoints
         return checkpoint.save(checkpoints, model, optimizer, state, tokenizer=tokenizer_file, keep=keep)
 
-    with (
-        StopRequest() as stop,
-        progress_bar(console) as progress,
-        open(metrics_path, "a", encoding="utf-8") as metrics,
-    ):
+    with StopRequest() as stop, progress_bar(console) as progress:
         bar = progress.add_task("", total=total_steps, completed=step, speed=0.0, loss=math.nan)
         model.train()
         while step < last_step:
@@ -146,8 +146,6 @@ def train(config: TrainConfig, arguments: list[str] | None = None) -> int:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             train_loss = loss_sum.item()
-            if not math.isfinite(train_loss):
-                raise UserError(f"the loss became {train_loss} at step {step + 1}: lower --learning-rate")
             step_seconds = time.perf_counter() - step_started
 
             step, tokens = step + 1, tokens + step_tokens
@@ -162,11 +160,11 @@ def train(config: TrainConfig, arguments: list[str] | None = None) -> int:
             }
             if step % config.eval_interval == 0 or step == last_step:
                 record["val_loss"] = validation_loss(model, validation, device, precision)
-                best_val_loss = min(best_val_loss, record["val_loss"])
+            check_finite(record)
+            best_val_loss = min(best_val_loss, record.get("val_loss", math.inf))
             seconds = session_seconds + time.perf_counter() - session_started
             record["seconds"] = seconds
-            metrics.write(json.dumps(record) + "\n")
-            metrics.flush()
+            append_record(metrics_path, record)
             if tensorboard is not None:
                 for name in ("loss", "lr", "grad_norm", "tokens_per_second", "val_loss"):
                     if name in record:
@@ -190,7 +188,8 @@ def train(config: TrainConfig, arguments: list[str] | None = None) -> int:
     summary = {
         **summarize(metrics_path),
         "completed": step >= total_steps,
-        "peak_memory_bytes": peak_memory_bytes(device),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "peak_memory_bytes": max(peak_memory, peak_memory_bytes(device)),
         "model_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
         "parameters": parameter_count(model),
         "gemm_peak_flops": gemm_peak_flops(device, precision),

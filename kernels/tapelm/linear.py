@@ -110,7 +110,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     check_tensors("linear", x=x, weight=weight, bias=bias)
     if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"linear: weight is {tuple(weight.shape)}; x {tuple(x.shape)} needs (N, {x.shape[-1:]})."
+            f"linear: weight is {tuple(weight.shape)}; x {tuple(x.shape)} needs (N, K), K its last size."
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(

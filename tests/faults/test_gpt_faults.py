@@ -21,6 +21,8 @@ import gpt.evaluate
 import gpt.generate
 import gpt.train
 import tapelm
+from data.documents import DataError
+from data.prepare import Config, prepare
 from gpt import checkpoint
 from gpt.cli import run_program
 
@@ -180,7 +182,8 @@ def test_missing_data_names_the_command_that_makes_it(
         (["--block-size", "1000000"], "smaller than one block"),
         (["--device", "nonsense"], "unknown device 'nonsense'"),
         (["--resume", "nowhere"], "nowhere"),
-        (["--learning-rate", "1e30", "--warmup-steps", "0", "--max-steps", "3"], "the loss became"),
+        (["--threads", "-1"], "threads must not be negative"),
+        (["--learning-rate", "1e30", "--warmup-steps", "0", "--max-steps", "3"], "became"),
     ],
 )
 def test_bad_options_are_one_line(
@@ -194,6 +197,24 @@ def test_bad_options_are_one_line(
     assert ended.value.code == 2 and lines[-1].startswith("error: ") and message in lines[-1]
     assert sum(line.startswith("error") for line in lines) == 1
     assert not (tmp_path / "out" / "summary.json").exists()
+
+
+def test_shards_of_another_tokenizer_and_damaged_ones(
+    corpus: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    for split in ("train", "val"):
+        data = copy_of(corpus, tmp_path / f"damaged-{split}")
+        shard = data / split / "shard-00000.bin"
+        content = bytearray(shard.read_bytes())
+        content[100] ^= 1
+        shard.write_bytes(content)
+        said = fails(gpt.train.main, training(data, tmp_path / "out"), monkeypatch, capsys)
+        assert "is damaged" in said and split in said
+    data = copy_of(corpus, tmp_path / "other")
+    tapelm.Tokenizer.train(["other words altogether"], 260).save(data / "tokenizer.json")
+    said = fails(gpt.train.main, training(data, tmp_path / "out"), monkeypatch, capsys)
+    assert "token ids, but" in said and "data.prepare" in said
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("content", (b"", b"{", b'{"model": {"type": "Unigram"}}', b"\xff\xfe", b"[]"))
@@ -225,10 +246,26 @@ def test_evaluate_and_generate_refuse_what_they_cannot_read(
     gpt.train.main(training(corpus, out, "--kernels", "plain", "--max-steps", "2"))
     evaluation = ["--checkpoint", str(out), "--data", str(corpus), "--json", str(tmp_path / "e.json")]
     assert "val.jsonl" in fails(gpt.evaluate.main, evaluation, monkeypatch, capsys)
+    other = copy_of(corpus, tmp_path / "other")
+    tapelm.Tokenizer.train(["other words altogether"], 260).save(other / "tokenizer.json")
+    said = fails(gpt.evaluate.main, [*evaluation, "--data", str(other)], monkeypatch, capsys)
+    assert "different tokenizers" in said and str(other / "tokenizer.json") in said and str(out) in said
+    for option, value in (("--batch-size", "0"), ("--max-bytes", "-1"), ("--threads", "-1")):
+        assert option in fails(gpt.evaluate.main, [*evaluation, option, value], monkeypatch, capsys)
     missing = ["--checkpoint", str(tmp_path / "none")]
+    for option, value in (("--max-new-tokens", "-1"), ("--temperature", "nan"), ("--seed", "9" * 20)):
+        said = fails(gpt.generate.main, [*missing, option, value], monkeypatch, capsys)
+        assert option.strip("-").replace("-", "_") in said
     assert "no checkpoint" in fails(gpt.generate.main, missing, monkeypatch, capsys)
     model = out / "checkpoints" / "step-00000002" / "model.safetensors"
     model.write_bytes(model.read_bytes()[:-100])
     damaged = ["--checkpoint", str(model.parent)]
     assert "model.safetensors does not match" in fails(gpt.generate.main, damaged, monkeypatch, capsys)
     assert not (tmp_path / "e.json").exists()
+
+
+@pytest.mark.parametrize("days", (-1, 36_501, 10**12))
+def test_absurd_embargo_is_refused(days: int, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=f"embargo_days must not be negative or above 36500, got {days}"):
+        prepare(Config(out=tmp_path / "data", embargo_days=days))
+    assert not (tmp_path / "data").exists()

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from gpt.cli import UserError, run_program, write_atomically
+from gpt.cli import UserError, prepare_output, run_program, write_atomically
+from gpt.hardware import pick_device, set_threads
 
 
 def raising(error: BaseException) -> Callable[[list[str]], int]:
@@ -54,3 +55,23 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
     write_atomically(path, "new")
     assert path.read_text() == "new"
+
+
+def test_outputs_that_cannot_be_written_are_refused_before_the_work(tmp_path: Path) -> None:
+    prepare_output(tmp_path / "a" / "b" / "result.json")
+    assert (tmp_path / "a" / "b").is_dir()
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "a", tmp_path / "file" / "result.json", tmp_path / "file" / "x" / "result.json"):
+        with pytest.raises(UserError, match="cannot write"):
+            prepare_output(path)
+
+
+@pytest.mark.parametrize("name", ("meta", "cuda:x", "cpu:1", "cuda:-1", "cuda:99", "cuda:999", "CPU", ""))
+def test_devices_that_are_not_there_are_refused(name: str) -> None:
+    with pytest.raises(UserError, match="device"):
+        pick_device(name)
+
+
+def test_negative_threads_are_refused() -> None:
+    with pytest.raises(UserError, match="--threads must not be negative, got -1"):
+        set_threads(-1)

@@ -13,8 +13,9 @@ import tyro
 from rich.console import Console
 
 import gpt.demo
+from gpt.cli import UserError
 from gpt.config import parse_command_line
-from gpt.demo import DemoConfig, Stage, stages_after_data
+from gpt.demo import DemoConfig, Stage, code_sha256, stages_after_data
 from gpt.evaluate import EvaluateConfig
 from gpt.generate import GenerateConfig
 from gpt.report import ReportConfig
@@ -89,6 +90,26 @@ def test_interrupted_stage_keeps_its_files_until_the_settings_change(
             changed.run(tmp_path, Console(quiet=True), force=False)
         assert ended.value.code == 130
     assert seen == [False, True, False]
+
+
+def test_foreign_files_are_not_removed(stage: Stage, tmp_path: Path) -> None:
+    kept = stage.output.parent / "thesis"
+    kept.parent.mkdir()
+    kept.write_text("years of work")
+    for force in (False, True):
+        with pytest.raises(UserError, match="choose another --out"):
+            stage.run(tmp_path, Console(quiet=True), force=force)
+    assert kept.read_text() == "years of work"
+
+
+def test_results_depend_on_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert code_sha256() == code_sha256()
+    keys = []
+    for code in ("one", "two"):
+        monkeypatch.setattr(gpt.demo, "code_sha256", lambda code=code: code)
+        stages = stages_after_data(DemoConfig(out=tmp_path), tmp_path)
+        keys.append({stage.name: dataclasses.replace(stage, inputs=[]).key() for stage in stages})
+    assert [name for name in keys[0] if keys[0][name] == keys[1][name]] == ["report"]
 
 
 @pytest.mark.slow

@@ -71,10 +71,14 @@ def test_max_bytes_cuts_between_characters(tmp_path: Path) -> None:
     assert read_domains(path, max_bytes=5) == {"a": ["xy", "zzz"], "b": ["éé"]}
 
 
-@pytest.mark.parametrize("line", ("not json", '{"text": "no source"}', '{"source": "a", "text": 3}', "[]"))
-def test_broken_documents_are_named(line: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "line", ("not json", b"\xff\xfe", '{"text": "no source"}', '{"source": "a", "text": 3}', "[]")
+)
+def test_broken_documents_are_named(line: str | bytes, tmp_path: Path) -> None:
     path = tmp_path / "val.jsonl"
-    path.write_text('{"source": "a", "text": "fine"}\n' + line + "\n")
+    path.write_bytes(
+        b'{"source": "a", "text": "fine"}\n' + (line.encode() if isinstance(line, str) else line)
+    )
     with pytest.raises(UserError, match=r"val\.jsonl:2: not a document"):
         read_domains(path)
     path.write_text("")
@@ -87,10 +91,11 @@ def test_program_reports_domains_and_total(
 ) -> None:
     shape = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 32, "batch_size": 8}
     train(preset("demo", data=tiny_data, out=tmp_path, **shape, max_steps=40, learning_rate=1e-2, threads=1))
-    file = tmp_path / "evaluation.json"
+    file = tmp_path / "new" / "evaluation.json"
     arguments = ["--checkpoint", str(tmp_path), "--data", str(tiny_data), "--json", str(file)]
     assert main(arguments) == 0
     result = json.loads(file.read_text())
+    assert result["max_bytes"] == 0
     assert list(result["domains"]) == ["news", "prices"] and "news" in capsys.readouterr().out
     total, rows = result["total"], result["domains"].values()
     for name in ("bytes", "tokens", "documents"):

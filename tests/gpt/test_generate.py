@@ -46,7 +46,19 @@ def test_top_p_keeps_the_fewest_that_reach_p(p: float, kept: list[int]) -> None:
     assert [i for i in range(4) if shares[i]] == kept
 
 
-@pytest.mark.parametrize("options", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"seed": 2**63},
+        {"seed": -(2**63) - 1},
+    ],
+)
 def test_impossible_sampling_is_refused(options: dict) -> None:
     with pytest.raises(UserError, match=next(iter(options))):
         Sampling(**options)
@@ -83,12 +95,13 @@ def test_program_streams_the_text_it_saves(
 ) -> None:
     texts = []
     for extra in ([], ["--no-cache"], ["--seed", "1"], ["--kernels", "plain"]):
-        saved = tmp_path / "sample.json"
+        saved = tmp_path / "new" / "sample.json"
         arguments = ["--checkpoint", str(run), "--prompt", "the economy", "--max-new-tokens", "60"]
         assert main([*arguments, "--json", str(saved), *extra]) == 0
         result, shown = json.loads(saved.read_text()), capsys.readouterr()
         assert shown.out == result["text"] + "\n" and "tokens/s" in shown.err
         assert result["text"].startswith("the economy") and 0 < result["new_tokens"] <= 60
+        assert result["ms_per_token"] == result["latency_ms"] / result["new_tokens"]
         assert result["latency_ms"] >= result["first_token_ms"] > 0
         texts.append(result["text"])
     assert texts[0] == texts[1] == texts[3] != texts[2]

@@ -23,18 +23,24 @@ def write_run(directory: Path, *, speed: float, batches: str) -> None:
         "tokens_per_second": speed,
         "step_ms_median": 1e6 / speed,
         "mfu": 0.5,
+        "date": "2020-02-03T04:05:06+00:00",
         "train_loss": 2.5,
         "val_loss": 2.6,
         "peak_memory_bytes": 3e8,
         "model_bytes": 1e7,
         "seconds": 60.0,
         "device": "a <CPU>",
-        "precision": "fp32",
+        "precision": "bf16" if speed > 2000 else "fp32",
         "versions": {"torch": "2.13"},
         "batches_sha256": batches,
     }
-    evaluation = {"split": "val", "domains": {"news & more": row(1.25)}, "total": row(1.25)}
-    sample = {"text": "The <economy> grew.", "latency_ms": 100.0, "tokens_per_second": 80.0}
+    evaluation = {
+        "split": "val",
+        "max_bytes": 1000,
+        "domains": {"news & more": row(1.25)},
+        "total": row(1.25),
+    }
+    sample = {"text": "The <economy> grew.", "new_tokens": 8, "ms_per_token": 12.5, "tokens_per_second": 80.0}
     for name, content in {"summary": summary, "evaluation": evaluation, "sample": sample}.items():
         (directory / f"{name}.json").write_text(json.dumps(content))
     steps = [
@@ -64,8 +70,28 @@ def test_report_holds_both_runs_and_is_self_contained(
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert "The &lt;economy&gt; grew." in page and "news &amp; more" in page and "a &lt;CPU&gt;" in page
     assert ("DIFFERENT batches" in page) == (batches != "aa11")
+    assert "The optimized GPT (bf16) trains 2.50× as fast as the plain one (fp32)" in page
+    assert "<td>2020-02-03T04:05:06+00:00</td>" in page and "<td>12.50 ms</td>" in page
+    assert "one after the other" in page and "python -m benchmarks train" in page
+    assert "Bits per byte on the first 1,000 bytes of each domain of the val split" in page
     shown = capsys.readouterr().out
+    assert "first 1,000 bytes of each domain" in shown and "one after the other" in shown
     assert "2.5×" in shown and ("DIFFERENT" in shown) == (batches != "aa11")
+
+
+def test_runs_scored_on_different_text_are_not_compared(tmp_path: Path) -> None:
+    for name in ("p", "o"):
+        write_run(tmp_path / name, speed=1.0, batches="")
+    path = tmp_path / "o" / "evaluation.json"
+    runs = ["--plain", str(tmp_path / "p"), "--optimized", str(tmp_path / "o"), "--out", str(tmp_path)]
+    evaluation = json.loads(path.read_text())
+    path.write_text(json.dumps(evaluation | {"max_bytes": 0}))
+    with pytest.raises(UserError, match="different text"):
+        main(runs)
+    del evaluation["max_bytes"]
+    path.write_text(json.dumps(evaluation))
+    with pytest.raises(UserError, match=r"evaluation\.json has no max_bytes"):
+        main(runs)
 
 
 def test_missing_part_is_named(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_run_learns_and_writes_everything_it_promises(table: str, tiny_data: Pat
     assert [line["step"] for line in lines if "val_loss" in line] == list(range(5, 61, 5))
     assert lines[-1]["tokens"] == 60 * 4 * 32
     assert result["val_loss"] < 0.7 * lines[0]["loss"]
-    fields = "tokens_per_second step_ms_median train_loss val_loss val_bits_per_byte peak_memory_bytes "
+    fields = "tokens_per_second step_ms_median train_loss val_loss val_bits_per_byte peak_memory_bytes date "
     fields += "model_bytes parameters mfu gemm_peak_flops device versions config seconds batches_sha256"
     assert set(fields.split()) <= set(result)
     assert result["completed"] and 0 < result["mfu"] < 1
@@ -133,6 +133,36 @@ def test_resume_of_a_finished_run_changes_nothing(tiny_data: Path, tmp_path: Pat
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert train(tiny(tiny_data, tmp_path, resume="auto")) == 0
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_peak_memory_of_earlier_sessions_counts(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpt.train.peak_memory_bytes", lambda device: 2_000)
+    train(tiny(tiny_data, tmp_path))
+    (tmp_path / "summary.json").unlink()
+    monkeypatch.setattr("gpt.train.peak_memory_bytes", lambda device: 1_000)
+    train(tiny(tiny_data, tmp_path, resume="auto"))
+    assert summary(tmp_path)["peak_memory_bytes"] == 2_000
+
+
+def test_validation_loss_that_is_no_number_is_not_kept(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpt.train.validation_loss", lambda *_: float("nan"))
+    with pytest.raises(UserError, match="the val_loss became nan at step 5"):
+        train(tiny(tiny_data, tmp_path))
+    assert [record["step"] for record in records(tmp_path)] == [1, 2, 3, 4]
+    assert checkpoints(tmp_path) == ["step-00000004"]
+
+
+def test_failing_first_step_leaves_no_metrics(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpt.train.validation_loss", lambda *_: float("inf"))
+    with pytest.raises(UserError, match="the val_loss became inf at step 1"):
+        train(tiny(tiny_data, tmp_path, eval_interval=1))
+    assert not (tmp_path / "metrics.jsonl").exists() and not (tmp_path / "checkpoints").exists()
 
 
 def test_a_new_run_does_not_bury_an_old_one(tiny_data: Path, tmp_path: Path) -> None:
