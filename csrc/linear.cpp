@@ -1,5 +1,5 @@
-// Linear layer y = x weight^T + bias and its gradients. float32 on AVX2 runs on our own matrix product, everything
-// else on ATen's (MKL for float32, oneDNN for bfloat16).
+// Linear layer y = x weight^T + bias and its gradients. float32 on AVX2 runs on our own matrix product, products
+// of a few rows and everything else on ATen's (MKL for float32, oneDNN for bfloat16).
 #include "common.h"
 #include "matrix_product.h"
 
@@ -52,7 +52,13 @@ void check(const Tensor& x, const Tensor& weight) {
 
 Matrix matrix_of(const Tensor& t) { return {t.const_data_ptr<float>(), t.stride(0), t.stride(1)}; }
 
-bool ours(const Tensor& x) { return x.scalar_type() == at::kFloat && prefer_matrix_product(); }
+// Below this many rows packing the weight costs more than the product: the time is that of reading the weight once.
+constexpr int64_t kFewRows = 64;
+
+bool ours(const Tensor& x) {
+  return x.scalar_type() == at::kFloat && prefer_matrix_product() &&
+         (x.size(-1) == 0 || x.numel() / x.size(-1) >= kFewRows);
+}
 
 // (..., C) as (rows, C); explicit sizes, since reshape cannot infer one of a tensor without elements.
 Tensor as_rows(const Tensor& t) {
