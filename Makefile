@@ -26,7 +26,7 @@ test-full: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(PY)
 
 bench: setup
 	$(PY) -m benchmarks all --json runs/bench.json
