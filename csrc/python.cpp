@@ -24,6 +24,12 @@ Array<T> to_numpy(std::vector<T>&& values) {
   return Array<T>({static_cast<py::ssize_t>(owner->size())}, owner->data(), free);
 }
 
+Array<uint32_t> to_numpy(IdBuffer&& ids) {
+  auto* owner = new IdBuffer(std::move(ids));
+  const py::capsule free(owner, [](void* p) { delete static_cast<IdBuffer*>(p); });
+  return Array<uint32_t>({static_cast<py::ssize_t>(owner->size())}, owner->data(), free);
+}
+
 // The UTF-8 of a str, or the bytes themselves, without a copy; the object must outlive the view.
 std::string_view view_of(py::handle text) {
   if (PyBytes_Check(text.ptr())) {
@@ -54,7 +60,7 @@ BpeModel make_model(std::vector<std::string> tokens, const Array<uint32_t>& merg
 
 Array<uint32_t> encode(const Bpe& bpe, const py::object& text, bool allow_special) {
   const std::string_view view = view_of(text);
-  std::vector<uint32_t> ids;
+  IdBuffer ids;
   {
     const py::gil_scoped_release release;
     ids = bpe.encode(view, allow_special);
@@ -144,6 +150,7 @@ PYBIND11_MODULE(_text, m) {
   m.attr("GPT2") = static_cast<int>(Pretokenizer::kGpt2);
   m.attr("LLAMA3") = static_cast<int>(Pretokenizer::kLlama3);
   m.attr("GPT2_DIGITS") = static_cast<int>(Pretokenizer::kGpt2Digits);
+  m.attr("O200K") = static_cast<int>(Pretokenizer::kO200k);
 
   py::class_<Bpe>(m, "Bpe")
       .def(py::init([](std::vector<std::string> tokens, const Array<uint32_t>& merges, std::vector<uint32_t> specials,

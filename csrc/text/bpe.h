@@ -13,16 +13,12 @@
 #include <unordered_map>
 #include <vector>
 
-#include "flat_map.h"
+#include "id_buffer.h"
+#include "merger.h"
 #include "pretokenize.h"
+#include "word_cache.h"
 
 namespace tapelm::text {
-
-struct Merge {
-  uint32_t left;
-  uint32_t right;
-  uint32_t merged;
-};
 
 struct BpeModel {
   std::vector<std::string> tokens;  // bytes of every id
@@ -34,25 +30,29 @@ struct BpeModel {
 
 // Ids of several texts one after another: text i is ids[offsets[i] .. offsets[i + 1]).
 struct EncodedBatch {
-  std::vector<uint32_t> ids;
+  IdBuffer ids;
   std::vector<uint64_t> offsets;
 };
 
-// One thread's working memory: the word cache and the buffers of the merge loop.
-struct EncoderState;
+// One thread's working memory: what it knows of words and the buffers of the merge loop.
+struct EncoderState {
+  ShortWords short_words;
+  LongWords long_words;
+  MergeBuffers merge;
+  IdBuffer word;  // ids of the word being learnt
+};
 
 class Bpe {
  public:
   // Throws std::invalid_argument when ids are out of range, a byte has no token, or a merge is not the
   // concatenation of its parents.
   explicit Bpe(BpeModel model);
-  ~Bpe();
 
   // Ids of `text`. With allow_special, the text of a special token becomes its id; without, it throws
   // std::invalid_argument. Safe to call from several threads.
-  std::vector<uint32_t> encode(std::string_view text, bool allow_special) const;
+  IdBuffer encode(std::string_view text, bool allow_special) const;
 
-  // The same for many texts on `threads` threads (0: one per core).
+  // The same for many texts on `threads` threads (0: one per core); a long text is shared among them.
   EncodedBatch encode_batch(std::span<const std::string_view> texts, bool allow_special, unsigned threads) const;
 
   // Concatenated bytes of `ids`; throws std::invalid_argument on an id outside the vocabulary.
@@ -61,27 +61,27 @@ class Bpe {
   size_t vocab_size() const { return model_.tokens.size(); }
 
  private:
-  struct Ranked {
-    uint32_t rank;
-    uint32_t merged;
-  };
+  struct Piece;
+  class Batch;
 
-  void encode_text(std::string_view text, bool allow_special, EncoderState& state, std::vector<uint32_t>& out) const;
-  void encode_plain(std::string_view text, EncoderState& state, std::vector<uint32_t>& out) const;
-  void encode_word(std::string_view word, EncoderState& state, std::vector<uint32_t>& out) const;
-  void merge_short(EncoderState& state, std::vector<uint32_t>& out) const;
-  void merge_long(EncoderState& state, std::vector<uint32_t>& out) const;
-  uint32_t rank_of(uint32_t left, uint32_t right) const;
+  void check_merges(const std::vector<bool>& is_special) const;
+  void seed();
+  void encode_text(std::string_view text, size_t offset, bool allow_special, EncoderState& state, IdBuffer& out) const;
+  void encode_plain(std::string_view text, EncoderState& state, IdBuffer& out) const;
+  uint32_t* encode_rare_word(std::string_view word, EncoderState& state, uint32_t* write) const;
+  void merge_word(std::string_view word, EncoderState& state) const;
   size_t find_special(std::string_view text, size_t from, uint32_t& id) const;
+  std::vector<Piece> cut(std::span<const std::string_view> texts, bool divide) const;
   std::unique_ptr<EncoderState> borrow() const;
   void give_back(std::unique_ptr<EncoderState> state) const;
 
   BpeModel model_;
-  uint32_t byte_ids_[256];
-  FlatMap<uint32_t> ranks_;                              // (left, right) -> rank = index into model_.merges
+  std::unique_ptr<Merger> merger_;
   std::unordered_map<std::string_view, uint32_t> whole_;  // filled only with ignore_merges
-  std::vector<uint32_t> specials_;                       // longest text first
-  bool special_first_byte_[256] = {};
+  ShortWords known_words_;                                // what every EncoderState begins with
+  std::vector<uint32_t> specials_;                        // longest text first
+  std::string special_first_bytes_;
+  bool specials_allow_cuts_ = true;  // no special token can reach over a safe cut
   mutable std::mutex mutex_;
   mutable std::vector<std::unique_ptr<EncoderState>> idle_;
 };

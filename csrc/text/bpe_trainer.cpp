@@ -26,9 +26,9 @@ struct Words {
   std::vector<int64_t> count;
 };
 
-class Merger {
+class TrainingMerges {
  public:
-  explicit Merger(Words words) : words_(std::move(words)) {
+  explicit TrainingMerges(Words words) : words_(std::move(words)) {
     for (uint32_t w = 0; w < words_.length.size(); ++w) {
       const uint32_t* s = &words_.symbols[words_.begin[w]];
       for (uint32_t i = 0; i + 1 < words_.length[w]; ++i) add(pair_key(s[i], s[i + 1]), w, 1);
@@ -150,7 +150,7 @@ std::vector<Merge> BpeTrainer::train(size_t vocab_size, const std::vector<uint32
     words.count.push_back(count);
     for (const char byte : word) words.symbols.push_back(byte_ids[static_cast<uint8_t>(byte)]);
   }
-  Merger merger(std::move(words));
+  TrainingMerges merger(std::move(words));
   std::vector<Merge> merges;
   Waiting top;
   while (token.size() < vocab_size && merger.pop(top, static_cast<int64_t>(min_frequency))) {

@@ -46,6 +46,11 @@ class FlatMap {
 
   size_t size() const { return size_; }
 
+  // Room for `count` keys without growing on the way.
+  void reserve(size_t count) {
+    while (slots_.size() < 2 * (count + 1)) grow();
+  }
+
  private:
   static constexpr uint64_t kEmpty = ~0ull;
   struct Slot {

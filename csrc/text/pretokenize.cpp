@@ -1,11 +1,16 @@
 #include "pretokenize.h"
 
 #include <array>
+#include <stdexcept>
 
+#include "split_ascii.h"
 #include "unicode_tables.h"
 
 namespace tapelm::text {
 namespace {
+
+constexpr int kWordsBetween = 8;                   // words cut one by one before masks are tried again
+constexpr ptrdiff_t kMaxSpan = ptrdiff_t{1} << 31;  // ends must fit into 32 bits
 
 enum Class : uint8_t { kOther = 0, kLetter = 1, kNumber = 2, kSpace = 3 };
 
@@ -169,9 +174,33 @@ size_t first_word(Pretokenizer kind, const uint8_t* begin, const uint8_t* end) {
   switch (kind) {
     case Pretokenizer::kLlama3: return static_cast<size_t>(llama3(begin, end) - begin);
     case Pretokenizer::kGpt2Digits: return static_cast<size_t>(gpt2<true>(begin, end) - begin);
+    case Pretokenizer::kO200k:
     case Pretokenizer::kGpt2: break;
   }
   return static_cast<size_t>(gpt2<false>(begin, end) - begin);
+}
+
+size_t split_words(Pretokenizer kind, const uint8_t* begin, const uint8_t* end, uint32_t* ends, size_t capacity) {
+  static_assert(kMinWords >= kSplitSlack + kWordsBetween);
+  static const AsciiSplitter ascii = gpt2_ascii_splitter();
+  const bool by_masks = kind == Pretokenizer::kGpt2 && ascii != nullptr;
+  const uint8_t* p = begin;
+  size_t count = 0;
+  while (p < end && capacity - count >= kMinWords && p - begin < kMaxSpan) {
+    if (by_masks) {
+      const size_t found = ascii(p, end, begin, ends + count, capacity - count);
+      count += found;
+      if (found > 0) p = begin + ends[count - 1];
+      if (capacity - count < kMinWords) break;
+    }
+    for (int i = 0; i < kWordsBetween && p < end && p - begin < kMaxSpan; ++i) {
+      const size_t length = first_word(kind, p, end);
+      if (length > static_cast<size_t>(UINT32_MAX - kMaxSpan)) throw std::invalid_argument("text holds a word of 2 GiB or more");
+      p += length;
+      ends[count++] = static_cast<uint32_t>(p - begin);
+    }
+  }
+  return count;
 }
 
 }  // namespace tapelm::text

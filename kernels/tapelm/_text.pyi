@@ -5,6 +5,7 @@ import numpy as np
 GPT2: int
 LLAMA3: int
 GPT2_DIGITS: int
+O200K: int
 
 class Bpe:
     def __init__(

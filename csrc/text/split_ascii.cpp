@@ -1,0 +1,149 @@
+#include "split_ascii.h"
+
+#include <bit>
+#include <cstring>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#define TAPELM_SPLIT_AVX2 1
+#endif
+
+namespace tapelm::text {
+
+#ifdef TAPELM_SPLIT_AVX2
+
+#pragma GCC push_options
+#pragma GCC target("avx2,bmi,bmi2,lzcnt,popcnt")
+namespace avx2 {
+namespace {
+
+constexpr size_t kBlock = 64;
+constexpr size_t kLookAhead = 3;              // bytes read beyond a block
+constexpr size_t kMaxOffset = size_t{1} << 31;  // ends must fit into 32 bits
+
+// One bit per byte of a block, the first byte lowest.
+struct Masks {
+  uint64_t letter = 0, digit = 0, space = 0, blank = 0, apostrophe = 0, high = 0;
+};
+
+template <int shift>
+inline void classify_half(const uint8_t* p, Masks& masks) {
+  const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  const auto bits = [](__m256i v) {
+    return static_cast<uint64_t>(static_cast<uint32_t>(_mm256_movemask_epi8(v))) << shift;
+  };
+  // first <= byte < first + count, by moving the range to the lowest signed values.
+  const auto in_range = [](__m256i v, int first, int count) {
+    const __m256i moved = _mm256_add_epi8(v, _mm256_set1_epi8(static_cast<char>(-128 - first)));
+    return _mm256_cmpgt_epi8(_mm256_set1_epi8(static_cast<char>(-128 + count)), moved);
+  };
+  const __m256i lower = _mm256_or_si256(bytes, _mm256_set1_epi8(0x20));
+  const __m256i blank = _mm256_cmpeq_epi8(bytes, _mm256_set1_epi8(' '));
+  masks.letter |= bits(in_range(lower, 'a', 26));
+  masks.digit |= bits(in_range(bytes, '0', 10));
+  masks.blank |= bits(blank);
+  masks.space |= bits(_mm256_or_si256(blank, in_range(bytes, '\t', 5)));
+  masks.apostrophe |= bits(_mm256_cmpeq_epi8(bytes, _mm256_set1_epi8('\'')));
+  masks.high |= bits(bytes);
+}
+
+// Bytes of the contraction at the apostrophe p, or 0.
+inline uint32_t contraction(const uint8_t* p) {
+  const uint8_t a = p[1], b = p[2];
+  if (a == 's' || a == 't' || a == 'm' || a == 'd') return 2;
+  return (a == 'r' && b == 'e') || (a == 'v' && b == 'e') || (a == 'l' && b == 'l') ? 3 : 0;
+}
+
+inline bool is_space(uint8_t byte) { return byte == ' ' || static_cast<uint8_t>(byte - '\t') < 5; }
+
+// A word begins where the class changes, with these exceptions: a blank belongs to the letters, digits or others that
+// follow it; of a run of white space only the last character may be a word's beginning besides the first; and a
+// contraction ends after its letters.
+size_t split_gpt2(const uint8_t* begin, const uint8_t* end, const uint8_t* base, uint32_t* ends, size_t capacity) {
+  uint8_t tail[2 * kBlock];
+  uint32_t* write = ends;
+  const uint32_t* const full = ends + (capacity - kSplitSlack);
+  const auto total = static_cast<size_t>(end - begin);
+  const auto origin = static_cast<uint32_t>(begin - base);
+  Masks before;             // of the last block, of which only the highest bits matter
+  uint64_t forced = 0;      // beginnings in the next block that a contraction asks for
+  uint64_t suppressed = 1;  // and beginnings that it takes away; the first word's own beginning ends no word
+  uint64_t at_begin = 1;    // yet an apostrophe there may begin a contraction
+  for (size_t offset = 0; write <= full && offset < kMaxOffset; offset += kBlock) {
+    const size_t left = total - offset;
+    const uint8_t* block = begin + offset;
+    if (left < kBlock + kLookAhead) {
+      std::memset(tail, ' ', sizeof tail);  // the end of the text acts like white space
+      std::memcpy(tail, block, left);
+      block = tail;
+    }
+    Masks now;
+    classify_half<0>(block, now);
+    classify_half<32>(block + 32, now);
+    const auto previous = [](uint64_t mask, uint64_t mask_before) { return mask << 1 | mask_before >> 63; };
+    const uint64_t other = ~(now.letter | now.digit | now.space);
+    const uint64_t other_before = ~(before.letter | before.digit | before.space);
+    const uint64_t same = (now.letter & previous(now.letter, before.letter)) |
+                          (now.digit & previous(now.digit, before.digit)) | (other & previous(other, other_before));
+    const uint64_t last_of_run = ~now.space >> 1 | static_cast<uint64_t>(!is_space(block[kBlock])) << 63;
+    uint64_t starts = (~now.space & ~same & ~previous(now.blank, before.blank)) |
+                      (now.space & (~previous(now.space, before.space) | last_of_run));
+    uint64_t quotes = now.apostrophe & (starts | at_begin);
+    starts = (starts & ~suppressed) | forced;
+    forced = suppressed = at_begin = 0;
+    for (; quotes != 0; quotes &= quotes - 1) {
+      const auto at = static_cast<uint32_t>(std::countr_zero(quotes));
+      const uint32_t length = contraction(block + at);
+      if (length == 0) continue;
+      if (at + 1 < kBlock) {
+        starts &= ~(2ull << at);
+      } else {
+        suppressed = 1;
+      }
+      if (at + length < kBlock) {
+        starts |= 1ull << (at + length);
+      } else {
+        forced |= 1ull << (at + length - kBlock);
+      }
+    }
+    // Beginnings at the end of the text are none; what is just before a non-ASCII character depends on its class.
+    uint64_t valid = block[kBlock] < 0x80 ? ~0ull : ~0ull >> 1;
+    if (left < kBlock) valid = (1ull << left) - 1;
+    if (now.high != 0) valid &= ((now.high & -now.high) - 1) >> 1;
+    starts &= valid;
+    const auto place = origin + static_cast<uint32_t>(offset);
+    const auto count = static_cast<size_t>(std::popcount(starts));
+    for (size_t i = 0; i < count; i += 8) {
+      for (size_t k = 0; k < 8; ++k) {
+        write[i + k] = place + static_cast<uint32_t>(_tzcnt_u64(starts));
+        starts = _blsr_u64(starts);
+      }
+    }
+    write += count;
+    if (now.high != 0) break;
+    if (left <= kBlock) {
+      *write++ = origin + static_cast<uint32_t>(total);
+      break;
+    }
+    before = now;
+  }
+  return static_cast<size_t>(write - ends);
+}
+
+}  // namespace
+}  // namespace avx2
+#pragma GCC pop_options
+
+AsciiSplitter gpt2_ascii_splitter() {
+  const bool supported = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") &&
+                         __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("lzcnt");
+  return supported ? avx2::split_gpt2 : nullptr;
+}
+
+#else
+
+AsciiSplitter gpt2_ascii_splitter() { return nullptr; }
+
+#endif
+
+}  // namespace tapelm::text
