@@ -1,6 +1,7 @@
 #include "bpe.h"
 
 #include <algorithm>
+#include <cstring>
 #include <stdexcept>
 
 namespace tapelm::text {
@@ -99,7 +100,7 @@ void Bpe::merge_word(std::string_view word, EncoderState& state) const {
     std::copy(word.begin(), word.end(), padded);
     key = load_key(padded, word.size());
     hash = hash_key(key);
-    if (const auto* slot = state.short_words.find(key, hash)) return std::copy_n(slot->ids, slot->count, write);
+    if (const auto* slot = state.short_words.find(key, hash)) return std::copy_n(slot->ids, slot->count(), write);
   }
   if (word.size() <= kLongKey) {
     long_hash = LongWords::hash(word);
@@ -116,35 +117,43 @@ void Bpe::merge_word(std::string_view word, EncoderState& state) const {
   return std::copy(ids.begin(), ids.end(), write);
 }
 
+// Words are looked up in groups: first all their buckets are asked for, then, when they have arrived, read.
 void Bpe::encode_plain(std::string_view text, EncoderState& state, IdBuffer& out) const {
   constexpr size_t kWords = 2048;
+  constexpr size_t kGroup = 32;
   uint32_t ends[kWords];
+  Key keys[kGroup];
+  uint64_t hashes[kGroup];
   const auto* p = reinterpret_cast<const uint8_t*>(text.data());
   const auto* const text_end = p + text.size();
   while (p < text_end) {
     const size_t count = split_words(model_.pretokenizer, p, text_end, ends, kWords);
     const size_t bytes = ends[count - 1];
-    // A whole slot is stored, of which only the first ids count: hence the room for some more.
+    // One store of 16 bytes, of which only the first ids count: hence the room for some more.
     uint32_t* write = out.reserve(bytes + sizeof(ShortWords::Slot::ids) / sizeof(uint32_t));
-    const size_t readable = static_cast<size_t>(text_end - p);
     uint32_t begin = 0;
-    for (size_t i = 0; i < count; ++i) {
-      const uint32_t length = ends[i] - begin;
-      const uint8_t* word = p + begin;
-      const size_t left = readable - begin;
-      begin = ends[i];
-      if (length <= kShortKey && left >= kKeyOverread) [[likely]] {
-        const Key key = load_key(word, length);
-        const auto& slots = state.short_words.home(hash_key(key)).slots;
-        const bool second = slots[1].key == key;
-        const auto& slot = slots[second];
-        if (slot.key == key) [[likely]] {
-          std::copy_n(slot.ids, kShortIds, write);
-          write += slot.count;
-          continue;
+    for (size_t first = 0; first < count; first += kGroup) {
+      const size_t group = std::min(kGroup, count - first);
+      for (size_t i = 0; i < group; ++i) {
+        const uint32_t length = ends[first + i] - begin;
+        const uint8_t* word = p + begin;
+        begin = ends[first + i];
+        keys[i] = length <= kShortKey && text_end - word >= kKeyOverread ? load_key(word, length) : kNoKey;
+        hashes[i] = hash_key(keys[i]);
+        __builtin_prefetch(&state.short_words.home(hashes[i]));
+      }
+      for (size_t i = 0; i < group; ++i) {
+        const auto& slots = state.short_words.home(hashes[i]).slots;
+        const bool second = slots[1].key == keys[i];
+        if (second | (slots[0].key == keys[i])) [[likely]] {
+          const auto& slot = slots[second];
+          std::memcpy(write, slot.ids, sizeof slot.ids);
+          write += slot.count();
+        } else {
+          const uint32_t word = first + i > 0 ? ends[first + i - 1] : 0;
+          write = encode_rare_word({reinterpret_cast<const char*>(p) + word, ends[first + i] - word}, state, write);
         }
       }
-      write = encode_rare_word({reinterpret_cast<const char*>(word), length}, state, write);
     }
     out.commit(write);
     p += bytes;

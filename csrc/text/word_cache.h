@@ -2,9 +2,9 @@
 // cache line; the others live in LongWords. Both are bounded: a full table replaces, a full LongWords starts afresh.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <memory>
 #include <span>
 #include <string_view>
 #include <vector>
@@ -16,14 +16,17 @@ namespace tapelm::text {
 inline constexpr size_t kShortKey = 15;    // bytes of the longest word in ShortWords
 inline constexpr size_t kShortIds = 3;     // most ids of such a word
 inline constexpr size_t kLongKey = 128;    // longer words are rare and not worth remembering
-inline constexpr size_t kKeyOverread = 16;  // bytes that must be readable from the beginning of a word
+inline constexpr ptrdiff_t kKeyOverread = 16;  // bytes that must be readable from the beginning of a word
 
 // A word of at most 15 bytes as two integers: its bytes, zeros, and its length in the last byte.
 struct Key {
   uint64_t low;
   uint64_t high;
-  bool operator==(const Key&) const = default;
+  // One comparison: which of two slots holds a word cannot be predicted, so that a branch each would cost more.
+  bool operator==(const Key& other) const { return ((low ^ other.low) | (high ^ other.high)) == 0; }
 };
+
+inline constexpr Key kNoKey{~0ull, ~0ull};  // that of no word
 
 inline constexpr struct KeyMasks {
   uint64_t low[16]{}, high[16]{};
@@ -51,8 +54,11 @@ class ShortWords {
  public:
   struct Slot {
     Key key{};
-    uint32_t ids[kShortIds]{};
-    uint32_t count = 0;  // 0: free; the length in the key of a word is never 0, so a free slot matches no word
+    // The ids and, last, their number, so that 16 bytes can be copied in one go. Number 0: free; the length in the
+    // key of a word is never 0, so a free slot matches no word.
+    uint32_t ids[kShortIds + 1]{};
+
+    uint32_t count() const { return ids[kShortIds]; }
   };
   struct alignas(64) Bucket {
     Slot slots[2];
@@ -74,8 +80,9 @@ class ShortWords {
   // `key` must be absent.
   void insert(Key key, uint64_t hash, std::span<const uint32_t> ids) {
     if (4 * (size_ + 1) > 2 * kSlotsPerBucket * bucket_count() && bucket_count() < kMaxBuckets) grow();
-    Slot slot{key, {}, static_cast<uint32_t>(ids.size())};
+    Slot slot{key, {}};
     std::copy(ids.begin(), ids.end(), slot.ids);
+    slot.ids[kShortIds] = static_cast<uint32_t>(ids.size());
     while (!place(slot, hash)) {
       if (bucket_count() >= kMaxBuckets) {
         buckets_[hash >> shift_].slots[hash >> 5 & 1] = slot;
@@ -97,7 +104,7 @@ class ShortWords {
   bool place(const Slot& slot, uint64_t hash) {
     for (Bucket* bucket = &buckets_[hash >> shift_], *end = bucket + kProbes; bucket != end; ++bucket) {
       for (Slot& free : bucket->slots) {
-        if (free.count == 0) {
+        if (free.count() == 0) {
           free = slot;
           return true;
         }
@@ -114,7 +121,7 @@ class ShortWords {
     size_ = 0;
     for (const Bucket& bucket : old) {
       for (const Slot& slot : bucket.slots) {
-        if (slot.count != 0) size_ += place(slot, hash_key(slot.key));
+        if (slot.count() != 0) size_ += place(slot, hash_key(slot.key));
       }
     }
   }
