@@ -7,6 +7,8 @@
 #include <span>
 #include <utility>
 
+#include "huge_pages.h"
+
 namespace tapelm::text {
 
 class IdBuffer {
@@ -51,6 +53,7 @@ class IdBuffer {
   void resize(size_t capacity) {
     void* moved = std::realloc(data_, (capacity + 1) * sizeof(uint32_t));
     if (moved == nullptr) throw std::bad_alloc();
+    if (capacity > capacity_) prefer_huge_pages(moved, capacity * sizeof(uint32_t));
     data_ = static_cast<uint32_t*>(moved);
     capacity_ = capacity;
   }

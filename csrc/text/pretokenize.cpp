@@ -14,54 +14,61 @@ constexpr ptrdiff_t kMaxSpan = ptrdiff_t{1} << 31;  // ends must fit into 32 bit
 
 enum Class : uint8_t { kOther = 0, kLetter = 1, kNumber = 2, kSpace = 3 };
 
+// Bits: what a character may be in a run of letters of one case. Letters without case, and marks, may be either.
+enum Case : uint8_t { kUpper = 1, kLower = 2 };
+
 struct Character {
   Class kind;
   uint8_t bytes;
+  uint8_t cases;
 };
 
-inline Class class_of(uint32_t code_point) {
-  const uint32_t block = kClassIndex[code_point >> 8];
-  const uint8_t packed = kClassBlocks[block * 64 + ((code_point & 0xFF) >> 2)];
-  return static_cast<Class>((packed >> (2 * (code_point & 3))) & 3);
+constexpr uint8_t look_up(const uint8_t* index, const uint8_t* blocks, uint32_t code_point) {
+  const uint32_t block = index[code_point >> 8];
+  const uint8_t packed = blocks[block * 64 + ((code_point & 0xFF) >> 2)];
+  return (packed >> (2 * (code_point & 3))) & 3;
 }
 
-constexpr std::array<uint8_t, 128> make_ascii_classes() {
-  std::array<uint8_t, 128> classes{};
-  for (uint32_t c = 0; c < 128; ++c) {
-    const uint8_t packed = kClassBlocks[kClassIndex[0] * 64 + (c >> 2)];
-    classes[c] = (packed >> (2 * (c & 3))) & 3;
-  }
-  return classes;
+inline Character character(uint32_t code_point, uint8_t bytes) {
+  return {static_cast<Class>(look_up(kClassIndex, kClassBlocks, code_point)), bytes,
+          look_up(kCaseIndex, kCaseBlocks, code_point)};
 }
 
-constexpr std::array<uint8_t, 128> kAscii = make_ascii_classes();
+constexpr std::array<uint8_t, 128> make_ascii(const uint8_t* index, const uint8_t* blocks) {
+  std::array<uint8_t, 128> values{};
+  for (uint32_t c = 0; c < 128; ++c) values[c] = look_up(index, blocks, c);
+  return values;
+}
+
+constexpr std::array<uint8_t, 128> kAscii = make_ascii(kClassIndex, kClassBlocks);
+constexpr std::array<uint8_t, 128> kAsciiCases = make_ascii(kCaseIndex, kCaseBlocks);
 
 inline bool continues(uint8_t byte) { return (byte & 0xC0) == 0x80; }
 
 // Strict UTF-8: overlong forms, surrogates and values above U+10FFFF are invalid bytes, each one kOther.
 Character decode_non_ascii(const uint8_t* p, const uint8_t* end) {
-  constexpr Character invalid{kOther, 1};
+  constexpr Character invalid{kOther, 1, 0};
   const uint8_t lead = p[0];
   const size_t left = static_cast<size_t>(end - p);
   if (lead < 0xC2 || lead > 0xF4) return invalid;
   if (lead < 0xE0) {
     if (left < 2 || !continues(p[1])) return invalid;
-    return {class_of((lead & 0x1Fu) << 6 | (p[1] & 0x3Fu)), 2};
+    return character((lead & 0x1Fu) << 6 | (p[1] & 0x3Fu), 2);
   }
   if (lead < 0xF0) {
     if (left < 3 || !continues(p[1]) || !continues(p[2])) return invalid;
     const uint32_t c = (lead & 0x0Fu) << 12 | (p[1] & 0x3Fu) << 6 | (p[2] & 0x3Fu);
     if (c < 0x800 || (c >= 0xD800 && c < 0xE000)) return invalid;
-    return {class_of(c), 3};
+    return character(c, 3);
   }
   if (left < 4 || !continues(p[1]) || !continues(p[2]) || !continues(p[3])) return invalid;
   const uint32_t c = (lead & 0x07u) << 18 | (p[1] & 0x3Fu) << 12 | (p[2] & 0x3Fu) << 6 | (p[3] & 0x3Fu);
   if (c < 0x10000 || c > 0x10FFFF) return invalid;
-  return {class_of(c), 4};
+  return character(c, 4);
 }
 
 inline Character at(const uint8_t* p, const uint8_t* end) {
-  if (*p < 0x80) [[likely]] return {static_cast<Class>(kAscii[*p]), 1};
+  if (*p < 0x80) [[likely]] return {static_cast<Class>(kAscii[*p]), 1, kAsciiCases[*p]};
   return decode_non_ascii(p, end);
 }
 
@@ -135,10 +142,30 @@ const uint8_t* gpt2(const uint8_t* p, const uint8_t* end) {
   return skip_class(first.kind, p + first.bytes, end);
 }
 
+// With `slashes`, a slash counts as a newline here.
+template <bool slashes>
 const uint8_t* others_then_newlines(const uint8_t* p, const uint8_t* end) {
   p = skip<kOther>(p, end);
-  while (p < end && is_newline(*p)) ++p;
+  while (p < end && (is_newline(*p) || (slashes && *p == '/'))) ++p;
   return p;
+}
+
+// \p{N}{1,3} : `next` is behind the first of them.
+const uint8_t* up_to_three_digits(const uint8_t* next, const uint8_t* end) {
+  for (int digits = 1; digits < 3 && next < end; ++digits) {
+    const Character c = at(next, end);
+    if (c.kind != kNumber) break;
+    next += c.bytes;
+  }
+  return next;
+}
+
+// \s*[\r\n]+|\s+(?!\S)|\s+ : up to and with the last newline of the run, where there is one.
+const uint8_t* space_run_with_newlines(const uint8_t* p, const uint8_t* end) {
+  for (const uint8_t* q = skip<kSpace>(p, end); q > p; --q) {
+    if (is_newline(q[-1])) return q;
+  }
+  return space_run<false>(p, end);
 }
 
 const uint8_t* llama3(const uint8_t* p, const uint8_t* end) {
@@ -148,24 +175,57 @@ const uint8_t* llama3(const uint8_t* p, const uint8_t* end) {
   const Character first = at(p, end);
   const uint8_t* next = p + first.bytes;
   if (first.kind == kLetter) return skip<kLetter>(next, end);
-  if (first.kind == kNumber) {
-    for (int digits = 1; digits < 3 && next < end; ++digits) {
-      const Character c = at(next, end);
-      if (c.kind != kNumber) break;
-      next += c.bytes;
-    }
-    return next;
-  }
+  if (first.kind == kNumber) return up_to_three_digits(next, end);
   const Class second = next < end ? at(next, end).kind : kSpace;
   if (second == kLetter && !is_newline(*p)) return skip<kLetter>(next, end);
-  if (first.kind == kOther) return others_then_newlines(next, end);
-  if (*p == ' ' && second == kOther) return others_then_newlines(next, end);
-  // \s*[\r\n]+ : up to and with the last newline of the white-space run, where there is one.
-  const uint8_t* run_end = skip<kSpace>(p, end);
-  for (const uint8_t* q = run_end; q > p; --q) {
-    if (is_newline(q[-1])) return q;
+  if (first.kind == kOther) return others_then_newlines<false>(next, end);
+  if (*p == ' ' && second == kOther) return others_then_newlines<false>(next, end);
+  return space_run_with_newlines(p, end);
+}
+
+// [upper]*[lower]+ where that matches, else [upper]+ (unless `must_be_lower`), with the contraction behind it; nullptr
+// where nothing matches.
+// Greedy runs that give back only what they must: without a lower-case letter behind the upper ones, the word ends
+// with the last of them that may be lower.
+const uint8_t* cased_letters(const uint8_t* p, const uint8_t* end, bool must_be_lower) {
+  const uint8_t* q = p;
+  const uint8_t* last_either = nullptr;
+  while (q < end) {
+    const Character c = at(q, end);
+    if (!(c.cases & kUpper)) break;
+    q += c.bytes;
+    if (c.cases & kLower) last_either = q;
   }
-  return space_run<false>(p, end);
+  const uint8_t* const upper_end = q;
+  while (q < end) {
+    const Character c = at(q, end);
+    if (!(c.cases & kLower)) break;
+    q += c.bytes;
+  }
+  if (q == p) return nullptr;
+  if (q == upper_end) {
+    if (last_either == nullptr && must_be_lower) return nullptr;
+    if (last_either != nullptr) q = last_either;
+  }
+  if (q < end && *q == '\'') {
+    if (const uint8_t* behind = contraction(q, end, true)) return behind;
+  }
+  return q;
+}
+
+const uint8_t* o200k(const uint8_t* p, const uint8_t* end) {
+  const Character first = at(p, end);
+  const uint8_t* next = p + first.bytes;
+  if (first.kind == kNumber) return up_to_three_digits(next, end);
+  // One character that is no letter may lead the letters. A mark may be the only lower one itself, which the pattern
+  // prefers to being led by.
+  if (first.kind != kLetter && !is_newline(*p)) {
+    if (const uint8_t* q = cased_letters(next, end, first.cases != 0)) return q;
+  }
+  if (first.cases != 0) return cased_letters(p, end, false);
+  if (first.kind == kOther) return others_then_newlines<true>(next, end);
+  if (*p == ' ' && next < end && at(next, end).kind == kOther) return others_then_newlines<true>(next, end);
+  return space_run_with_newlines(p, end);
 }
 
 }  // namespace
@@ -174,7 +234,7 @@ size_t first_word(Pretokenizer kind, const uint8_t* begin, const uint8_t* end) {
   switch (kind) {
     case Pretokenizer::kLlama3: return static_cast<size_t>(llama3(begin, end) - begin);
     case Pretokenizer::kGpt2Digits: return static_cast<size_t>(gpt2<true>(begin, end) - begin);
-    case Pretokenizer::kO200k:
+    case Pretokenizer::kO200k: return static_cast<size_t>(o200k(begin, end) - begin);
     case Pretokenizer::kGpt2: break;
   }
   return static_cast<size_t>(gpt2<false>(begin, end) - begin);

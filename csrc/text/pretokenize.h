@@ -1,10 +1,13 @@
 // Pre-tokenizers: cut UTF-8 text into the "words" that byte-pair merges never cross.
 //
-// Hand-written equivalents of two published regular expressions (no regex engine):
+// Hand-written equivalents of three published regular expressions (no regex engine):
 //   kGpt2   's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
 //   kLlama3 (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|
 //           \s*[\r\n]+|\s+(?!\S)|\s+                        (also the HF form of OpenAI's cl100k)
 //   kGpt2Digits: every number character is a word of its own and kGpt2 cuts what lies between (SmolLM2).
+//   kO200k  with upper = [\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}], lower = [\p{Ll}\p{Lm}\p{Lo}\p{M}], c = kLlama3's (?i:...)?:
+//           [^\r\n\p{L}\p{N}]?[upper]*[lower]+c|[^\r\n\p{L}\p{N}]?[upper]+[lower]*c|\p{N}{1,3}|
+//            ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+                  (OpenAI's o200k)
 // A byte that is not part of valid UTF-8 counts as one character that is no letter, number or white space.
 #pragma once
 

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "flat_map.h"
+#include "huge_pages.h"
 
 namespace tapelm::text {
 
@@ -94,6 +95,7 @@ class ShortWords {
   }
 
  private:
+  using Buckets = std::vector<Bucket, HugePageAllocator<Bucket>>;
   static constexpr size_t kSlotsPerBucket = 2;
   static constexpr size_t kProbes = 4;
   static constexpr unsigned kFirstBits = 10;
@@ -115,7 +117,7 @@ class ShortWords {
 
   // Doubles the table; a word that finds no room in the new one (hardly ever) is forgotten.
   void grow() {
-    std::vector<Bucket> old(2 * bucket_count() + kProbes);
+    Buckets old(2 * bucket_count() + kProbes);
     old.swap(buckets_);
     --shift_;
     size_ = 0;
@@ -127,7 +129,7 @@ class ShortWords {
   }
 
   unsigned shift_ = 64 - kFirstBits;
-  std::vector<Bucket> buckets_ = std::vector<Bucket>((size_t{1} << kFirstBits) + kProbes);
+  Buckets buckets_ = Buckets((size_t{1} << kFirstBits) + kProbes);
   size_t size_ = 0;
 };
 
