@@ -1,7 +1,7 @@
 """Encoding and training against gigatoken, tiktoken and Hugging Face `tokenizers`, taken in turn.
 
-Cold is the first pass of a new tokenizer over the text, warm the next pass of the same one; loading is not part of
-either. Every peer gets the vocabulary and the documents of ours, and its ids are compared before it is timed.
+Cold is the first pass of a new tokenizer over the text, warm the next pass of the same one; loading is part of
+neither. Every peer gets our vocabulary and documents, and its ids are compared before it is timed.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def documents(path: Path | None) -> list[str]:
                 texts.append(lines.read())
     if not texts:
         raise UserError(
-            f"no documents at {path}: give a .txt, .jsonl or .jsonl.gz file, or a directory of them, by --text"
+            f"no documents at {path}: give --text a .txt, .jsonl or .jsonl.gz file or a directory"
         )
     return texts
 
