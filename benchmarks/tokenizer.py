@@ -1,7 +1,7 @@
 """Encoding and training against gigatoken, tiktoken and Hugging Face `tokenizers`, taken in turn.
 
-Cold is the first pass of a new tokenizer over the text, warm the next pass of the same one; loading is part of
-neither. Every peer gets our vocabulary and documents, and its ids are compared before it is timed.
+Cold is the first pass of a new tokenizer over the text, warm the next pass of the same one; loading is
+part of neither. Every peer gets our vocabulary and documents, and its ids are compared before it is timed.
 """
 
 from __future__ import annotations

@@ -86,7 +86,8 @@ def test_a_hundred_thousand_random_strings(kind: int) -> None:
 def test_every_character_is_cut_as_published(kind: int) -> None:
     """Among letters, digits, spaces and others; without those that Python does not know, being new."""
     known = (c for c in map(chr, range(0x110000)) if unicodedata.category(c) not in ("Cn", "Cs"))
-    texts = (f"a{c}b {c}7{c}! {c}\n{c}A{c}{c}" for c in known if c != "|")
+    # U+0295 is lower case in Unicode 16, whose tables we have, and without case in the 17 of `regex`.
+    texts = (f"a{c}b {c}7{c}! {c}\n{c}A{c}{c}" for c in known if c not in "|\u0295")
     text = " |\n".join(texts)
     assert not unlike(kind, text)
 
