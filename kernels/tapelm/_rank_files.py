@@ -121,7 +121,7 @@ def ranks_of(file: BpeFile) -> bytes:
     # A merge that does not follow from the ranks is never carried out, as the others come first.
     require(
         np.array_equal(in_order[np.isin(in_order, _pairs(derived))], _pairs(derived)),
-        "this vocabulary cannot be written as ranks: the order of its merges is not that of its ids",
+        "this vocabulary cannot be written as ranks: its merges are not those that follow from its ids",
     )
     merged = set(derived[:, 2].tolist())
     whole = [index for index, token in enumerate(tokens) if len(token) > 1 and index not in merged]

@@ -66,7 +66,11 @@ def read_tokenizer_file(
             _read_json(vocab.read_bytes(), vocab.name), content, path.name, pretokenizer, specials
         )
     config = _read_json(content)
-    if isinstance(config, dict) and config and all(type(index) is int for index in config.values()):
+    if (
+        isinstance(config, dict)
+        and not isinstance(config.get("model"), dict)
+        and _is_vocabulary(path, config)
+    ):
         merges = _sibling(path, _GPT2_NAMES)
         return _read_gpt2(config, merges.read_bytes(), merges.name, pretokenizer, specials)
     require(
@@ -83,6 +87,10 @@ def _read_json(content: bytes, name: str = "") -> Any:
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         known = "neither JSON, nor tiktoken ranks, nor GPT-2 merges"
         raise ValueError(f"{name} is not valid JSON" if name else f"is not valid JSON ({known})") from error
+
+
+def _is_vocabulary(path: Path, config: dict[str, Any]) -> bool:
+    return path.name in _GPT2_NAMES or all(type(index) is int for index in config.values())
 
 
 def _sibling(path: Path, names: Mapping[str, str]) -> Path:
