@@ -66,11 +66,7 @@ def read_tokenizer_file(
             _read_json(vocab.read_bytes(), vocab.name), content, path.name, pretokenizer, specials
         )
     config = _read_json(content)
-    if (
-        isinstance(config, dict)
-        and not isinstance(config.get("model"), dict)
-        and _is_vocabulary(path, config)
-    ):
+    if _is_vocabulary(path, config):
         merges = _sibling(path, _GPT2_NAMES)
         return _read_gpt2(config, merges.read_bytes(), merges.name, pretokenizer, specials)
     require(
@@ -89,7 +85,10 @@ def _read_json(content: bytes, name: str = "") -> Any:
         raise ValueError(f"{name} is not valid JSON" if name else f"is not valid JSON ({known})") from error
 
 
-def _is_vocabulary(path: Path, config: dict[str, Any]) -> bool:
+def _is_vocabulary(path: Path, config: Any) -> bool:
+    """Whether this is an encoder.json rather than a tokenizer.json, which may be damaged."""
+    if not isinstance(config, dict) or isinstance(config.get("model"), dict):
+        return False
     return path.name in _GPT2_NAMES or all(type(index) is int for index in config.values())
 
 

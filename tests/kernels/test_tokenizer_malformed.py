@@ -1,4 +1,4 @@
-"""Damaged files, more than a thousand of each kind: a ValueError that names the file, or a tokenizer that works.
+"""Damaged files, a thousand of each kind: a ValueError that names the file, or a tokenizer that works.
 
 A crash ends the test run, and a hang is shown by the clock.
 """
@@ -35,7 +35,7 @@ NUMBERS = (
 
 
 def mutate(content: bytes, random_: random.Random) -> bytes:
-    """One to three of: bits, bytes, pieces cut, doubled, moved or overwritten, numbers replaced, a cut end."""
+    """One to three of: bits, bytes, pieces cut, doubled or moved, numbers replaced, a cut end."""
     data = bytearray(content)
     for _ in range(random_.randint(1, 3)):
         at = random_.randrange(len(data) + 1)
@@ -69,7 +69,7 @@ def mutate(content: bytes, random_: random.Random) -> bytes:
 
 
 def damage(path: Path, load: Callable[[], object], seed: int) -> tuple[int, int]:
-    """Numbers of mutants of a file that were refused, with an error that names its directory, and accepted."""
+    """How many mutants of a file were refused, with an error that names its place, and how many accepted."""
     content = path.read_bytes()
     random_ = random.Random(seed)
     refused = accepted = 0
@@ -136,7 +136,7 @@ def test_gpt2_files(tokenizer: Tokenizer, tmp_path: Path, name: str) -> None:
 
 
 def read_all(directory: Path) -> None:
-    """Open shards and read every batch; the values do not count, as hashes are checked by verify_shards alone."""
+    """Open shards and read batches; their values do not count, as only verify_shards compares hashes."""
     loader = TokenLoader(directory, 2, 16)
     for _ in range(min(len(loader), 20)):
         next(loader)
