@@ -186,7 +186,8 @@ void Bpe::merge_short(EncoderState& state, std::vector<uint32_t>& out) const {
 // O(n log n): a heap of candidate merges over a doubly linked list. A candidate is stale, and skipped, when the pair
 // at its position has another rank by now.
 void Bpe::merge_long(EncoderState& state, std::vector<uint32_t>& out) const {
-  auto& [cache, symbols, ranks, next, previous, heap] = state;
+  auto &symbols = state.symbols, &ranks = state.ranks, &next = state.next, &previous = state.previous;
+  auto& heap = state.heap;
   const uint32_t n = static_cast<uint32_t>(symbols.size());
   next.resize(n);
   previous.resize(n);
