@@ -8,9 +8,7 @@ FUZZERS := text shards
 TEXT := $(wildcard csrc/text/*.cpp)
 TEXT_OBJECTS := $(patsubst csrc/%.cpp,build/sanitize/%.o,$(TEXT) csrc/python.cpp)
 HEADERS := $(wildcard csrc/text/*.h)
-INCLUDES = $(shell $(PY) -c "from importlib.util import find_spec as f, sysconfig as s; \
-	print('-I' + f('torch').origin.replace('__init__.py', 'include'), '-I' + s.get_paths()['include'])")
-SANITIZERS := -O1 -g -std=c++20 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+SANITIZERS = -O1 -g -std=c++20 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 
 .PHONY: setup demo test test-full sanitize fuzz lint bench gpu-check clean
 
@@ -47,9 +45,13 @@ build/sanitize/tapelm/_text.so: $(TEXT_OBJECTS)
 	@mkdir -p $(@D)
 	$(CXX) -shared $(SANITIZERS) -o $@ $^
 
+build/sanitize/python.o: SANITIZERS += $(shell $(PY) -c "import sysconfig, importlib.util as util; \
+	print('-I' + util.find_spec('torch').submodule_search_locations[0] + '/include', \
+	'-I' + sysconfig.get_paths()['include'])")
+
 build/sanitize/%.o: csrc/%.cpp $(HEADERS)
 	@mkdir -p $(@D)
-	$(CXX) $(SANITIZERS) -fPIC $(INCLUDES) -c $< -o $@
+	$(CXX) $(SANITIZERS) -fPIC -c $< -o $@
 
 # Coverage-guided fuzzing of csrc/text for SECONDS; what fails is left in build/fuzz.
 fuzz: $(FUZZERS:%=build/fuzz/%)
