@@ -104,13 +104,13 @@ def random_texts(seed: int, count: int) -> list[str]:
 def test_every_code_point(peers: Peers) -> None:
     """Alone, between letters, after a blank and before a number, after an apostrophe."""
     peers.check(ALL_CHARACTERS[:0x3000])
-    for form in ("a{}b", " {}1", "'{} "):
-        peers.check([form.format(c) for c in ALL_CHARACTERS[:0x3000]], hugging_face=False)
-        for start in range(0x3000, len(ALL_CHARACTERS), 4000):
-            part = ALL_CHARACTERS[start : start + 4000]
-            # Planes of one category, mostly private or unassigned, are sampled.
-            uniform = len({unicodedata.category(c) for c in part}) == 1
-            peers.check(["".join(form.format(c) for c in part[:: 40 if uniform else 1])], hugging_face=False)
+    for start in range(0, len(ALL_CHARACTERS), 2000):
+        part = ALL_CHARACTERS[start : start + 2000]
+        # Where all are of one category, mostly private or unassigned, a sample will do.
+        uniform = len({unicodedata.category(c) for c in part}) == 1
+        sample = part[:: 40 if uniform else 1]
+        texts = ["".join(form.format(c) for c in sample) for form in ("a{}b", " {}1", "'{} ", "{}")]
+        peers.check(texts, hugging_face=False)
 
 
 def test_random_strings(peers: Peers) -> None:
@@ -124,7 +124,7 @@ def test_100_000_random_strings(peers: Peers) -> None:
 
 
 def test_hypothesis_strings(peers: Peers) -> None:
-    @settings(max_examples=400, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=150, deadline=None, derandomize=True, database=None)
     @given(texts=st.lists(st.text(max_size=30).filter(lambda text: END not in text), max_size=8))
     def check(texts: list[str]) -> None:
         assigned = [text for text in texts if all(unicodedata.category(c) != "Cn" for c in text)]
