@@ -18,7 +18,16 @@ LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_SPLIT_PATTERNS = {GPT2_PATTERN: _text.GPT2, LLAMA3_PATTERN: _text.LLAMA3}
+_O200K_MARKS = r"[^\r\n\p{L}\p{N}]?", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_O200K_UPPER, _O200K_LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+O200K_PATTERN = "|".join(
+    (
+        f"{_O200K_UPPER}*{_O200K_LOWER}+".join(_O200K_MARKS),
+        f"{_O200K_UPPER}+{_O200K_LOWER}*".join(_O200K_MARKS),
+        r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    )
+)
+_SPLIT_PATTERNS = {GPT2_PATTERN: _text.GPT2, LLAMA3_PATTERN: _text.LLAMA3, O200K_PATTERN: _text.O200K}
 # Two ways to say that the matches are the words: every character of a text belongs to a match.
 _ALL_MATCHES = (("Isolated", False), ("Removed", True))
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -37,6 +46,7 @@ PRE_TOKENIZERS: dict[str, dict[str, Any]] = {
         "type": "Sequence",
         "pretokenizers": [{"type": "Digits", "individual_digits": True}, _BYTE_LEVEL],
     },
+    "o200k": _split(O200K_PATTERN),
 }
 
 
@@ -180,7 +190,7 @@ def _read_pre_tokenizer(section: Any) -> int:
             return _text.GPT2_DIGITS
     raise ValueError(
         f"has an unsupported pre_tokenizer {str(section)[:99]}: supported are ByteLevel without prefix space "
-        "(GPT-2), the Llama-3 or GPT-2 Split followed by ByteLevel, and single Digits followed by ByteLevel"
+        "(GPT-2), the Llama-3, o200k or GPT-2 Split and ByteLevel, and single Digits and ByteLevel"
     )
 
 

@@ -105,15 +105,15 @@ class Tokenizer:
     ) -> Tokenizer:
         """Read a file of one of these formats, told apart by content, or a directory that holds one.
 
-        - Hugging Face `tokenizer.json`: byte-level BPE with GPT-2, Llama-3 or SmolLM2 splitting.
+        - Hugging Face `tokenizer.json`: byte-level BPE, splitting of GPT-2, Llama-3, o200k or SmolLM2.
         - tiktoken ranks (`.tiktoken`, Llama-3's `tokenizer.model`): ids are those of tiktoken. The file has
           tokens only, so pass `pretokenizer`; a file of 128,000 ranks is Llama-3, with its special tokens.
           Ids that `special_tokens` leave free above the ranks become the special tokens <|reserved_ID|>.
         - GPT-2 `encoder.json` + `vocab.bpe`, or `vocab.json` + `merges.txt`: either one, the other beside it.
 
         Args:
-            pretokenizer: how text is split, "gpt2", "llama3" or "digits" (SmolLM2), where the file does not
-                say it; "gpt2" for the pair of files.
+            pretokenizer: how text is split, "gpt2", "llama3", "o200k" or "digits" (SmolLM2), where the file
+                does not say it; "gpt2" for the pair of files.
             special_tokens: ids of special tokens by their text, where the file does not say it; for the pair
                 of files <|endoftext|>, where it is in the vocabulary, for ranks none.
 

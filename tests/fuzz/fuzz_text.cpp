@@ -14,7 +14,7 @@ using namespace tapelm::text;
 
 namespace {
 
-constexpr int kPretokenizers = 3;
+constexpr int kPretokenizers = 4;
 
 void require(bool condition, const char* what) {
   if (condition) return;

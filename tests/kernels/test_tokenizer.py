@@ -24,7 +24,12 @@ from tests.kernels.tokenizer_cases import CORPORA, END, corpus_texts, finance_te
 ALL_CHARACTERS = [chr(point) for point in range(0x110000) if not 0xD800 <= point < 0xE000]
 ASSIGNED = [character for character in ALL_CHARACTERS if unicodedata.category(character) not in ("Cn", "Co")]
 LLAMA3, DIGITS = PRE_TOKENIZERS["llama3"], PRE_TOKENIZERS["digits"]
-KINDS = {_text.GPT2: None, _text.LLAMA3: LLAMA3, _text.GPT2_DIGITS: DIGITS}
+KINDS = {
+    _text.GPT2: None,
+    _text.LLAMA3: LLAMA3,
+    _text.GPT2_DIGITS: DIGITS,
+    _text.O200K: PRE_TOKENIZERS["o200k"],
+}
 
 
 def vocabulary(tokenizer: Tokenizer, path: Path) -> tuple[list, dict[str, int]]:

@@ -151,7 +151,8 @@ def test_empty(peers: Peers) -> None:
     "bad", [b"\xff", b"\xc3", b"\xe6\x97", b"\xf0\x9f\x9a", b"\xed\xa0\x80", b"\xc0\xaf"]
 )
 def test_bytes_that_are_no_character_split_like_symbols(pretokenizer: str, bad: bytes) -> None:
-    kind = {"gpt2": _text.GPT2, "llama3": _text.LLAMA3, "digits": _text.GPT2_DIGITS}[pretokenizer]
+    kinds = {"gpt2": _text.GPT2, "llama3": _text.LLAMA3, "digits": _text.GPT2_DIGITS, "o200k": _text.O200K}
+    kind = kinds[pretokenizer]
     random_ = random.Random(8)
     for _ in range(300):
         parts = ["".join(random_.choices(PIECES, k=random_.randint(0, 8))).encode() for _ in range(4)]

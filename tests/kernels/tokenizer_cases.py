@@ -14,14 +14,19 @@ from tiktoken_ext.openai_public import r50k_pat_str
 from tokenizers import Tokenizer as HuggingFace
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from tapelm._tokenizer_json import LLAMA3_PATTERN
+from tapelm._tokenizer_json import LLAMA3_PATTERN, O200K_PATTERN
 from tapelm.tokenizer import Tokenizer
 
 END = "<|endoftext|>"
 CORPORA = Path(__file__).resolve().parents[3] / "shared" / "corpora"
 # SmolLM2 cuts numbers out first, so that white space before one is at the end of a text.
 DIGITS_PATTERN = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
-TIKTOKEN_PATTERNS = {"gpt2": r50k_pat_str, "llama3": LLAMA3_PATTERN, "digits": DIGITS_PATTERN}
+TIKTOKEN_PATTERNS = {
+    "gpt2": r50k_pat_str,
+    "llama3": LLAMA3_PATTERN,
+    "digits": DIGITS_PATTERN,
+    "o200k": O200K_PATTERN,
+}
 
 
 def finance_text(seed: int, sentences: int) -> str:
