@@ -2,8 +2,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 PY := $(BIN)/python
 FAST := -m "not slow and not network and not gpu"
+CLANG ?= $(or $(shell command -v clang++-19),clang++)
+SECONDS ?= 60
+FUZZERS := text shards
+TEXT := $(wildcard csrc/text/*.cpp)
+TEXT_OBJECTS := $(patsubst csrc/%.cpp,build/sanitize/%.o,$(TEXT) csrc/python.cpp)
+HEADERS := $(wildcard csrc/text/*.h)
+SANITIZERS = -O1 -g -std=c++20 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 
-.PHONY: setup demo test test-full lint bench gpu-check clean
+.PHONY: setup demo test test-full sanitize fuzz lint bench gpu-check clean
 
 setup: .venv/.installed
 
@@ -22,6 +29,44 @@ test: setup
 
 test-full: setup
 	$(PY) -m pytest
+	$(MAKE) sanitize
+	$(MAKE) fuzz SECONDS=600
+
+# The text tests on csrc/text built with ASan and UBSan. Python is not instrumented, so that leaks are not counted, and
+# a test that starts another Python without the sanitizer is left out, as are those in which the peers do most of the work.
+SANITIZED_TESTS := not full_disk and not every_code_point and not corpora and not hypothesis_strings and not splits_alike
+sanitize: setup
+	$(MAKE) --no-print-directory -j2 build/sanitize/tapelm/_text.so
+	ln -sf $(CURDIR)/kernels/tapelm/*.py $(CURDIR)/kernels/tapelm/_C.*.so build/sanitize/tapelm/
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0:malloc_context_size=2 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitize \
+	$(PY) -m pytest $(FAST) -k "$(SANITIZED_TESTS)" tests/kernels/test_tokenizer*.py tests/kernels/test_loader*.py
+
+build/sanitize/tapelm/_text.so: $(TEXT_OBJECTS)
+	@mkdir -p $(@D)
+	$(CXX) -shared $(SANITIZERS) -o $@ $^
+
+build/sanitize/python.o: SANITIZERS += $(shell $(PY) -c "import sysconfig, importlib.util as util; \
+	print('-I' + util.find_spec('torch').submodule_search_locations[0] + '/include', \
+	'-I' + sysconfig.get_paths()['include'])")
+
+build/sanitize/%.o: csrc/%.cpp $(HEADERS)
+	@mkdir -p $(@D)
+	$(CXX) $(SANITIZERS) -fPIC -c $< -o $@
+
+# Coverage-guided fuzzing of csrc/text for SECONDS; what fails is left in build/fuzz.
+fuzz: $(FUZZERS:%=build/fuzz/%)
+	$(MAKE) --no-print-directory -j2 --output-sync=target $(FUZZERS:%=fuzz-%)
+
+fuzz-%: build/fuzz/%
+	@mkdir -p build/fuzz/corpus-$*
+	$< -max_total_time=$(SECONDS) -max_len=600 -timeout=10 -verbosity=0 -print_final_stats=1 \
+	-artifact_prefix=build/fuzz/ build/fuzz/corpus-$* tests/fuzz/seeds/$*
+
+build/fuzz/%: tests/fuzz/fuzz_%.cpp $(TEXT) $(HEADERS)
+	@command -v $(CLANG) > /dev/null || { echo "make fuzz: no $(CLANG) found: apt-get install clang-19"; exit 1; }
+	@mkdir -p $(@D)
+	$(CLANG) $(SANITIZERS) -fsanitize=fuzzer -Icsrc/text $< $(TEXT) -pthread -o $@
 
 lint: setup
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@
 #include "text/bpe.h"
 #include "text/bpe_trainer.h"
 #include "text/loader.h"
+#include "text/rank_merges.h"
 #include "text/shards.h"
 
 namespace py = pybind11;
@@ -46,6 +47,17 @@ std::string_view view_of(py::handle text) {
                           "repair it with text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')");
   }
   return {data, static_cast<size_t>(size)};
+}
+
+// Rows (left, right, merged).
+Array<uint32_t> to_rows(const std::vector<Merge>& merges) {
+  Array<uint32_t> rows({static_cast<py::ssize_t>(merges.size()), py::ssize_t{3}});
+  auto out = rows.mutable_unchecked<2>();
+  for (size_t i = 0; i < merges.size(); ++i) {
+    const auto row = static_cast<py::ssize_t>(i);
+    out(row, 0) = merges[i].left, out(row, 1) = merges[i].right, out(row, 2) = merges[i].merged;
+  }
+  return rows;
 }
 
 BpeModel make_model(std::vector<std::string> tokens, const Array<uint32_t>& merges, std::vector<uint32_t> specials,
@@ -103,13 +115,11 @@ Array<uint32_t> train(const BpeTrainer& trainer, size_t vocab_size, const std::v
     const py::gil_scoped_release release;
     merges = trainer.train(vocab_size, byte_ids, reserved, min_frequency);
   }
-  Array<uint32_t> rows({static_cast<py::ssize_t>(merges.size()), py::ssize_t{3}});
-  auto out = rows.mutable_unchecked<2>();
-  for (size_t i = 0; i < merges.size(); ++i) {
-    const auto row = static_cast<py::ssize_t>(i);
-    out(row, 0) = merges[i].left, out(row, 1) = merges[i].right, out(row, 2) = merges[i].merged;
-  }
-  return rows;
+  return to_rows(merges);
+}
+
+Array<uint32_t> merges_of_tokens(const std::vector<std::string>& tokens) {
+  return to_rows(merges_of_ranks(tokens));
 }
 
 // Lengths in bytes of the words of a text.
@@ -173,6 +183,7 @@ PYBIND11_MODULE(_text, m) {
       .def("train", &train, py::arg("vocab_size"), py::arg("byte_ids"), py::arg("reserved"), py::arg("min_frequency"))
       .def_property_readonly("words", &BpeTrainer::words);
 
+  m.def("merges_of_ranks", &merges_of_tokens, py::arg("tokens"));
   m.def("word_lengths", &word_lengths, py::arg("text"), py::arg("pretokenizer"));
   m.def("shard_header", &shard_header, py::arg("token_bytes"), py::arg("tokens"), py::arg("documents"),
         py::arg("vocab_size"), py::arg("end_of_text"));

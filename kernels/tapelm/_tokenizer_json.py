@@ -6,6 +6,7 @@ ValueError that names it; `Tokenizer.load` adds the name of the file.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,8 +18,36 @@ LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_SPLIT_PATTERNS = {GPT2_PATTERN: _text.GPT2, LLAMA3_PATTERN: _text.LLAMA3}
+_O200K_MARKS = r"[^\r\n\p{L}\p{N}]?", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_O200K_UPPER, _O200K_LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+O200K_PATTERN = "|".join(
+    (
+        f"{_O200K_UPPER}*{_O200K_LOWER}+".join(_O200K_MARKS),
+        f"{_O200K_UPPER}+{_O200K_LOWER}*".join(_O200K_MARKS),
+        r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    )
+)
+_SPLIT_PATTERNS = {GPT2_PATTERN: _text.GPT2, LLAMA3_PATTERN: _text.LLAMA3, O200K_PATTERN: _text.O200K}
+# Two ways to say that the matches are the words: every character of a text belongs to a match.
+_ALL_MATCHES = (("Isolated", False), ("Removed", True))
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+
+
+def _split(pattern: str) -> dict[str, Any]:
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    return {"type": "Sequence", "pretokenizers": [split, {**_BYTE_LEVEL, "use_regex": False}]}
+
+
+# How text is split into words, by the name of the splitting.
+PRE_TOKENIZERS: dict[str, dict[str, Any]] = {
+    "gpt2": _BYTE_LEVEL,
+    "llama3": _split(LLAMA3_PATTERN),
+    "digits": {
+        "type": "Sequence",
+        "pretokenizers": [{"type": "Digits", "individual_digits": True}, _BYTE_LEVEL],
+    },
+    "o200k": _split(O200K_PATTERN),
+}
 
 
 def _byte_alphabet() -> list[str]:
@@ -29,7 +58,10 @@ def _byte_alphabet() -> list[str]:
 
 
 CHARACTER_OF_BYTE = _byte_alphabet()
-_BYTE_OF_CHARACTER = {character: byte for byte, character in enumerate(CHARACTER_OF_BYTE)}
+_NO_BYTE = 0xFFFF  # stands for the characters below U+0100 that stand for no byte
+_BYTE_OF_CHARACTER = dict.fromkeys(range(256), _NO_BYTE) | {
+    ord(character): byte for byte, character in enumerate(CHARACTER_OF_BYTE)
+}
 
 
 class BpeFile(NamedTuple):
@@ -54,9 +86,29 @@ def new_config(specials: list[str], byte_ids: list[int], rows: list[list[int]]) 
     for left, right, joined in sorted(rows, key=lambda row: row[2]):
         token[joined] = token[left] + token[right]
     vocab = {token[index]: index for index in sorted(token)}
-    _require(
+    require(
         len(vocab) == len(token), f"special_tokens {specials} clash with ordinary tokens: choose other texts"
     )
+    merges = [[token[left], token[right]] for left, right, _ in rows]
+    return make_config(vocab, merges, {text: index for index, text in enumerate(specials)}, "gpt2", False)
+
+
+def make_config(
+    vocab: Mapping[str, int],
+    merges: list[list[str]],
+    specials: Mapping[str, int],
+    pretokenizer: str,
+    ignore_merges: bool,
+) -> dict[str, Any]:
+    """The tokenizer.json of tokens and merges written in printable characters.
+
+    `vocab` may hold the special tokens or not; `pretokenizer` is a name of PRE_TOKENIZERS.
+    """
+    for text, index in specials.items():
+        require(
+            vocab.get(text, index) == index,
+            f"has the ordinary token {text!r}, the text of a special token with the id {index}",
+        )
     added = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     model = {
         "type": "BPE",
@@ -66,19 +118,20 @@ def new_config(specials: list[str], byte_ids: list[int], rows: list[list[int]]) 
         "end_of_word_suffix": None,
         "fuse_unk": False,
         "byte_fallback": False,
-        "ignore_merges": False,
-        "vocab": vocab,
-        "merges": [[token[left], token[right]] for left, right, _ in rows],
+        "ignore_merges": ignore_merges,
+        "vocab": {**vocab, **specials},
+        "merges": merges,
     }
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            {"id": index, "content": special, **added} for index, special in enumerate(specials)
+            {"id": index, "content": text, **added}
+            for text, index in sorted(specials.items(), key=lambda item: item[1])
         ],
         "normalizer": None,
-        "pre_tokenizer": _BYTE_LEVEL,
+        "pre_tokenizer": PRE_TOKENIZERS[pretokenizer],
         "post_processor": None,
         "decoder": {**_BYTE_LEVEL, "add_prefix_space": True},
         "model": model,
@@ -87,30 +140,31 @@ def new_config(specials: list[str], byte_ids: list[int], rows: list[list[int]]) 
 
 def read_config(config: Any) -> BpeFile:
     """Check a parsed tokenizer.json and take it apart; raises ValueError naming what is wrong with it."""
-    _require(isinstance(config, dict), "is not a tokenizer.json: it holds no JSON object")
+    require(isinstance(config, dict), "is not a tokenizer.json: it holds no JSON object")
     model = config.get("model")
-    _require(isinstance(model, dict), "is not a tokenizer.json: it has no 'model' object")
+    require(isinstance(model, dict), "is not a tokenizer.json: it has no 'model' object")
     kind = model.get("type", "BPE" if "merges" in model else "unknown")
-    _require(kind == "BPE", f"has a model of type {kind}: only byte-level BPE is supported")
+    require(kind == "BPE", f"has a model of type {kind}: only byte-level BPE is supported")
     for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
-        _require(not model.get(name), f"sets model.{name} to {model.get(name)!r}, which is not supported")
+        require(not model.get(name), f"sets model.{name} to {model.get(name)!r}, which is not supported")
     for name in ("normalizer", "truncation", "padding"):
-        _require(not config.get(name), f"has a {name}, which is not supported: remove it from the file")
+        require(not config.get(name), f"has a {name}, which is not supported: remove it from the file")
     decoder = config.get("decoder")
-    _require(
+    require(
         isinstance(decoder, dict) and decoder.get("type") == "ByteLevel",
         "has no ByteLevel decoder: only byte-level BPE is supported",
     )
     pre_tokenizer = _read_pre_tokenizer(config.get("pre_tokenizer"))
     specials = _read_specials(config.get("added_tokens") or [])
     vocab = model.get("vocab")
-    _require(isinstance(vocab, dict), "has no model.vocab object")
+    require(isinstance(vocab, dict), "has no model.vocab object")
     tokens = _read_tokens(vocab, specials)
     merges = _read_merges(model.get("merges"), vocab)
     return BpeFile(tokens, merges, specials, pre_tokenizer, bool(model.get("ignore_merges")))
 
 
-def _require(condition: bool, fault: str) -> None:
+def require(condition: bool, fault: str) -> None:
+    """Raise a ValueError that names the fault unless the condition holds."""
     if not condition:
         raise ValueError(fault)
 
@@ -125,9 +179,9 @@ def _read_pre_tokenizer(section: Any) -> int:
         case [{"type": "ByteLevel", "add_prefix_space": False, **rest}] if rest.get("use_regex", True):
             return _text.GPT2
         case [
-            {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated", "invert": False},
+            {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": behavior, "invert": invert},
             {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
-        ] if pattern in _SPLIT_PATTERNS:
+        ] if pattern in _SPLIT_PATTERNS and (behavior, invert) in _ALL_MATCHES:
             return _SPLIT_PATTERNS[pattern]
         case [
             {"type": "Digits", "individual_digits": True},
@@ -136,12 +190,12 @@ def _read_pre_tokenizer(section: Any) -> int:
             return _text.GPT2_DIGITS
     raise ValueError(
         f"has an unsupported pre_tokenizer {str(section)[:99]}: supported are ByteLevel without prefix space "
-        "(GPT-2), the Llama-3 or GPT-2 Split followed by ByteLevel, and single Digits followed by ByteLevel"
+        "(GPT-2), the Llama-3, o200k or GPT-2 Split and ByteLevel, and single Digits and ByteLevel"
     )
 
 
 def _read_specials(added: Any) -> dict[str, int]:
-    _require(isinstance(added, list), "has added_tokens that are no list")
+    require(isinstance(added, list), "has added_tokens that are no list")
     specials: dict[str, int] = {}
     for token in added:
         match token:
@@ -150,14 +204,20 @@ def _read_specials(added: Any) -> dict[str, int]:
             case _:
                 raise ValueError(f"has an added token without content and id: {str(token)[:200]}")
         for flag in ("single_word", "lstrip", "rstrip"):
-            _require(
+            require(
                 not flags.get(flag), f"has the added token {content!r} with {flag}, which is not supported"
             )
-        _require(
+        require(
             bool(flags.get("special")),
             f"has the added token {content!r} that is not special, which is not supported",
         )
-        _require(content not in specials, f"lists the added token {content!r} twice")
+        try:
+            content.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"has the added token {content!r} with a lone surrogate, no character"
+            ) from error
+        require(content not in specials, f"lists the added token {content!r} twice")
         specials[content] = index
     return specials
 
@@ -165,38 +225,39 @@ def _read_specials(added: Any) -> dict[str, int]:
 def _read_tokens(vocab: dict[str, Any], specials: dict[str, int]) -> list[bytes]:
     token_of: dict[int, str] = {}
     for token, index in [*vocab.items(), *specials.items()]:
-        _require(type(index) is int and index >= 0, f"has the token {token!r} with the id {index!r}")
+        if type(index) is not int or index < 0:
+            raise ValueError(f"has the token {token!r} with the id {index!r}")
         known = token_of.setdefault(index, token)
-        _require(known == token, f"gives the id {index} to both {known!r} and {token!r}")
-        _require(
-            vocab.get(token, index) == index,
-            f"has the token {token!r} with the ids {vocab.get(token)} and {index}",
-        )
+        if known != token:
+            raise ValueError(f"gives the id {index} to both {known!r} and {token!r}")
+        if vocab.get(token, index) != index:
+            raise ValueError(f"has the token {token!r} with the ids {vocab.get(token)} and {index}")
     missing = next(index for index in range(len(token_of) + 1) if index not in token_of)
-    _require(missing == len(token_of), f"has no token with the id {missing}, but higher ids")
+    require(missing == len(token_of), f"has no token with the id {missing}, but higher ids")
     tokens = []
     for index in range(len(token_of)):
         token = token_of[index]
         if token in specials:
             tokens.append(token.encode())
             continue
-        strange = next((character for character in token if character not in _BYTE_OF_CHARACTER), None)
-        _require(
-            bool(token) and strange is None,
-            f"has the token {token!r} (id {index}), which is not byte-level: {strange!r} stands for no byte",
-        )
-        tokens.append(bytes([_BYTE_OF_CHARACTER[character] for character in token]))
+        try:
+            tokens.append(token.translate(_BYTE_OF_CHARACTER).encode("latin-1"))
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"has the token {token!r} (id {index}), which is not byte-level: {token[error.start]!r} "
+                "stands for no byte"
+            ) from error
+        require(token != "", f"has an empty token (id {index})")
     for byte, character in enumerate(CHARACTER_OF_BYTE):
-        _require(
+        require(
             character in vocab, f"has no token for byte {byte} ({character!r}): its vocabulary is incomplete"
         )
     return tokens
 
 
 def _read_merges(merges: Any, vocab: dict[str, int]) -> np.ndarray:
-    _require(isinstance(merges, list), "has no model.merges list")
-    rows = np.empty((len(merges), 3), dtype=np.uint32)
-    kept = 0
+    require(isinstance(merges, list), "has no model.merges list")
+    rows = []
     for rank, merge in enumerate(merges):
         if isinstance(merge, str):
             if merge.startswith("#version"):  # the header line of GPT-2's merges.txt
@@ -207,11 +268,10 @@ def _read_merges(merges: Any, vocab: dict[str, int]) -> np.ndarray:
                 pass
             case _:
                 raise ValueError(f"has a merge (number {rank}) that is no pair of tokens: {str(merge)[:200]}")
-        for token in (left, right, left + right):
-            _require(
-                token in vocab,
-                f"has the merge {left!r} + {right!r} (number {rank}), but {token!r} is not in its vocabulary",
-            )
-        rows[kept] = vocab[left], vocab[right], vocab[left + right]
-        kept += 1
-    return rows[:kept]
+        try:
+            rows.append((vocab[left], vocab[right], vocab[left + right]))
+        except KeyError as error:
+            raise ValueError(
+                f"has the merge {left!r} + {right!r} (number {rank}), but {error} is not in its vocabulary"
+            ) from error
+    return np.array(rows, dtype=np.uint32).reshape(-1, 3)

@@ -1,16 +1,23 @@
 """Byte-level byte-pair encoding: the Python face of the C++ tokenizer (csrc/text/bpe.h).
 
 Training gives the merges, and encoding the ids, of Hugging Face `tokenizers` (BpeTrainer with the ByteLevel
-alphabet, BPE model), and the file format is its `tokenizer.json`. Texts are str or bytes: str is encoded as
-UTF-8, and bytes that are not UTF-8 count as characters that are no letter, number or white space, so that any
-bytes can be encoded and `decode_bytes(encode(x)) == x` always holds.
+alphabet, BPE model) and of tiktoken; files are Hugging Face's `tokenizer.json`, tiktoken's ranks and GPT-2's
+pair of files.
+
+Texts are str or bytes, and `decode_bytes(encode(x))` gives the bytes of x always:
+- A str is encoded as UTF-8; one with a lone surrogate raises ValueError, as it has no UTF-8.
+- Bytes that are not UTF-8 are encoded as they are: each byte outside a valid character (overlong forms,
+  surrogates and values above U+10FFFF included) counts as one character that is no letter, number or white
+  space. Peers cannot be followed here: tokenizers take no bytes, tiktoken's result is unspecified.
+- The text of a special token raises ValueError unless `allow_special`, so that input cannot forge one; among
+  several that begin at a place the longest counts. Nothing is added around a text.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,6 +26,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from tapelm import _text
+from tapelm._rank_files import ranks_of
+from tapelm._tokenizer_files import check_arguments, has_rank_suffix, read_tokenizer_file, tokenizer_file
 from tapelm._tokenizer_json import CHARACTER_OF_BYTE, new_config, read_config
 from tapelm.shards import write_shards
 
@@ -87,27 +96,59 @@ class Tokenizer:
         return cls(new_config(specials, byte_ids.tolist(), rows.tolist()))
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Tokenizer:
-        """Read a byte-level BPE `tokenizer.json` (GPT-2, Llama-3 or SmolLM2 splitting).
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        pretokenizer: str | None = None,
+        special_tokens: Mapping[str, int] | None = None,
+    ) -> Tokenizer:
+        """Read a file of one of these formats, told apart by content, or a directory that holds one.
+
+        - Hugging Face `tokenizer.json`: byte-level BPE, splitting of GPT-2, Llama-3, o200k or SmolLM2.
+        - tiktoken ranks (`.tiktoken`, Llama-3's `tokenizer.model`): ids are those of tiktoken. The file has
+          tokens only, so pass `pretokenizer`; a file of 128,000 ranks is Llama-3, with its special tokens.
+          Ids that `special_tokens` leave free above the ranks become the special tokens <|reserved_ID|>.
+        - GPT-2 `encoder.json` + `vocab.bpe`, or `vocab.json` + `merges.txt`: either one, the other beside it.
+
+        Args:
+            pretokenizer: how text is split, "gpt2", "llama3", "o200k" or "digits" (SmolLM2), where the file
+                does not say it; "gpt2" for the pair of files.
+            special_tokens: ids of special tokens by their text, where the file does not say it; for the pair
+                of files <|endoftext|>, where it is in the vocabulary, for ranks none.
 
         Raises:
-            ValueError: the file is broken or of another kind; the message names the file and the fault.
+            ValueError: the file is broken or of another kind, or an argument is missing or out of place; the
+                message names the file and the fault.
         """
+        check_arguments(pretokenizer, special_tokens)
+        file = tokenizer_file(Path(path))
         try:
-            return cls(json.loads(Path(path).read_bytes()))
+            return cls(read_tokenizer_file(file, pretokenizer, special_tokens))
         except (ValueError, RecursionError) as error:
-            fault = (
-                "is not valid JSON" if isinstance(error, json.JSONDecodeError | UnicodeDecodeError) else error
-            )
-            raise ValueError(f"{os.fspath(path)}: {fault}") from error
+            raise ValueError(f"{file}: {error}") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a Hugging Face `tokenizer.json`; an existing file is replaced only by a complete one."""
+        """Write a Hugging Face `tokenizer.json`, or tiktoken ranks where `path` ends in .tiktoken or .model.
+
+        Ranks leave out the splitting and the special tokens: `load` needs them again. An existing file is
+        replaced only by a complete one.
+
+        Raises:
+            ValueError: tiktoken's rule would merge this vocabulary in another way.
+        """
         target = Path(path)
+        if has_rank_suffix(target):
+            try:
+                content = ranks_of(read_config(self._config))
+            except ValueError as error:
+                raise ValueError(f"{target}: {error}") from error
+        else:
+            content = json.dumps(self._config, ensure_ascii=False, indent=1).encode()
         partial = target.with_name(f"{target.name}.tmp-{os.getpid()}")
         try:
-            with partial.open("w", encoding="utf-8") as file:
-                json.dump(self._config, file, ensure_ascii=False, indent=1)
+            with partial.open("wb") as file:
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(target)

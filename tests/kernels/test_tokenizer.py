@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import random
 import time
@@ -15,68 +14,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as HuggingFace
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from tapelm import _text
-from tapelm._tokenizer_json import LLAMA3_PATTERN
+from tapelm._tokenizer_json import PRE_TOKENIZERS
 from tapelm.shards import verify_shards
 from tapelm.tokenizer import Tokenizer
+from tests.kernels.tokenizer_cases import CORPORA, END, corpus_texts, finance_text, train_hugging_face
 
-END = "<|endoftext|>"
-CORPORA = Path(__file__).resolve().parents[3] / "shared" / "corpora"
 ALL_CHARACTERS = [chr(point) for point in range(0x110000) if not 0xD800 <= point < 0xE000]
 ASSIGNED = [character for character in ALL_CHARACTERS if unicodedata.category(character) not in ("Cn", "Co")]
-LLAMA3 = {
-    "type": "Sequence",
-    "pretokenizers": [
-        {"type": "Split", "pattern": {"Regex": LLAMA3_PATTERN}, "behavior": "Isolated", "invert": False},
-        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
-    ],
+LLAMA3, DIGITS = PRE_TOKENIZERS["llama3"], PRE_TOKENIZERS["digits"]
+KINDS = {
+    _text.GPT2: None,
+    _text.LLAMA3: LLAMA3,
+    _text.GPT2_DIGITS: DIGITS,
+    _text.O200K: PRE_TOKENIZERS["o200k"],
 }
-DIGITS = {
-    "type": "Sequence",
-    "pretokenizers": [
-        {"type": "Digits", "individual_digits": True},
-        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
-    ],
-}
-KINDS = {_text.GPT2: None, _text.LLAMA3: LLAMA3, _text.GPT2_DIGITS: DIGITS}
-
-
-def finance_text(seed: int, sentences: int) -> str:
-    random_ = random.Random(seed)
-    subjects = [
-        "The Fed",
-        "Inflation",
-        "It's clear that GDP",
-        "We'll see; they've said",
-        "ÖPNV-Umsätze",
-        "日本銀行",
-    ]
-    verbs = ["rose", "fell", "was unchanged at", "hadn't moved from", "naïvely\texceeded", "≈"]
-    ends = [".\n", ".  ", "!\r\n\r\n", "…\u00a0", " – 🚀\n \n", "?\u3000"]
-    return "".join(
-        f"{random_.choice(subjects)} {random_.choice(verbs)} "
-        f"{random_.randint(0, 99999) / 100:.2f}% in {random_.randint(1990, 2026)}{random_.choice(ends)}"
-        for _ in range(sentences)
-    )
-
-
-def train_hugging_face(
-    texts: list[str], vocab_size: int, specials: tuple[str, ...] = (END,), min_frequency: int = 0
-) -> HuggingFace:
-    tokenizer = HuggingFace(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=min_frequency,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=list(specials),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
 
 
 def vocabulary(tokenizer: Tokenizer, path: Path) -> tuple[list, dict[str, int]]:
@@ -459,10 +412,10 @@ def test_encode_files(tokenizer: Tokenizer, tmp_path: Path) -> None:
 @pytest.mark.skipif(not CORPORA.is_dir(), reason="the shared corpora are not here")
 def test_corpora_equal_hugging_face(tmp_path: Path) -> None:
     texts, size = [], 0
-    with gzip.open(CORPORA / "fomc-minutes.jsonl.gz", "rt", encoding="utf-8") as file:
-        while size < 2_000_000:
-            texts.append(json.loads(next(file))["text"])
-            size += len(texts[-1])
+    documents = corpus_texts("fomc-minutes.jsonl.gz")
+    while size < 2_000_000:
+        texts.append(next(documents))
+        size += len(texts[-1])
     ours, theirs = Tokenizer.train(texts, 8000), train_hugging_face(texts, 8000)
     merges, vocab = vocabulary(ours, tmp_path / "tokenizer.json")
     model = json.loads(theirs.to_str())["model"]
