@@ -5,6 +5,9 @@ import numpy as np
 GPT2: int
 LLAMA3: int
 GPT2_DIGITS: int
+SHUFFLED: int
+SEQUENTIAL: int
+PACKED: int
 
 class Bpe:
     def __init__(
@@ -47,6 +50,8 @@ class Loader:
         seed: int,
         rank: int,
         world_size: int,
+        order: int = ...,
+        rows: bool = False,
     ) -> None: ...
     @property
     def tokens(self) -> int: ...
@@ -57,7 +62,7 @@ class Loader:
     @property
     def headers(self) -> list[ShardHeader]: ...
     def window_indices(self, step: int) -> list[int]: ...
-    def fill(self, step: int, inputs: np.ndarray, targets: np.ndarray, document_ids: np.ndarray) -> None: ...
+    def next(self, step: int) -> tuple[np.ndarray, ...]: ...
 
 def word_lengths(text: str | bytes, pretokenizer: int) -> list[int]: ...
 def shard_header(
