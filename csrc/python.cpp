@@ -5,6 +5,8 @@
 
 #include "text/bpe.h"
 #include "text/bpe_trainer.h"
+#include "text/encode_files.h"
+#include "text/jsonl.h"
 #include "text/loader.h"
 #include "text/prefetch.h"
 #include "text/shards.h"
@@ -125,6 +127,40 @@ py::bytes shard_header(uint32_t token_bytes, uint64_t tokens, uint64_t documents
   return {reinterpret_cast<const char*>(&header), sizeof(header)};
 }
 
+// (tokens, starts): uint16 or uint32, and the index of the first token of every document.
+py::tuple to_arrays(TokenBlock&& block, uint32_t token_bytes) {
+  const Array<uint8_t> bytes = to_numpy(std::move(block.tokens));
+  return py::make_tuple(bytes.attr("view")(token_bytes == 2 ? "<u2" : "<u4"), to_numpy(std::move(block.starts)));
+}
+
+py::tuple encode_lines_block(const Bpe& bpe, const py::bytes& lines, const std::string& path, uint64_t first_line,
+                             uint32_t end_of_text, uint32_t token_bytes) {
+  const std::string_view view = view_of(lines);
+  TokenBlock block;
+  {
+    const py::gil_scoped_release release;
+    block = encode_lines(bpe, view, {end_of_text, token_bytes}, [&](size_t i) {
+      return path + ", line " + std::to_string(first_line + i);
+    });
+  }
+  return to_arrays(std::move(block), token_bytes);
+}
+
+py::tuple encode_pieces_block(const Bpe& bpe, const std::vector<py::bytes>& pieces,
+                              const std::vector<std::string>& places, const std::vector<bool>& ends, bool continued,
+                              uint32_t end_of_text, uint32_t token_bytes) {
+  std::vector<std::string_view> views;
+  for (const py::bytes& piece : pieces) views.push_back(view_of(piece));
+  if (places.size() != views.size()) throw py::value_error("places must have an element for every piece");
+  TokenBlock block;
+  {
+    const py::gil_scoped_release release;
+    block = encode_pieces(bpe, views, ends, continued, {end_of_text, token_bytes},
+                          [&](size_t i) { return places[i]; });
+  }
+  return to_arrays(std::move(block), token_bytes);
+}
+
 // A view of part of a batch's memory, which lives as long as any of its views.
 template <typename T>
 py::array view_of_batch(const BatchMemory& memory, size_t offset, std::vector<py::ssize_t> shape) {
@@ -222,6 +258,16 @@ PYBIND11_MODULE(_text, m) {
       .def("train", &train, py::arg("vocab_size"), py::arg("byte_ids"), py::arg("reserved"), py::arg("min_frequency"))
       .def_property_readonly("words", &BpeTrainer::words);
 
+  m.def("encode_lines", &encode_lines_block, py::arg("bpe"), py::arg("lines"), py::arg("path"),
+        py::arg("first_line"), py::arg("end_of_text"), py::arg("token_bytes"));
+  m.def("encode_pieces", &encode_pieces_block, py::arg("bpe"), py::arg("pieces"), py::arg("places"), py::arg("ends"),
+        py::arg("continued"), py::arg("end_of_text"), py::arg("token_bytes"));
+  m.def("text_field", [](const py::bytes& line) { return py::str(text_field(view_of(line))); }, py::arg("line"));
+  m.def("safe_cut",
+        [](const py::bytes& text, const std::vector<std::string>& specials) {
+          return safe_cut(view_of(text), specials);
+        },
+        py::arg("text"), py::arg("specials"));
   m.def("word_lengths", &word_lengths, py::arg("text"), py::arg("pretokenizer"));
   m.def("shard_header", &shard_header, py::arg("token_bytes"), py::arg("tokens"), py::arg("documents"),
         py::arg("vocab_size"), py::arg("end_of_text"));

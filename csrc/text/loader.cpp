@@ -5,10 +5,14 @@
 #include <cstring>
 #include <stdexcept>
 
-#include "assemble.h"
 #include "flat_map.h"
 
 namespace tapelm::text {
+namespace {
+
+constexpr int64_t kIgnoredTarget = -100;  // ignore_index of PyTorch's losses
+
+}  // namespace
 
 Permutation::Permutation(uint64_t size, uint64_t seed, uint64_t epoch)
     : size_(size), half_bits_((std::max(2u, static_cast<uint32_t>(std::bit_width(size > 0 ? size - 1 : 0))) + 1) / 2) {
@@ -114,32 +118,50 @@ uint32_t Loader::copy_window(uint64_t index, LoaderCursor& cursor, uint8_t* row)
   return static_cast<uint32_t>(length);
 }
 
+// csrc/cuda/assemble.h says the same token by token; these loops are written for the vectorizer.
 template <typename Token>
-void Loader::assemble(const uint8_t* row, uint32_t length, int64_t* inputs, int64_t* targets,
+void Loader::assemble(const uint8_t* row, size_t length, int64_t* inputs, int64_t* targets,
                       int32_t* document_ids) const {
-  const auto seq_len = static_cast<uint32_t>(options_.seq_len);
-  const Row<Token> from{reinterpret_cast<const Token*>(row), length, end_of_text_,
-                        options_.order == Order::kPacked};
+  const auto* tokens = reinterpret_cast<const Token*>(row);
+  const auto end_of_text = static_cast<Token>(end_of_text_);
+  const size_t seq_len = options_.seq_len;
+  for (size_t t = 0; t < length; ++t) inputs[t] = tokens[t];
+  std::fill(inputs + length, inputs + seq_len, end_of_text);
+  if (options_.order == Order::kPacked) {
+    for (size_t t = 0; t < length; ++t) {
+      const int64_t next = tokens[t + 1];
+      targets[t] = tokens[t] == end_of_text ? kIgnoredTarget : next;
+    }
+    std::fill(targets + length, targets + seq_len, kIgnoredTarget);
+  } else {
+    for (size_t t = 0; t < length; ++t) targets[t] = tokens[t + 1];
+  }
   int32_t document = 0;
-  for (uint32_t t = 0; t < seq_len; ++t) {
-    document_ids[t] = document;
-    document += from.ends_document(t);
+  for (size_t t = 0; t < length;) {
+    const size_t block = std::min<size_t>(length - t, 64);
+    uint32_t ends = 0;
+    for (size_t i = 0; i < block; ++i) ends += tokens[t + i] == end_of_text;
+    if (ends == 0) {
+      std::fill_n(document_ids + t, block, document);
+    } else {
+      for (size_t i = 0; i < block; ++i) {
+        document_ids[t + i] = document;
+        document += tokens[t + i] == end_of_text;
+      }
+    }
+    t += block;
   }
-  if (length == seq_len && !from.packed) {  // the common case, without branches: vectorized
-    for (uint32_t t = 0; t < seq_len; ++t) inputs[t] = from.tokens[t];
-    for (uint32_t t = 0; t < seq_len; ++t) targets[t] = from.tokens[t + 1];
-    return;
-  }
-  for (uint32_t t = 0; t < seq_len; ++t) {
-    inputs[t] = from.input(t);
-    targets[t] = from.target(t);
-  }
+  std::fill(document_ids + length, document_ids + seq_len, document);
 }
 
 void Loader::fill(uint64_t step, LoaderCursor& cursor, int64_t* inputs, int64_t* targets,
                   int32_t* document_ids) const {
   cursor.row.resize((options_.seq_len + 1) * shards_.token_bytes());
-  for (const uint64_t index : window_indices(step, cursor)) {
+  const std::vector<uint64_t> indices = window_indices(step, cursor);
+  if (options_.order == Order::kShuffled) {  // far apart, so that each would wait for memory in turn
+    for (const uint64_t index : indices) shards_.prefetch(index * options_.seq_len);
+  }
+  for (const uint64_t index : indices) {
     const uint32_t length = copy_window(index, cursor, cursor.row.data());
     if (shards_.token_bytes() == 2) {
       assemble<uint16_t>(cursor.row.data(), length, inputs, targets, document_ids);

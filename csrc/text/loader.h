@@ -76,7 +76,7 @@ class Loader {
   void enter_epoch(uint64_t epoch, LoaderCursor& cursor) const;
   uint32_t copy_window(uint64_t index, LoaderCursor& cursor, uint8_t* row) const;
   template <typename Token>
-  void assemble(const uint8_t* row, uint32_t length, int64_t* inputs, int64_t* targets, int32_t* document_ids) const;
+  void assemble(const uint8_t* row, size_t length, int64_t* inputs, int64_t* targets, int32_t* document_ids) const;
 
   ShardSet shards_;
   uint32_t end_of_text_;

@@ -2,6 +2,7 @@
 
 #include <unistd.h>
 
+#include <atomic>
 #include <condition_variable>
 #include <cstdlib>
 #include <deque>
@@ -15,6 +16,7 @@ namespace tapelm::text {
 namespace {
 
 constexpr size_t kDepth = 4;  // batches prepared ahead
+constexpr int kSpins = 50;
 
 struct Free {
   void operator()(uint8_t* memory) const { std::free(memory); }
@@ -99,12 +101,14 @@ struct PrefetchState {
       if (restarts_before != restarts) continue;
       idle = prepared.fault != nullptr;
       ready.push_back(std::move(prepared));
+      arrivals.fetch_add(1, std::memory_order_release);
       if (waiting) arrived.notify_one();
     }
   }
 
   BatchMemory next(uint64_t step) {
     std::unique_lock lock(mutex);
+    const uint64_t arrivals_before = arrivals.load(std::memory_order_relaxed);
     if (!continues || step != first) {
       ready.clear();
       first = step;
@@ -112,6 +116,14 @@ struct PrefetchState {
       continues = true;
       idle = false;
       room.notify_one();
+    }
+    if (ready.empty()) {
+      // A batch is often microseconds away: looking for it that long is cheaper than being put to sleep and woken.
+      lock.unlock();
+      for (int i = 0; i < kSpins && arrivals.load(std::memory_order_acquire) == arrivals_before; ++i) {
+        std::this_thread::yield();
+      }
+      lock.lock();
     }
     waiting = true;
     arrived.wait(lock, [&] { return !ready.empty(); });
@@ -136,6 +148,7 @@ struct PrefetchState {
   std::deque<Prepared> ready;  // of steps first, first + 1, ...
   uint64_t first = 0;
   uint64_t restarts = 0;
+  std::atomic<uint64_t> arrivals{0};
   bool continues = false;  // next(first) needs no restart
   bool idle = true;        // nothing was asked for yet, or the last of `ready` is a fault
   bool waiting = false;

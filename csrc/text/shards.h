@@ -48,6 +48,9 @@ class ShardSet {
   // Copies tokens [begin, begin + count), which must exist, as they are stored.
   void copy(uint64_t begin, size_t count, uint8_t* out) const;
 
+  // Asks for the memory at a token, without waiting for it.
+  void prefetch(uint64_t begin) const;
+
   uint64_t documents() const { return document_starts_.back(); }
 
   // Calls visit(begin, tokens) for documents [first, last), in order. Throws std::invalid_argument naming the file
