@@ -1,8 +1,9 @@
-"""Benchmarks: python -m benchmarks {ops,train,all,gpu-check} [--json FILE]
+"""Benchmarks: python -m benchmarks {ops,train,loader,all,gpu-check} [--json FILE]
 
 ops        every kernel against PyTorch, forward and backward
 train      a whole training step, plain against optimized
-all        both
+loader     batches per second against DataLoader, opening, files to shards
+all        all of these
 gpu-check  everything that needs a GPU: tests on the device, ops and train
 """
 
@@ -17,7 +18,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from benchmarks import harness, ops, train
+from benchmarks import harness, loader, ops, train
 from gpt.cli import UserError, prepare_output, run_program
 from gpt.hardware import pick_device, set_threads
 
@@ -26,7 +27,7 @@ from gpt.hardware import pick_device, set_threads
 class Options:
     """Options of `python -m benchmarks`."""
 
-    subject: Annotated[Literal["ops", "train", "all", "gpu-check"], tyro.conf.Positional]
+    subject: Annotated[Literal["ops", "train", "loader", "all", "gpu-check"], tyro.conf.Positional]
     json: Path | None = None
     """Write the rows here as JSON."""
     preset: str = "seed"
@@ -55,6 +56,8 @@ def run(options: Options) -> int:
         rows += harness.measure_all(cases, device, options.rounds)
     if options.subject in ("train", "all", "gpu-check"):
         rows += train.measure(options.preset, options.batch_size, device, options.rounds)
+    if options.subject in ("loader", "all"):
+        rows += loader.measure_all(device, options.rounds, options.preset, options.batch_size)
     harness.report(f"python -m benchmarks {options.subject}", rows, device, options.json)
     return 0
 

@@ -24,7 +24,23 @@ from tapelm.tokenizer import Tokenizer
 
 END = "<|endoftext|>"
 SPACED = "<|end of text|>"
-WORDS = ["the", "Fed's", "rate", "5.25%", "rose,", "—", "été", "中文。", "it'll", "x_1", "\u00a0", "／", "a/b", "'", "!!"]
+WORDS = [
+    "the",
+    "Fed's",
+    "rate",
+    "5.25%",
+    "rose,",
+    "—",
+    "été",
+    "中文。",
+    "it'll",
+    "x_1",
+    "\u00a0",
+    "／",
+    "a/b",
+    "'",
+    "!!",
+]
 GAPS = [" ", " ", " ", "\n", "\n\n", "  ", "\r\n", " \n", "\t", "\u3000", "\n/", "\x0b", "", "\u2028"]
 
 
@@ -166,7 +182,9 @@ def ours_reads(line: bytes) -> str | None:
 
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text() | st.just("text"), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text() | st.just("text"), inner, max_size=4)
+    ),
     max_leaves=8,
 )
 

@@ -117,9 +117,7 @@ def test_copies_to_other_devices(shards: Path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("assembled", [False, True], ids=["copied", "assembled"])
-def test_batches_on_a_gpu(
-    shards: Path, order: str, assembled: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_batches_on_a_gpu(shards: Path, order: str, assembled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways to the GPU give the CPU's batches, also when they run far ahead of the device."""
     if assembled:
         pytest.importorskip("tapelm._cuda")

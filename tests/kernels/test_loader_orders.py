@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -50,12 +51,12 @@ def rows(loader: TokenLoader, steps: int | None = None) -> list[tuple[list[int],
 def pieces_of(row: tuple[list[int], list[int], list[int]]) -> list[tuple[list[int], list[int]]]:
     """(inputs, targets) of every document of a packed row, padding checked and left out."""
     inputs, targets, ids = row
-    assert ids[0] == 0 and all(b - a in (0, 1) for a, b in zip(ids, ids[1:], strict=False))
+    assert ids[0] == 0 and all(b - a in (0, 1) for a, b in pairwise(ids))
     found = []
     for document in range(ids[-1] + 1):
         at = [t for t, of in enumerate(ids) if of == document]
         x, y = [inputs[t] for t in at], [targets[t] for t in at]
-        if set(y) == {-100} and (len(x) > 1 or (found and found[-1] is None)):
+        if set(y) == {-100} and len(x) > 1:
             assert document == ids[-1] and set(x) == {END}
             continue
         found.append((x, y))
@@ -165,7 +166,7 @@ def test_ranks_cover_every_window_once(shards: Path, order: str, world_size: int
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_positions_are_exact_whatever_is_prefetched(shards: Path, order: str) -> None:
-    """Consumed batches count, not prepared ones; a jump to any position gives the batches of that position."""
+    """Consumed batches count, not prepared ones; a jump gives the batches of that position."""
     loader = TokenLoader(shards, 3, 16, seed=4, order=order)
     straight = [next(loader) for _ in range(60)]
     assert loader.state_dict()["step"] == 60
@@ -273,7 +274,9 @@ def test_forked_children_continue(shards: Path) -> None:
 
 
 def test_exit_with_a_running_thread(shards: Path) -> None:
-    code = "import sys; from tapelm import TokenLoader; loader = TokenLoader(sys.argv[1], 2, 16); next(loader)"
+    code = (
+        "import sys; from tapelm import TokenLoader; loader = TokenLoader(sys.argv[1], 2, 16); next(loader)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code, str(shards)],
         capture_output=True,
