@@ -1,4 +1,4 @@
-"""Builds the two extension modules; everything else lives in pyproject.toml."""
+"""Builds the extension modules; everything else lives in pyproject.toml."""
 
 import glob
 import shutil
@@ -9,7 +9,7 @@ from setuptools import Extension, setup
 
 try:
     import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 except ImportError:
     sys.exit(
         "tapelm: building needs torch>=2.13,<2.14 (run `pip install torch==2.13.0 -c constraints.txt` first)"
@@ -18,6 +18,9 @@ except ImportError:
 # OpenMP is compiled in but not linked: torch's runtime, already loaded, serves both with one thread pool.
 FLAGS = ["-O3", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"]
 TORCH_INCLUDE = str(Path(torch.__file__).parent / "include")
+CUDA = (
+    torch.version.cuda is not None and CUDA_HOME is not None
+)  # a module linked to CUDA loads only beside it
 
 
 class Build(BuildExtension):
@@ -26,13 +29,9 @@ class Build(BuildExtension):
     def build_extensions(self) -> None:
         compiler = self.compiler.compiler_cxx[0]
         if shutil.which(compiler) is None:
-            sys.exit(
-                f"tapelm: no C++ compiler `{compiler}` found; install one (`apt-get install g++`) or set CXX"
-            )
-        print(
-            f"tapelm: building CPU kernels and text extension with {compiler} for torch {torch.__version__}",
-            flush=True,
-        )
+            sys.exit(f"tapelm: no C++ compiler `{compiler}`; install one (`apt-get install g++`) or set CXX")
+        parts = f"CPU kernels, text extension{' and CUDA loader' if CUDA else '; no CUDA loader'}"
+        print(f"tapelm: building {parts} with {compiler} for torch {torch.__version__}", flush=True)
         super().build_extensions()
 
 
@@ -50,6 +49,7 @@ setup(
             extra_compile_args=FLAGS,
             language="c++",
         ),
-    ],
+    ]
+    + [CUDAExtension("tapelm._cuda", ["csrc/cuda/loader.cu", "csrc/cuda/python.cpp"])] * CUDA,
     cmdclass={"build_ext": Build},
 )

@@ -1,9 +1,10 @@
-"""Benchmarks: python -m benchmarks {ops,train,tokenizer,all,gpu-check} [--json FILE]
+"""Benchmarks: python -m benchmarks {ops,train,tokenizer,loader,all,gpu-check} [--json FILE]
 
 ops        every kernel against PyTorch, forward and backward
 train      a whole training step, plain against optimized
 tokenizer  encoding and training a tokenizer, against its peers
-all        ops and train
+loader     batches per second against DataLoader, opening, files to shards
+all        all of these
 gpu-check  everything that needs a GPU: tests on the device, ops and train
 """
 
@@ -18,7 +19,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from benchmarks import harness, ops, tokenizer, train
+from benchmarks import harness, loader, ops, tokenizer, train
 from gpt.cli import UserError, prepare_output, run_program
 from gpt.hardware import pick_device, set_threads
 
@@ -27,7 +28,9 @@ from gpt.hardware import pick_device, set_threads
 class Options:
     """Options of `python -m benchmarks`."""
 
-    subject: Annotated[Literal["ops", "train", "tokenizer", "all", "gpu-check"], tyro.conf.Positional]
+    subject: Annotated[
+        Literal["ops", "train", "tokenizer", "loader", "all", "gpu-check"], tyro.conf.Positional
+    ]
     json: Path | None = None
     """Write the rows here as JSON."""
     preset: str = "seed"
@@ -58,8 +61,10 @@ def run(options: Options) -> int:
         rows += harness.measure_all(cases, device, options.rounds)
     if options.subject in ("train", "all", "gpu-check"):
         rows += train.measure(options.preset, options.batch_size, device, options.rounds)
-    if options.subject == "tokenizer":
+    if options.subject in ("tokenizer", "all"):
         rows += tokenizer.measure(options.text, options.rounds)
+    if options.subject in ("loader", "all"):
+        rows += loader.measure_all(device, options.rounds, options.preset, options.batch_size)
     harness.report(f"python -m benchmarks {options.subject}", rows, device, options.json)
     return 0
 

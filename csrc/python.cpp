@@ -5,8 +5,11 @@
 
 #include "text/bpe.h"
 #include "text/bpe_trainer.h"
+#include "text/encode_files.h"
+#include "text/jsonl.h"
 #include "text/loader.h"
 #include "text/rank_merges.h"
+#include "text/prefetch.h"
 #include "text/shards.h"
 
 namespace py = pybind11;
@@ -140,18 +143,107 @@ py::bytes shard_header(uint32_t token_bytes, uint64_t tokens, uint64_t documents
   return {reinterpret_cast<const char*>(&header), sizeof(header)};
 }
 
-void fill(const Loader& loader, uint64_t step, Array<int64_t>& inputs, Array<int64_t>& targets,
-          Array<int32_t>& document_ids) {
-  int64_t* const x = inputs.mutable_data();
-  int64_t* const y = targets.mutable_data();
-  int32_t* const d = document_ids.mutable_data();
-  const auto expected = static_cast<py::ssize_t>(loader.batch_tokens());
-  if (inputs.size() != expected || targets.size() != expected || document_ids.size() != expected) {
-    throw py::value_error("buffers must have batch_size x seq_len elements");
-  }
-  const py::gil_scoped_release release;
-  loader.fill(step, x, y, d);
+// (tokens, starts): uint16 or uint32, and the index of the first token of every document.
+py::tuple to_arrays(TokenBlock&& block, uint32_t token_bytes) {
+  const Array<uint8_t> bytes = to_numpy(std::move(block.tokens));
+  return py::make_tuple(bytes.attr("view")(token_bytes == 2 ? "<u2" : "<u4"), to_numpy(std::move(block.starts)));
 }
+
+py::tuple encode_lines_block(const Bpe& bpe, const py::bytes& lines, const std::string& path, uint64_t first_line,
+                             uint32_t end_of_text, uint32_t token_bytes) {
+  const std::string_view view = view_of(lines);
+  TokenBlock block;
+  {
+    const py::gil_scoped_release release;
+    block = encode_lines(bpe, view, {end_of_text, token_bytes}, [&](size_t i) {
+      return path + ", line " + std::to_string(first_line + i);
+    });
+  }
+  return to_arrays(std::move(block), token_bytes);
+}
+
+py::tuple encode_pieces_block(const Bpe& bpe, const std::vector<py::bytes>& pieces,
+                              const std::vector<std::string>& places, const std::vector<bool>& ends, bool continued,
+                              uint32_t end_of_text, uint32_t token_bytes) {
+  std::vector<std::string_view> views;
+  for (const py::bytes& piece : pieces) views.push_back(view_of(piece));
+  if (places.size() != views.size()) throw py::value_error("places must have an element for every piece");
+  TokenBlock block;
+  {
+    const py::gil_scoped_release release;
+    block = encode_pieces(bpe, views, ends, continued, {end_of_text, token_bytes},
+                          [&](size_t i) { return places[i]; });
+  }
+  return to_arrays(std::move(block), token_bytes);
+}
+
+// A view of part of a batch's memory, which lives as long as any of its views.
+template <typename T>
+py::array view_of_batch(const BatchMemory& memory, size_t offset, std::vector<py::ssize_t> shape) {
+  const py::capsule owner(new BatchMemory(memory), [](void* p) { delete static_cast<BatchMemory*>(p); });
+  return py::array_t<T>(std::move(shape), reinterpret_cast<const T*>(memory.get() + offset), owner);
+}
+
+// A Loader with its prefetch thread, preparing batches, or with `rows` what a GPU assembles them from.
+class PrefetchingLoader {
+ public:
+  PrefetchingLoader(const std::vector<std::string>& paths, uint32_t end_of_text, LoaderOptions options, bool rows)
+      : loader_(paths, end_of_text, options),
+        batch_(static_cast<py::ssize_t>(options.batch_size)),
+        seq_len_(static_cast<py::ssize_t>(options.seq_len)),
+        rows_(rows),
+        lengths_bytes_((4 * options.batch_size + 63) / 64 * 64),
+        prefetcher_(rows ? lengths_bytes_ + options.batch_size * (options.seq_len + 1) * loader_.shards().token_bytes()
+                         : options.batch_size * options.seq_len * 20,
+                    fill()) {}
+
+  const Loader& loader() const { return loader_; }
+
+  std::vector<uint64_t> window_indices(uint64_t step) const {
+    LoaderCursor cursor;
+    return loader_.window_indices(step, cursor);
+  }
+
+  // (inputs, targets, document_ids) of a step, or with `rows` (rows, lengths).
+  py::tuple next(uint64_t step) {
+    BatchMemory memory;
+    {
+      const py::gil_scoped_release release;
+      memory = prefetcher_.next(step);
+    }
+    if (rows_) {
+      const std::vector<py::ssize_t> shape{batch_, seq_len_ + 1};
+      return py::make_tuple(loader_.shards().token_bytes() == 2
+                                ? view_of_batch<uint16_t>(memory, lengths_bytes_, shape)
+                                : view_of_batch<uint32_t>(memory, lengths_bytes_, shape),
+                            view_of_batch<uint32_t>(memory, 0, {batch_}));
+    }
+    const size_t tokens = static_cast<size_t>(batch_ * seq_len_);
+    return py::make_tuple(view_of_batch<int64_t>(memory, 0, {batch_, seq_len_}),
+                          view_of_batch<int64_t>(memory, 8 * tokens, {batch_, seq_len_}),
+                          view_of_batch<int32_t>(memory, 16 * tokens, {batch_, seq_len_}));
+  }
+
+ private:
+  Prefetcher::Fill fill() const {
+    return [this, cursor = LoaderCursor()](uint64_t step, uint8_t* memory) mutable {
+      if (rows_) {
+        loader_.fill_rows(step, cursor, memory + lengths_bytes_, reinterpret_cast<uint32_t*>(memory));
+        return;
+      }
+      const size_t tokens = static_cast<size_t>(batch_ * seq_len_);
+      loader_.fill(step, cursor, reinterpret_cast<int64_t*>(memory), reinterpret_cast<int64_t*>(memory) + tokens,
+                   reinterpret_cast<int32_t*>(memory + 16 * tokens));
+    };
+  }
+
+  const Loader loader_;
+  const py::ssize_t batch_;
+  const py::ssize_t seq_len_;
+  const bool rows_;
+  const size_t lengths_bytes_;
+  Prefetcher prefetcher_;
+};
 
 }  // namespace
 
@@ -184,6 +276,16 @@ PYBIND11_MODULE(_text, m) {
       .def_property_readonly("words", &BpeTrainer::words);
 
   m.def("merges_of_ranks", &merges_of_tokens, py::arg("tokens"));
+  m.def("encode_lines", &encode_lines_block, py::arg("bpe"), py::arg("lines"), py::arg("path"),
+        py::arg("first_line"), py::arg("end_of_text"), py::arg("token_bytes"));
+  m.def("encode_pieces", &encode_pieces_block, py::arg("bpe"), py::arg("pieces"), py::arg("places"), py::arg("ends"),
+        py::arg("continued"), py::arg("end_of_text"), py::arg("token_bytes"));
+  m.def("text_field", [](const py::bytes& line) { return py::str(text_field(view_of(line))); }, py::arg("line"));
+  m.def("safe_cut",
+        [](const py::bytes& text, const std::vector<std::string>& specials) {
+          return safe_cut(view_of(text), specials);
+        },
+        py::arg("text"), py::arg("specials"));
   m.def("word_lengths", &word_lengths, py::arg("text"), py::arg("pretokenizer"));
   m.def("shard_header", &shard_header, py::arg("token_bytes"), py::arg("tokens"), py::arg("documents"),
         py::arg("vocab_size"), py::arg("end_of_text"));
@@ -195,19 +297,25 @@ PYBIND11_MODULE(_text, m) {
       .def_readonly("vocab_size", &ShardHeader::vocab_size)
       .def_readonly("end_of_text", &ShardHeader::end_of_text);
 
-  py::class_<Loader>(m, "Loader")
+  m.attr("SHUFFLED") = static_cast<int>(Order::kShuffled);
+  m.attr("SEQUENTIAL") = static_cast<int>(Order::kSequential);
+  m.attr("PACKED") = static_cast<int>(Order::kPacked);
+
+  py::class_<PrefetchingLoader>(m, "Loader")
       .def(py::init([](const std::vector<std::string>& paths, uint32_t end_of_text, uint64_t batch_size,
-                       uint64_t seq_len, uint64_t seed, uint64_t rank, uint64_t world_size) {
-             return std::make_unique<Loader>(paths, end_of_text,
-                                             LoaderOptions{batch_size, seq_len, seed, rank, world_size});
+                       uint64_t seq_len, uint64_t seed, uint64_t rank, uint64_t world_size, int order, bool rows) {
+             const LoaderOptions options{batch_size, seq_len, seed, rank, world_size, static_cast<Order>(order)};
+             return std::make_unique<PrefetchingLoader>(paths, end_of_text, options, rows);
            }),
            py::arg("paths"), py::arg("end_of_text"), py::arg("batch_size"), py::arg("seq_len"), py::arg("seed"),
-           py::arg("rank"), py::arg("world_size"))
-      .def_property_readonly("tokens", &Loader::tokens)
-      .def_property_readonly("windows", &Loader::windows)
-      .def_property_readonly("steps_per_epoch", &Loader::steps_per_epoch)
-      .def_property_readonly("headers", [](const Loader& loader) { return loader.shards().headers(); })
-      .def("window_indices", &Loader::window_indices, py::arg("step"))
-      .def("fill", &fill, py::arg("step"), py::arg("inputs").noconvert(), py::arg("targets").noconvert(),
-           py::arg("document_ids").noconvert());
+           py::arg("rank"), py::arg("world_size"), py::arg("order") = static_cast<int>(Order::kShuffled),
+           py::arg("rows") = false)
+      .def_property_readonly("tokens", [](const PrefetchingLoader& self) { return self.loader().tokens(); })
+      .def_property_readonly("windows", [](const PrefetchingLoader& self) { return self.loader().windows(); })
+      .def_property_readonly("steps_per_epoch",
+                             [](const PrefetchingLoader& self) { return self.loader().steps_per_epoch(); })
+      .def_property_readonly("headers",
+                             [](const PrefetchingLoader& self) { return self.loader().shards().headers(); })
+      .def("window_indices", &PrefetchingLoader::window_indices, py::arg("step"))
+      .def("next", &PrefetchingLoader::next, py::arg("step"));
 }

@@ -2,11 +2,17 @@
 
 #include <algorithm>
 #include <bit>
+#include <cstring>
 #include <stdexcept>
 
 #include "flat_map.h"
 
 namespace tapelm::text {
+namespace {
+
+constexpr int64_t kIgnoredTarget = -100;  // ignore_index of PyTorch's losses
+
+}  // namespace
 
 Permutation::Permutation(uint64_t size, uint64_t seed, uint64_t epoch)
     : size_(size), half_bits_((std::max(2u, static_cast<uint32_t>(std::bit_width(size > 0 ? size - 1 : 0))) + 1) / 2) {
@@ -32,11 +38,14 @@ uint64_t Permutation::operator()(uint64_t index) const {
 Loader::Loader(const std::vector<std::string>& paths, uint32_t end_of_text, LoaderOptions options)
     : shards_(paths), end_of_text_(end_of_text), options_(options) {
   const uint64_t tokens = shards_.tokens();
-  if (tokens < options.seq_len + 1) {
+  if (options.order == Order::kPacked) {
+    windows_ = packing_.emplace(shards_, options.seq_len).windows();
+  } else if (tokens < options.seq_len + 1) {
     throw std::invalid_argument("corpus of " + std::to_string(tokens) + " tokens is smaller than one block of " +
                                 std::to_string(options.seq_len + 1) + " (seq_len + 1): add text or lower seq_len");
+  } else {
+    windows_ = (tokens - 1) / options.seq_len;
   }
-  windows_ = (tokens - 1) / options.seq_len;
   if (steps_per_epoch() == 0) {
     throw std::invalid_argument("corpus of " + std::to_string(tokens) + " tokens has " + std::to_string(windows_) +
                                 " blocks of seq_len " + std::to_string(options.seq_len) +
@@ -46,30 +55,129 @@ Loader::Loader(const std::vector<std::string>& paths, uint32_t end_of_text, Load
   }
 }
 
-std::vector<uint64_t> Loader::window_indices(uint64_t step) const {
-  const Permutation permutation(windows_, options_.seed, step / steps_per_epoch());
+void Loader::enter_epoch(uint64_t epoch, LoaderCursor& cursor) const {
+  const Permutation groups(packing_->groups(), options_.seed, epoch);
+  cursor.epoch_starts.assign(1, 0);
+  for (uint64_t k = 0; k < packing_->groups(); ++k) {
+    const uint64_t group = groups(k);
+    const uint64_t size = packing_->first_window(group + 1) - packing_->first_window(group);
+    cursor.epoch_starts.push_back(cursor.epoch_starts.back() + size);
+  }
+  cursor.epoch = epoch;
+}
+
+std::vector<uint64_t> Loader::window_indices(uint64_t step, LoaderCursor& cursor) const {
+  const uint64_t epoch = step / steps_per_epoch();
   const uint64_t within = step % steps_per_epoch();
   const uint64_t first = (within * options_.world_size + options_.rank) * options_.batch_size;
   std::vector<uint64_t> indices(options_.batch_size);
-  for (uint64_t i = 0; i < options_.batch_size; ++i) indices[i] = permutation(first + i);
+  for (uint64_t i = 0; i < options_.batch_size; ++i) indices[i] = first + i;
+  if (options_.order == Order::kShuffled) {
+    const Permutation permutation(windows_, options_.seed, epoch);
+    for (uint64_t& index : indices) index = permutation(index);
+  } else if (options_.order == Order::kPacked) {
+    if (cursor.epoch != epoch) enter_epoch(epoch, cursor);
+    const Permutation groups(packing_->groups(), options_.seed, epoch);
+    for (uint64_t& index : indices) {
+      const auto& starts = cursor.epoch_starts;
+      const auto k = static_cast<uint64_t>(std::upper_bound(starts.begin(), starts.end(), index) - starts.begin()) - 1;
+      const uint64_t group = groups(k);
+      const Permutation windows(starts[k + 1] - starts[k], options_.seed ^ mix(group + 1), epoch);
+      index = packing_->first_window(group) + windows(index - starts[k]);
+    }
+  }
   return indices;
 }
 
-void Loader::fill(uint64_t step, int64_t* inputs, int64_t* targets, int32_t* document_ids) const {
-  const size_t width = options_.seq_len;
-  std::vector<int64_t> window(width + 1);
-  for (const uint64_t index : window_indices(step)) {
-    shards_.read(index * width, width + 1, window.data());
-    std::copy_n(window.data(), width, inputs);
-    std::copy_n(window.data() + 1, width, targets);
-    int32_t document = 0;
-    for (size_t t = 0; t < width; ++t) {
-      document_ids[t] = document;
-      document += window[t] == static_cast<int64_t>(end_of_text_);
+// Copies the tokens of a window into `row` and returns how many of them are inputs.
+uint32_t Loader::copy_window(uint64_t index, LoaderCursor& cursor, uint8_t* row) const {
+  const size_t width = shards_.token_bytes();
+  const uint64_t seq_len = options_.seq_len;
+  if (options_.order != Order::kPacked) {
+    shards_.copy(index * seq_len, seq_len + 1, row);
+    return static_cast<uint32_t>(seq_len);
+  }
+  const uint64_t group = packing_->group_of(index);
+  if (cursor.group != group) {
+    cursor.group = ~0ull;  // should planning fail, there is no plan
+    cursor.plan = packing_->plan(group);
+    cursor.group = group;
+  }
+  const uint64_t local = index - packing_->first_window(group);
+  uint64_t length = 0;
+  if (local >= cursor.plan.windows()) throw std::invalid_argument("the shards have changed while they are open");
+  for (uint64_t i = cursor.plan.first[local]; i < cursor.plan.first[local + 1]; ++i) {
+    const Piece& piece = cursor.plan.pieces[i];
+    // A full window may be the inside of a document, whose next token is then the last target.
+    const uint64_t more = piece.tokens == seq_len && piece.begin + seq_len < tokens() ? 1 : 0;
+    shards_.copy(piece.begin, piece.tokens + more, row + length * width);
+    length += piece.tokens;
+    if (more) return static_cast<uint32_t>(seq_len);
+  }
+  for (uint64_t t = length; t <= seq_len; ++t) std::memcpy(row + t * width, &end_of_text_, width);
+  return static_cast<uint32_t>(length);
+}
+
+// csrc/cuda/assemble.h says the same token by token; these loops are written for the vectorizer.
+template <typename Token>
+void Loader::assemble(const uint8_t* row, size_t length, int64_t* inputs, int64_t* targets,
+                      int32_t* document_ids) const {
+  const auto* tokens = reinterpret_cast<const Token*>(row);
+  const auto end_of_text = static_cast<Token>(end_of_text_);
+  const size_t seq_len = options_.seq_len;
+  for (size_t t = 0; t < length; ++t) inputs[t] = tokens[t];
+  std::fill(inputs + length, inputs + seq_len, end_of_text);
+  if (options_.order == Order::kPacked) {
+    for (size_t t = 0; t < length; ++t) {
+      const int64_t next = tokens[t + 1];
+      targets[t] = tokens[t] == end_of_text ? kIgnoredTarget : next;
     }
-    inputs += width;
-    targets += width;
-    document_ids += width;
+    std::fill(targets + length, targets + seq_len, kIgnoredTarget);
+  } else {
+    for (size_t t = 0; t < length; ++t) targets[t] = tokens[t + 1];
+  }
+  int32_t document = 0;
+  for (size_t t = 0; t < length;) {
+    const size_t block = std::min<size_t>(length - t, 64);
+    uint32_t ends = 0;
+    for (size_t i = 0; i < block; ++i) ends += tokens[t + i] == end_of_text;
+    if (ends == 0) {
+      std::fill_n(document_ids + t, block, document);
+    } else {
+      for (size_t i = 0; i < block; ++i) {
+        document_ids[t + i] = document;
+        document += tokens[t + i] == end_of_text;
+      }
+    }
+    t += block;
+  }
+  std::fill(document_ids + length, document_ids + seq_len, document);
+}
+
+void Loader::fill(uint64_t step, LoaderCursor& cursor, int64_t* inputs, int64_t* targets,
+                  int32_t* document_ids) const {
+  cursor.row.resize((options_.seq_len + 1) * shards_.token_bytes());
+  const std::vector<uint64_t> indices = window_indices(step, cursor);
+  if (options_.order == Order::kShuffled) {  // far apart, so that each would wait for memory in turn
+    for (const uint64_t index : indices) shards_.prefetch(index * options_.seq_len);
+  }
+  for (const uint64_t index : indices) {
+    const uint32_t length = copy_window(index, cursor, cursor.row.data());
+    if (shards_.token_bytes() == 2) {
+      assemble<uint16_t>(cursor.row.data(), length, inputs, targets, document_ids);
+    } else {
+      assemble<uint32_t>(cursor.row.data(), length, inputs, targets, document_ids);
+    }
+    inputs += options_.seq_len;
+    targets += options_.seq_len;
+    document_ids += options_.seq_len;
+  }
+}
+
+void Loader::fill_rows(uint64_t step, LoaderCursor& cursor, uint8_t* rows, uint32_t* lengths) const {
+  for (const uint64_t index : window_indices(step, cursor)) {
+    *lengths++ = copy_window(index, cursor, rows);
+    rows += (options_.seq_len + 1) * shards_.token_bytes();
   }
 }
 

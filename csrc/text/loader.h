@@ -2,9 +2,11 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
+#include "packing.h"
 #include "shards.h"
 
 namespace tapelm::text {
@@ -23,17 +25,31 @@ class Permutation {
   uint64_t keys_[kRounds];
 };
 
+enum class Order : int { kShuffled = 0, kSequential = 1, kPacked = 2 };
+
 struct LoaderOptions {
   uint64_t batch_size;  // B, windows per batch and rank
   uint64_t seq_len;     // T, tokens per window
   uint64_t seed;
   uint64_t rank;
   uint64_t world_size;
+  Order order;
 };
 
-// Window w is tokens [wT, wT + T) with targets one token later. Step s of the run takes, for rank r, windows
-// permutation[(s mod steps) * B * world + r * B ...]; the windows that fill no whole step are left out of the epoch,
-// other ones in each epoch.
+// What one reader of a Loader remembers between its steps, to save repeating it.
+struct LoaderCursor {
+  uint64_t epoch = ~0ull;
+  std::vector<uint64_t> epoch_starts;  // packed: first position in the epoch of its k-th group, then the total
+  uint64_t group = ~0ull;
+  PackedGroup plan;                    // of `group`
+  std::vector<uint8_t> row;            // T + 1 stored tokens
+};
+
+// Window w is tokens [wT, wT + T) with targets one token later, or with Order::kPacked the pieces of documents that
+// packing.h puts together. Step s of the run takes, for rank r, positions (s mod steps) * B * world + r * B ... of
+// the epoch's order; the windows that fill no whole step are left out of the epoch. Shuffled: a permutation of the
+// windows. Packed: a permutation of the groups, and one of the windows of each group, so that a plan serves many
+// steps.
 class Loader {
  public:
   // Throws std::invalid_argument when the shards hold no window, or too few for one step of all ranks.
@@ -42,20 +58,30 @@ class Loader {
   uint64_t tokens() const { return shards_.tokens(); }
   uint64_t windows() const { return windows_; }
   uint64_t steps_per_epoch() const { return windows_ / (options_.batch_size * options_.world_size); }
-  uint64_t batch_tokens() const { return options_.batch_size * options_.seq_len; }
+  const LoaderOptions& options() const { return options_; }
   const ShardSet& shards() const { return shards_; }
 
   // Index of every window of step `step` (B values).
-  std::vector<uint64_t> window_indices(uint64_t step) const;
+  std::vector<uint64_t> window_indices(uint64_t step, LoaderCursor& cursor) const;
 
-  // Fills (B, T) inputs, targets and document ids; ids count the documents of a window from 0, and an end-of-text
-  // token belongs to the document that it ends.
-  void fill(uint64_t step, int64_t* inputs, int64_t* targets, int32_t* document_ids) const;
+  // Fills (B, T) inputs, targets and document ids. Ids count the documents of a window from 0, and an end-of-text
+  // token belongs to the document that it ends. Packed: the target of a document's last token is -100; padding is
+  // end_of_text with target -100 and an id of its own. Reentrant: one cursor per thread.
+  void fill(uint64_t step, LoaderCursor& cursor, int64_t* inputs, int64_t* targets, int32_t* document_ids) const;
+
+  // What fill() reads, as stored: (B, T + 1) tokens, rows padded with end_of_text, and the inputs of each row (B).
+  void fill_rows(uint64_t step, LoaderCursor& cursor, uint8_t* rows, uint32_t* lengths) const;
 
  private:
+  void enter_epoch(uint64_t epoch, LoaderCursor& cursor) const;
+  uint32_t copy_window(uint64_t index, LoaderCursor& cursor, uint8_t* row) const;
+  template <typename Token>
+  void assemble(const uint8_t* row, size_t length, int64_t* inputs, int64_t* targets, int32_t* document_ids) const;
+
   ShardSet shards_;
   uint32_t end_of_text_;
   LoaderOptions options_;
+  std::optional<Packing> packing_;
   uint64_t windows_ = 0;
 };
 

@@ -28,12 +28,6 @@ size_t shard_bytes(const ShardHeader& header, size_t available) {
   return tokens_end + 8 * header.documents;
 }
 
-template <typename Token>
-void widen(const uint8_t* from, size_t count, int64_t* out) {
-  const auto* tokens = reinterpret_cast<const Token*>(from);
-  for (size_t i = 0; i < count; ++i) out[i] = tokens[i];
-}
-
 }  // namespace
 
 ShardHeader make_shard_header(uint32_t token_bytes, uint64_t tokens, uint64_t documents, uint32_t vocab_size,
@@ -49,7 +43,7 @@ ShardHeader make_shard_header(uint32_t token_bytes, uint64_t tokens, uint64_t do
   return header;
 }
 
-ShardSet::ShardSet(const std::vector<std::string>& paths) {
+ShardSet::ShardSet(const std::vector<std::string>& paths) : paths_(paths) {
   try {
     for (const std::string& path : paths) map(path);
   } catch (...) {
@@ -89,23 +83,51 @@ void ShardSet::map(const std::string& path) {
          std::to_string(header.tokens) + " tokens and " + std::to_string(header.documents) +
          " documents of its header");
   }
+  if (!headers_.empty() && header.token_bytes != token_bytes()) {
+    fail("has " + std::to_string(header.token_bytes) + " bytes per token, the shards before it have " +
+         std::to_string(token_bytes()));
+  }
   headers_.push_back(header);
   starts_.push_back(starts_.back() + header.tokens);
+  document_starts_.push_back(document_starts_.back() + header.documents);
 }
 
-void ShardSet::read(uint64_t begin, size_t count, int64_t* out) const {
+void ShardSet::copy(uint64_t begin, size_t count, uint8_t* out) const {
+  const size_t width = token_bytes();
   size_t shard = static_cast<size_t>(std::upper_bound(starts_.begin(), starts_.end(), begin) - starts_.begin()) - 1;
   while (count > 0) {
     const uint64_t local = begin - starts_[shard];
     const size_t n = static_cast<size_t>(std::min<uint64_t>(count, headers_[shard].tokens - local));
-    const uint32_t width = headers_[shard].token_bytes;
-    const uint8_t* from = mappings_[shard].address + sizeof(ShardHeader) + local * width;
-    width == 2 ? widen<uint16_t>(from, n, out) : widen<uint32_t>(from, n, out);
-    out += n;
+    std::memcpy(out, mappings_[shard].address + sizeof(ShardHeader) + local * width, n * width);
+    out += n * width;
     begin += n;
     count -= n;
     ++shard;
   }
+}
+
+void ShardSet::prefetch(uint64_t begin) const {
+  const auto shard = static_cast<size_t>(std::upper_bound(starts_.begin(), starts_.end(), begin) - starts_.begin()) - 1;
+  const uint8_t* at = mappings_[shard].address + sizeof(ShardHeader) + (begin - starts_[shard]) * token_bytes();
+  for (int line = 0; line < 8; ++line) __builtin_prefetch(at + 64 * line);  // past the end it does nothing
+}
+
+uint64_t ShardSet::document_begin(uint64_t document) const {
+  const auto after = std::upper_bound(document_starts_.begin(), document_starts_.end(), document);
+  const size_t shard = static_cast<size_t>(after - document_starts_.begin()) - 1;
+  const Mapping& mapping = mappings_[shard];
+  const uint64_t from_end = 8 * (headers_[shard].documents - (document - document_starts_[shard]));
+  uint64_t begin = 0;
+  std::memcpy(&begin, mapping.address + mapping.bytes - from_end, sizeof(begin));
+  if (begin >= headers_[shard].tokens) fail_documents(document);
+  return starts_[shard] + begin;
+}
+
+void ShardSet::fail_documents(uint64_t document) const {
+  const auto after = std::upper_bound(document_starts_.begin(), document_starts_.end(), document);
+  throw std::invalid_argument("shard " + paths_[static_cast<size_t>(after - document_starts_.begin()) - 1] +
+                              " is damaged: the start of document " + std::to_string(document) +
+                              " is not between its neighbours");
 }
 
 }  // namespace tapelm::text

@@ -42,8 +42,30 @@ class ShardSet {
   uint64_t tokens() const { return starts_.back(); }
   const std::vector<ShardHeader>& headers() const { return headers_; }
 
-  // Copies tokens [begin, begin + count), which must exist, widened to 64 bits.
-  void read(uint64_t begin, size_t count, int64_t* out) const;
+  // Bytes per token, the same in all shards.
+  uint32_t token_bytes() const { return headers_.empty() ? 2 : headers_.front().token_bytes; }
+
+  // Copies tokens [begin, begin + count), which must exist, as they are stored.
+  void copy(uint64_t begin, size_t count, uint8_t* out) const;
+
+  // Asks for the memory at a token, without waiting for it.
+  void prefetch(uint64_t begin) const;
+
+  uint64_t documents() const { return document_starts_.back(); }
+
+  // Calls visit(begin, tokens) for documents [first, last), in order. Throws std::invalid_argument naming the file
+  // where a start is outside its shard or not above the one before.
+  template <typename Visit>
+  void each_document(uint64_t first, uint64_t last, const Visit& visit) const {
+    if (first >= last) return;
+    uint64_t begin = document_begin(first);
+    for (uint64_t i = first; i < last; ++i) {
+      const uint64_t end = i + 1 < documents() ? document_begin(i + 1) : tokens();
+      if (end <= begin) fail_documents(i);
+      visit(begin, end - begin);
+      begin = end;
+    }
+  }
 
  private:
   struct Mapping {
@@ -52,10 +74,14 @@ class ShardSet {
   };
   void map(const std::string& path);
   void unmap();
+  uint64_t document_begin(uint64_t document) const;
+  [[noreturn]] void fail_documents(uint64_t document) const;
 
+  std::vector<std::string> paths_;
   std::vector<Mapping> mappings_;
   std::vector<ShardHeader> headers_;
   std::vector<uint64_t> starts_{0};  // index of every shard's first token, then the total
+  std::vector<uint64_t> document_starts_{0};  // index of every shard's first document start, then the total
 };
 
 }  // namespace tapelm::text

@@ -6,6 +6,9 @@ GPT2: int
 LLAMA3: int
 GPT2_DIGITS: int
 O200K: int
+SHUFFLED: int
+SEQUENTIAL: int
+PACKED: int
 
 class Bpe:
     def __init__(
@@ -48,6 +51,8 @@ class Loader:
         seed: int,
         rank: int,
         world_size: int,
+        order: int = ...,
+        rows: bool = False,
     ) -> None: ...
     @property
     def tokens(self) -> int: ...
@@ -58,10 +63,24 @@ class Loader:
     @property
     def headers(self) -> list[ShardHeader]: ...
     def window_indices(self, step: int) -> list[int]: ...
-    def fill(self, step: int, inputs: np.ndarray, targets: np.ndarray, document_ids: np.ndarray) -> None: ...
+    def next(self, step: int) -> tuple[np.ndarray, ...]: ...
 
 def merges_of_ranks(tokens: Sequence[bytes]) -> np.ndarray: ...
 def word_lengths(text: str | bytes, pretokenizer: int) -> list[int]: ...
 def shard_header(
     token_bytes: int, tokens: int, documents: int, vocab_size: int, end_of_text: int
 ) -> bytes: ...
+def text_field(line: bytes) -> str: ...
+def safe_cut(text: bytes, specials: Sequence[bytes]) -> int: ...
+def encode_lines(
+    bpe: Bpe, lines: bytes, path: str, first_line: int, end_of_text: int, token_bytes: int
+) -> tuple[np.ndarray, np.ndarray]: ...
+def encode_pieces(
+    bpe: Bpe,
+    pieces: Sequence[bytes],
+    places: Sequence[str],
+    ends: Sequence[bool],
+    continued: bool,
+    end_of_text: int,
+    token_bytes: int,
+) -> tuple[np.ndarray, np.ndarray]: ...

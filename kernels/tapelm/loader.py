@@ -1,39 +1,39 @@
-"""Training batches made of token shards; the Python face of csrc/text/loader.h."""
+"""Training batches made of token shards; the Python face of csrc/text/loader.h and prefetch.h."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import torch
 
 from tapelm import _text
+from tapelm._batches import Batch as Batch
+from tapelm._batches import BatchSource, batch_source
 from tapelm.shards import read_manifest
 
-
-class Batch(NamedTuple):
-    """One training step of one rank.
-
-    inputs: (B, T) int64. targets: (B, T) int64, inputs one token later. document_ids: (B, T) int32, the
-    documents of each row counted from 0; an end-of-text token belongs to the document that it ends.
-    """
-
-    inputs: torch.Tensor
-    targets: torch.Tensor
-    document_ids: torch.Tensor
+ORDERS = {"shuffled": _text.SHUFFLED, "sequential": _text.SEQUENTIAL, "packed": _text.PACKED}
 
 
 class TokenLoader:
-    """Endless batches from a shard directory, shuffled anew in every epoch.
+    """Endless batches from a shard directory, prepared ahead by a thread in C++.
 
-    Block w is tokens [wT, wT + T) of the sequence, with targets one token later; blocks do not overlap and
-    may cross documents and shards. The order is a computed permutation that depends on the seed and the epoch
-    alone. Step s of an epoch takes the next world_size x B blocks of it, B for each rank, so that the ranks
-    together see every block once per epoch, except the last (number of blocks mod world_size x B) ones: these
-    are left out, others in each epoch, and all ranks have the same number of batches. Memory: the shards are
-    mapped, not read.
+    order="shuffled": window w is tokens [wT, wT + T) of the sequence, with targets one token later; windows do
+    not overlap and may cross documents and shards. The order is a computed permutation that depends on the
+    seed and the epoch alone. order="sequential": the same windows as they come. order="packed": a window holds
+    whole documents, each followed by no target (-100, the ignore_index of PyTorch's losses), documents longer
+    than T are cut into full windows and a rest, and what no document fills is padding: end_of_text with target
+    -100 and a document id of its own. Every token is an input once, and every token but the first of a
+    document a target once. Packing is best-fit decreasing among some four million consecutive tokens; these
+    groups, and the windows of each, are shuffled.
+
+    Step s of an epoch takes the next world_size x B windows of the order, B for each rank, so that the ranks
+    together see every window once per epoch, except the last (number of windows mod world_size x B) ones:
+    these are left out (others in each epoch unless sequential), and all ranks have the same number of batches.
+    Memory: the shards are mapped, not read; "packed" reads the document starts once and keeps 16 bytes per
+    group.
 
     Attributes:
         epoch: epochs completed. tokens, windows, vocab_size, end_of_text: of the shards.
@@ -49,12 +49,14 @@ class TokenLoader:
         device: str | torch.device = "cpu",
         rank: int = 0,
         world_size: int = 1,
+        order: Literal["shuffled", "sequential", "packed"] = "shuffled",
     ) -> None:
-        """Open a directory written by `write_shards`.
+        """Open a directory written by `write_shards` or `Tokenizer.encode_files`.
 
         Raises:
-            ValueError: damaged or missing shards (named), a corpus smaller than one block or one batch of all
-                ranks, arguments out of range. Contents are not hashed: see `verify_shards`.
+            ValueError: damaged or missing shards (named), a corpus smaller than one window or one batch of all
+                ranks, arguments out of range, a CUDA device where PyTorch sees none. Contents are not hashed:
+                see `verify_shards`.
         """
         for name, value in (("batch_size", batch_size), ("seq_len", seq_len), ("world_size", world_size)):
             if not 0 < value < 2**31:
@@ -63,21 +65,24 @@ class TokenLoader:
             raise ValueError(f"rank must be in 0 .. world_size - 1 = {world_size - 1}, got {rank}")
         if not 0 <= seed < 2**64:
             raise ValueError(f"seed must be in 0 .. 2**64 - 1, got {seed}")
+        if order not in ORDERS:
+            raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
         directory = Path(shards)
         manifest, fingerprint = read_manifest(directory)
         paths = [directory / entry["file"] for entry in manifest["shards"]]
+        arguments = (batch_size, seq_len, seed, rank, world_size, ORDERS[order])
         try:
-            self._loader = _text.Loader(
-                [str(path) for path in paths],
-                manifest["end_of_text"],
-                batch_size,
-                seq_len,
-                seed,
-                rank,
-                world_size,
+            self._source: BatchSource = batch_source(
+                torch.device(device),
+                lambda rows: _text.Loader(
+                    [str(path) for path in paths], manifest["end_of_text"], *arguments, rows
+                ),
+                end_of_text=manifest["end_of_text"],
+                packed=order == "packed",
             )
         except ValueError as error:
             raise ValueError(f"{directory}: {error}") from error
+        self._loader = self._source.loader
         for path, header, entry in zip(paths, self._loader.headers, manifest["shards"], strict=True):
             found = (header.tokens, header.documents, header.vocab_size, header.end_of_text)
             stated = (entry["tokens"], entry["documents"], manifest["vocab_size"], manifest["end_of_text"])
@@ -90,14 +95,13 @@ class TokenLoader:
         self.windows: int = self._loader.windows
         self.vocab_size: int = manifest["vocab_size"]
         self.end_of_text: int = manifest["end_of_text"]
-        self._device = torch.device(device)
-        self._shape = (batch_size, seq_len)
         self._identity = {
             "fingerprint": fingerprint,
             "seed": seed,
             "batch_size": batch_size,
             "seq_len": seq_len,
             "world_size": world_size,
+            "order": order,
         }
         self._step = 0
 
@@ -113,30 +117,24 @@ class TokenLoader:
         return self
 
     def __next__(self) -> Batch:
-        # A fresh buffer per batch: a pinned one must not be refilled before its copy to the device has ended.
-        pinned = self._device.type == "cuda"
-        batch = Batch(
-            torch.empty(self._shape, dtype=torch.int64, pin_memory=pinned),
-            torch.empty(self._shape, dtype=torch.int64, pin_memory=pinned),
-            torch.empty(self._shape, dtype=torch.int32, pin_memory=pinned),
-        )
-        self._loader.fill(self._step, *(tensor.numpy() for tensor in batch))
+        batch = self._source.next(self._step)
         self._step += 1
-        if self._device.type == "cpu":
-            return batch
-        return Batch(*(tensor.to(self._device, non_blocking=pinned) for tensor in batch))
+        return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Position (batches consumed per rank since the start) and what it belongs to; JSON-serializable."""
+        """Position (batches consumed per rank since the start, whatever is prepared ahead) and what it belongs
+        to; JSON-serializable."""
         return {**self._identity, "step": self._step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at a saved position in constant time, on any rank.
 
         Raises:
-            ValueError: the state is of other shards, seed, batch_size, seq_len or world_size; the message
-                says which.
+            ValueError: the state is of other shards, seed, batch_size, seq_len, world_size or order; the
+                message says which.
         """
+        if "fingerprint" in state:
+            state = {"order": "shuffled", **state}  # saved when there was one order
         for name, mine in self._identity.items():
             if name not in state or state[name] != mine:
                 what = "shards (fingerprint)" if name == "fingerprint" else name
@@ -144,6 +142,6 @@ class TokenLoader:
                     f"state is of other {what}: it has {state.get(name)}, this loader has {mine}"
                 )
         step = state.get("step")
-        if type(step) is not int or step < 0:
+        if type(step) is not int or not 0 <= step < 2**63:
             raise ValueError(f"state has no valid step: {step!r}")
         self._step = step

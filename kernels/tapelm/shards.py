@@ -11,8 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from array import array
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,35 +24,49 @@ _FORMAT = "tapelm-shards"
 _VERSION = 1
 
 
-class _ShardWriter:
-    """Appends tokens to numbered shard files of a directory; never holds more than one document."""
+class ShardWriter:
+    """Appends tokens to numbered shard files of a directory, after `shards` that are there already.
 
-    def __init__(self, directory: Path, vocab_size: int, end_of_text: int, shard_tokens: int) -> None:
+    `finished(entry, used)` is called for every full shard, once it is safely on disk: its entry of the
+    manifest, and how many tokens of the current `add` it and the shards before it hold.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        vocab_size: int,
+        end_of_text: int,
+        shard_tokens: int,
+        shards: Iterable[dict[str, Any]] = (),
+        finished: Callable[[dict[str, Any], int], None] = lambda entry, used: None,
+    ) -> None:
         self._directory = directory
         self._vocab_size = vocab_size
         self._end_of_text = end_of_text
         self._limit = shard_tokens
-        self._dtype = np.dtype(np.uint16 if vocab_size <= 65536 else np.uint32)
+        self._finished = finished
         self._file: Any = None
         self._tokens = 0
-        self._starts = array("Q")
-        self.shards: list[dict[str, Any]] = []
+        self._starts: list[np.ndarray] = []
+        self.dtype = token_dtype(vocab_size)
+        self.shards = list(shards)
 
-    def add_document(self, ids: np.ndarray) -> None:
-        starts = True
-        while ids.size:
+    def add(self, ids: np.ndarray, starts: np.ndarray) -> None:
+        """Append tokens (n,) in which documents begin at `starts` (k,) uint64, ascending."""
+        used = 0
+        while used < ids.size:
             if self._file is None:
                 self._file = (self._directory / f"shard-{len(self.shards):05d}.bin").open("w+b")
                 self._file.write(self._header())
-            if starts:
-                self._starts.append(self._tokens)
-                starts = False
-            part = ids[: self._limit - self._tokens]
-            self._file.write(part.astype(self._dtype).data)
+            part = ids[used : used + self._limit - self._tokens]
+            begin, end = np.searchsorted(starts, (used, used + part.size))
+            self._starts.append(starts[begin:end] - np.uint64(used) + np.uint64(self._tokens))
+            self._file.write(part.astype(self.dtype, copy=False).data)
             self._tokens += part.size
-            ids = ids[part.size :]
+            used += part.size
             if self._tokens == self._limit:
                 self.finish()
+                self._finished(self.shards[-1], used)
 
     def finish(self) -> None:
         """Complete the open shard: document starts, header, hash."""
@@ -61,7 +74,7 @@ class _ShardWriter:
             return
         with self._file as file:
             file.write(bytes(-file.tell() % 8))
-            file.write(self._starts.tobytes())
+            file.write(np.concatenate(self._starts).astype("<u8").data)
             file.seek(0)
             file.write(self._header())
             file.flush()
@@ -73,12 +86,12 @@ class _ShardWriter:
             {
                 "file": Path(file.name).name,
                 "tokens": self._tokens,
-                "documents": len(self._starts),
+                "documents": self._documents(),
                 "bytes": size,
                 "sha256": digest,
             }
         )
-        self._file, self._tokens, self._starts = None, 0, array("Q")
+        self._file, self._tokens, self._starts = None, 0, []
 
     def close(self) -> None:
         """Give up the open shard, if any."""
@@ -88,8 +101,58 @@ class _ShardWriter:
 
     def _header(self) -> bytes:
         return _text.shard_header(
-            self._dtype.itemsize, self._tokens, len(self._starts), self._vocab_size, self._end_of_text
+            self.dtype.itemsize, self._tokens, self._documents(), self._vocab_size, self._end_of_text
         )
+
+    def _documents(self) -> int:
+        return sum(map(len, self._starts))
+
+    def write_manifest(self) -> dict[str, Any]:
+        """Complete the last shard and write manifest.json, which is returned."""
+        self.finish()
+        if not self.shards:
+            raise ValueError("documents are empty: there is nothing to write")
+        manifest = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "vocab_size": self._vocab_size,
+            "end_of_text": self._end_of_text,
+            "dtype": self.dtype.name,
+            "tokens": sum(shard["tokens"] for shard in self.shards),
+            "documents": sum(shard["documents"] for shard in self.shards),
+            "shards": self.shards,
+        }
+        with (self._directory / MANIFEST).open("w", encoding="utf-8") as file:
+            json.dump(manifest, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        return manifest
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """How ids are stored: uint16 up to a vocabulary of 65,536, else uint32."""
+    return np.dtype(np.uint16 if vocab_size <= 65536 else np.uint32)
+
+
+def check_settings(vocab_size: int, end_of_text: int, shard_tokens: int) -> None:
+    if not 0 < vocab_size < 2**32:
+        raise ValueError(f"vocab_size must be in 1 .. 2**32 - 1, got {vocab_size}")
+    if not 0 <= end_of_text < vocab_size:
+        raise ValueError(f"end_of_text must be an id below vocab_size {vocab_size}, got {end_of_text}")
+    if shard_tokens < 1:
+        raise ValueError(f"shard_tokens must be positive, got {shard_tokens}")
+
+
+def replaceable(out_dir: str | os.PathLike[str]) -> Path:
+    """`out_dir`, resolved; raises ValueError when it holds something else than shards."""
+    target = Path(out_dir).resolve()
+    if (
+        target.exists()
+        and not (target / MANIFEST).is_file()
+        and (not target.is_dir() or any(target.iterdir()))
+    ):
+        raise ValueError(f"{out_dir} exists and is no shard directory: remove it or choose another out_dir")
+    return target
 
 
 def write_shards(
@@ -111,44 +174,18 @@ def write_shards(
         ValueError: no documents, ids outside the vocabulary, `end_of_text` inside a document, or an `out_dir`
             that holds something else than shards.
     """
-    if not 0 < vocab_size < 2**32:
-        raise ValueError(f"vocab_size must be in 1 .. 2**32 - 1, got {vocab_size}")
-    if not 0 <= end_of_text < vocab_size:
-        raise ValueError(f"end_of_text must be an id below vocab_size {vocab_size}, got {end_of_text}")
-    if shard_tokens < 1:
-        raise ValueError(f"shard_tokens must be positive, got {shard_tokens}")
-    target = Path(out_dir).resolve()
-    if (
-        target.exists()
-        and not (target / MANIFEST).is_file()
-        and (not target.is_dir() or any(target.iterdir()))
-    ):
-        raise ValueError(f"{out_dir} exists and is no shard directory: remove it or choose another out_dir")
+    check_settings(vocab_size, end_of_text, shard_tokens)
+    target = replaceable(out_dir)
     partial = target.with_name(f"{target.name}.tmp-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)  # of a killed process that had this id
     partial.mkdir(parents=True)
-    writer = _ShardWriter(partial, vocab_size, end_of_text, shard_tokens)
+    writer = ShardWriter(partial, vocab_size, end_of_text, shard_tokens)
+    begin = np.zeros(1, dtype=np.uint64)
     try:
         for number, document in enumerate(documents):
-            writer.add_document(_checked(document, number, vocab_size, end_of_text))
-        writer.finish()
-        if not writer.shards:
-            raise ValueError("documents are empty: there is nothing to write")
-        manifest = {
-            "format": _FORMAT,
-            "version": _VERSION,
-            "vocab_size": vocab_size,
-            "end_of_text": end_of_text,
-            "dtype": "uint16" if vocab_size <= 65536 else "uint32",
-            "tokens": sum(shard["tokens"] for shard in writer.shards),
-            "documents": sum(shard["documents"] for shard in writer.shards),
-            "shards": writer.shards,
-        }
-        with (partial / MANIFEST).open("w", encoding="utf-8") as file:
-            json.dump(manifest, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        _replace_directory(partial, target)
+            writer.add(_checked(document, number, vocab_size, end_of_text), begin)
+        manifest = writer.write_manifest()
+        replace_directory(partial, target)
     finally:
         writer.close()
         shutil.rmtree(partial, ignore_errors=True)
@@ -172,7 +209,7 @@ def _checked(document: np.ndarray, number: int, vocab_size: int, end_of_text: in
     return np.append(ids.astype(np.uint32), np.uint32(end_of_text))
 
 
-def _replace_directory(source: Path, target: Path) -> None:
+def replace_directory(source: Path, target: Path) -> None:
     """Rename `source` to `target`; what was there is removed afterwards, or put back when renaming fails."""
     old = target.with_name(f"{target.name}.old-{os.getpid()}")
     if not target.exists():

@@ -15,6 +15,7 @@ Texts are str or bytes, and `decode_bytes(encode(x))` gives the bytes of x alway
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,7 +30,7 @@ from tapelm import _text
 from tapelm._rank_files import ranks_of
 from tapelm._tokenizer_files import check_arguments, has_rank_suffix, read_tokenizer_file, tokenizer_file
 from tapelm._tokenizer_json import CHARACTER_OF_BYTE, new_config, read_config
-from tapelm.shards import write_shards
+from tapelm.encode_files import Encoding, encode_files
 
 
 class Tokenizer:
@@ -184,32 +185,33 @@ class Tokenizer:
         out_dir: str | os.PathLike[str],
         *,
         end_of_text: str = "<|endoftext|>",
+        shard_tokens: int = 2**26,
     ) -> dict[str, Any]:
         """Encode files into a directory of token shards and return its manifest (see `tapelm.write_shards`).
 
         A `.jsonl` file holds one document per line in its field "text"; any other file is one UTF-8 document.
+        Files are streamed, so that memory stays at some tens of megabytes (a line, or text without white
+        space, is held whole), and encoded on all cores. Until everything is done the shards are in
+        `out_dir`.partial: killed at any time, the same call goes on after the last finished shard.
 
         Raises:
-            ValueError: a file is not UTF-8, not JSONL with "text", or holds a special token; the message
-                names it.
+            ValueError: a file is not UTF-8, not JSONL with "text", or holds a special token (the message names
+                file and line), it changed meanwhile, or another process is encoding to `out_dir`.
         """
         if end_of_text not in self.special_tokens:
             raise ValueError(
                 f"end_of_text {end_of_text!r} is not among the special tokens {list(self.special_tokens)}"
             )
-
-        def documents() -> Iterable[np.ndarray]:
-            for path in map(Path, paths):
-                for place, text in _read_documents(path):
-                    try:
-                        ids = self.encode(text)
-                    except ValueError as error:
-                        raise ValueError(f"{place}: {error}") from error
-                    yield ids
-
-        return write_shards(
-            documents(), out_dir, vocab_size=self.vocab_size, end_of_text=self.special_tokens[end_of_text]
+        if isinstance(paths, str | os.PathLike):
+            raise TypeError("paths must be an iterable of paths: pass [path] for a single file")
+        encoding = Encoding(
+            self._bpe,
+            vocab_size=self.vocab_size,
+            end_of_text=self.special_tokens[end_of_text],
+            specials=[token.encode() for token in self.special_tokens],
+            tokenizer_sha256=hashlib.sha256(json.dumps(self._config, sort_keys=True).encode()).hexdigest(),
         )
+        return encode_files(encoding, [Path(path) for path in paths], out_dir, shard_tokens)
 
     def decode_bytes(self, ids: ArrayLike) -> bytes:
         """Bytes of ids, special tokens as their text; raises ValueError on an id outside the vocabulary."""
@@ -226,25 +228,3 @@ class Tokenizer:
     def decode(self, ids: ArrayLike) -> str:
         """Text of ids; bytes that are not UTF-8 (half a character) become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
-
-
-def _read_documents(path: Path) -> Iterable[tuple[str, str | bytes]]:
-    """The documents of a file and the place of each for error messages."""
-    if path.suffix != ".jsonl":
-        content = path.read_bytes()
-        try:
-            content.decode()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from error
-        yield str(path), content
-        return
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            place = f"{path}, line {number}"
-            try:
-                document = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{place} is not valid JSON") from error
-            if not isinstance(document, dict) or not isinstance(document.get("text"), str):
-                raise ValueError(f'{place} has no "text" that is a string')
-            yield place, document["text"]

@@ -1,0 +1,234 @@
+"""The batch loader against torch.utils.data.DataLoader and a memmap read per window; opening; files to shards.
+
+A step of the loader rows gives STEPS batches. Before timing, every peer's windows are found equal to ours. The
+ceiling is a copy that writes as many bytes as the batches have (inputs, targets, document ids: 20 per token).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from benchmarks import train
+from benchmarks.harness import Case, Row, measure
+from gpt.cli import UserError
+from tapelm import Tokenizer, TokenLoader, _text, write_shards
+from tapelm.loader import ORDERS
+from tapelm.shards import MANIFEST
+
+STEPS = 50
+VOCAB, END = 16_384, 0
+HEADER_BYTES = 64  # csrc/text/shards.h
+TEXT_BYTES = 48_000_000
+Step = Callable[[], object]
+
+
+class Windows(Dataset):
+    """Map-style: window i of a memmap, as (inputs, targets) of shape (T,) int64."""
+
+    def __init__(self, tokens: np.ndarray, seq_len: int) -> None:
+        self._tokens, self._seq_len = tokens, seq_len
+
+    def __len__(self) -> int:
+        return (len(self._tokens) - 1) // self._seq_len
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        begin = index * self._seq_len
+        window = torch.from_numpy(self._tokens[begin : begin + self._seq_len + 1].astype(np.int64))
+        return window[:-1], window[1:]
+
+
+def endless(dataset: Windows, batch_size: int, workers: int) -> Iterator[list[torch.Tensor]]:
+    loader = DataLoader(
+        dataset,
+        batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+    )
+    while True:
+        yield from loader
+
+
+def memmap_batches(tokens: np.ndarray, batch_size: int, seq_len: int) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Windows at random positions, each read by itself, as small training scripts do it."""
+    generator = np.random.default_rng(0)
+    while True:
+        starts = generator.integers(0, len(tokens) - seq_len, batch_size)
+        inputs = [torch.from_numpy(tokens[at : at + seq_len].astype(np.int64)) for at in starts]
+        targets = [torch.from_numpy(tokens[at + 1 : at + seq_len + 1].astype(np.int64)) for at in starts]
+        yield torch.stack(inputs), torch.stack(targets)
+
+
+def measure_all(device: torch.device, rounds: int, preset: str, batch_size: int) -> list[Row]:
+    """Rows of batches, opening and encoding, for the shape of a preset's training step."""
+    with tempfile.TemporaryDirectory() as directory:
+        root = Path(directory)
+        step = train.Step(preset, "optimized", batch_size, torch.device("cpu"))
+        seconds = []
+        for _ in range(3):
+            seconds.append(_timed(step))
+        rows = []
+        for shape in ((batch_size, step.config.block_size), (64, 1024)):
+            rows += _batches(root / f"{shape[1]}", *shape, rounds)
+        for row in rows[: len(rows) // 2]:
+            row.extra["fraction_of_training_step"] = row.median_ms / 1e3 / STEPS / min(seconds)
+        return rows + _opening(root / "open") + _encoding(root / "encode", device, rounds)
+
+
+def _timed(step: Step) -> float:
+    started = time.perf_counter()
+    step()
+    return time.perf_counter() - started
+
+
+def _batches(directory: Path, batch_size: int, seq_len: int, rounds: int) -> list[Row]:
+    generator = np.random.default_rng(0)
+    documents = (
+        generator.integers(1, VOCAB, n, dtype=np.uint32) for n in generator.integers(1, 1000, 40_000)
+    )
+    manifest = write_shards(documents, directory, vocab_size=VOCAB, end_of_text=END)
+    tokens = np.memmap(
+        directory / "shard-00000.bin", np.uint16, "r", HEADER_BYTES, (manifest["shards"][0]["tokens"],)
+    )
+    dataset = Windows(tokens, seq_len)
+    sequential = TokenLoader(directory, batch_size, seq_len, order="sequential")
+    peers: dict[str, Iterator[object]] = {
+        "DataLoader, 0 workers": endless(dataset, batch_size, 0),
+        "DataLoader, 2 workers": endless(dataset, batch_size, 2),
+        "memmap per window": memmap_batches(tokens, batch_size, seq_len),
+    }
+    for order in ORDERS:
+        peers[f"ours, {order}"] = TokenLoader(directory, batch_size, seq_len, order=order)  # type: ignore[arg-type]
+    for number, batch in zip(range(20), sequential, strict=False):
+        for row in range(batch_size):
+            inputs, targets = dataset[number * batch_size + row]
+            if not (torch.equal(batch.inputs[row], inputs) and torch.equal(batch.targets[row], targets)):
+                raise UserError("the loader's windows differ from the memmap's, nothing was timed")
+
+    def steps(source: Iterator[object]) -> Step:
+        def run() -> None:
+            for _ in range(STEPS):
+                next(source)
+
+        return run
+
+    case = Case(
+        subject="loader",
+        shape=f"{STEPS} x {batch_size} x {seq_len}",
+        dtype=torch.int64,
+        variants={name: steps(source) for name, source in peers.items()},
+        bound="copy",
+        work=2.0 * 20 * batch_size * seq_len * STEPS,
+        agree=lambda ours, expected: None,  # checked above: the orders differ by design
+    )
+    rows = measure(case, torch.device("cpu"), rounds)
+    for row in rows:
+        row.extra["batches_per_second"] = 1e3 * STEPS / row.median_ms
+        row.extra["tokens_per_second"] = 1e3 * STEPS * batch_size * seq_len / row.median_ms
+    return rows
+
+
+OPEN = """
+import sys, time
+import torch
+from tapelm import TokenLoader
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+before, seconds = resident(), []
+for _ in range(9):
+    started = time.perf_counter()
+    loader = TokenLoader(sys.argv[1], 16, 256)
+    seconds.append(time.perf_counter() - started)
+print(*sorted(seconds), resident() - before)
+"""
+
+
+def _opening(directory: Path) -> list[Row]:
+    """2^30 tokens in 16 sparse shards, opened in a fresh process."""
+    directory.mkdir()
+    tokens, documents = 2**26, 100_000
+    entries = []
+    for number in range(16):
+        path = directory / f"shard-{number:05d}.bin"
+        path.write_bytes(_text.shard_header(2, tokens, documents, VOCAB, END))
+        os.truncate(path, HEADER_BYTES + 2 * tokens + 8 * documents)
+        entries.append({"file": path.name, "tokens": tokens, "documents": documents, "sha256": ""})
+    manifest = {"format": "tapelm-shards", "version": 1, "vocab_size": VOCAB, "end_of_text": END}
+    manifest |= {"tokens": 16 * tokens, "documents": 16 * documents, "shards": entries}
+    (directory / MANIFEST).write_text(json.dumps(manifest))
+    environment = {**os.environ, "PYTHONPATH": str(Path(_text.__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", OPEN, str(directory)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+    )
+    *seconds, resident = map(float, done.stdout.split())
+    median = seconds[len(seconds) // 2]
+    return [
+        Row(
+            subject="open",
+            variant="ours",
+            shape="2^30 tokens, 16 shards",
+            dtype="uint16",
+            device="cpu",
+            median_ms=1e3 * median,
+            fastest_ms=1e3 * seconds[0],
+            slowest_ms=1e3 * seconds[-1],
+            ratio_vs={"20 ms": 0.02 / median},
+            ceiling=f"{resident / 1e6:.1f} MB resident",
+            fraction_of_ceiling=0.0,
+            extra={"resident_bytes": resident},
+        )
+    ]
+
+
+def _encoding(directory: Path, device: torch.device, rounds: int) -> list[Row]:
+    """JSON lines to shards against encoding the same texts, already in memory, on all cores."""
+    directory.mkdir()
+    generator = np.random.default_rng(0)
+    letters = np.array(list("etaoinshrdlucmfwypvbg"))
+    words = ["".join(generator.choice(letters, n)) for n in generator.integers(1, 12, 30_000)]
+    ranks = (30_000 ** generator.random(TEXT_BYTES // 6)).astype(np.int64) - 1
+    texts = [" ".join(words[rank] for rank in part) for part in np.array_split(ranks, TEXT_BYTES // 6_000)]
+    tokenizer = Tokenizer.train(texts[:200], 8192)
+    source = directory / "text.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    end = tokenizer.special_tokens["<|endoftext|>"]
+    expected = np.concatenate([np.append(ids, end) for ids in tokenizer.encode_batch(texts)])
+    tokenizer.encode_files([source], directory / "out")
+    stored = np.fromfile(directory / "out" / "shard-00000.bin", np.uint16, expected.size, offset=HEADER_BYTES)
+    if not np.array_equal(stored, expected):
+        raise UserError("encode_files and encode_batch differ, nothing was timed")
+    size = sum(map(len, texts))
+    case = Case(
+        subject="encode_files",
+        shape=f"{size / 1e6:.0f} MB, {len(texts)} lines",
+        dtype=torch.uint16,
+        variants={
+            "encode_batch in memory": lambda: tokenizer.encode_batch(texts),
+            "file to shards": lambda: tokenizer.encode_files([source], directory / "out"),
+        },
+        bound="copy",
+        work=float(size + source.stat().st_size),
+        agree=lambda ours, expected: None,  # compared above
+    )
+    rows = measure(replace(case, dtype=torch.float32), torch.device("cpu"), rounds)
+    for row in rows:
+        row.dtype = "text"
+        row.extra["megabytes_per_second"] = size / 1e3 / row.median_ms
+    return rows

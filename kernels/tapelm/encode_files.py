@@ -1,0 +1,302 @@
+"""Files into token shards: streamed, on all cores, and continued where a killed run stopped.
+
+While one thread reads the next block of input, the C++ encoder (csrc/text/encode_files.h) has all cores for
+the current one and another thread writes and hashes the one before. Shards grow in OUT.partial; its
+journal.jsonl says for every finished shard where in the inputs encoding goes on after it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from tapelm import _text
+from tapelm.shards import ShardWriter, check_settings, replace_directory, replaceable, token_dtype
+
+JOURNAL = "journal.jsonl"
+BLOCK_BYTES = 1 << 23  # of text, encoded at a time
+PIECE_BYTES = 1 << 19  # of a plain text, encoded by one thread
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """A tokenizer as `encode_files` needs it."""
+
+    bpe: _text.Bpe
+    vocab_size: int
+    end_of_text: int
+    specials: list[bytes]
+    tokenizer_sha256: str
+
+    @property
+    def token_bytes(self) -> int:
+        return token_dtype(self.vocab_size).itemsize
+
+
+@dataclass(frozen=True)
+class Position:
+    """A place in the inputs: byte `offset` of file number `file`, at `line` or `inside` a plain text."""
+
+    file: int = 0
+    offset: int = 0
+    line: int = 1
+    inside: bool = False
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Whole lines of a .jsonl file."""
+
+    position: Position
+    path: Path
+    content: bytes
+
+    def encode(self, encoding: Encoding) -> tuple[np.ndarray, np.ndarray]:
+        return _text.encode_lines(
+            encoding.bpe,
+            self.content,
+            str(self.path),
+            self.position.line,
+            encoding.end_of_text,
+            encoding.token_bytes,
+        )
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Plain text of one file; the last piece of a file ends its document."""
+
+    position: Position
+    path: Path
+    content: bytes
+    ends: bool
+
+    @property
+    def place(self) -> str:
+        return f"{self.path}, from byte {self.position.offset}" if self.position.offset else str(self.path)
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Pieces of one or more files."""
+
+    pieces: list[Piece]
+
+    @property
+    def position(self) -> Position:
+        return self.pieces[0].position
+
+    def encode(self, encoding: Encoding) -> tuple[np.ndarray, np.ndarray]:
+        return _text.encode_pieces(
+            encoding.bpe,
+            [piece.content for piece in self.pieces],
+            [piece.place for piece in self.pieces],
+            [piece.ends for piece in self.pieces],
+            self.position.inside,
+            encoding.end_of_text,
+            encoding.token_bytes,
+        )
+
+
+def encode_files(
+    encoding: Encoding, paths: list[Path], out_dir: str | os.PathLike[str], shard_tokens: int
+) -> dict[str, Any]:
+    """Encode `paths` into shards at `out_dir`; see `Tokenizer.encode_files`."""
+    check_settings(encoding.vocab_size, encoding.end_of_text, shard_tokens)
+    target = replaceable(out_dir)
+    partial = target.with_name(f"{target.name}.partial")
+    inputs = [_identity(path) for path in paths]
+    key = {
+        "version": 1,
+        "inputs": inputs,
+        "tokenizer_sha256": encoding.tokenizer_sha256,
+        "end_of_text": encoding.end_of_text,
+        "shard_tokens": shard_tokens,
+    }
+    partial.mkdir(parents=True, exist_ok=True)
+    resumable = False
+    with (partial / JOURNAL).open("a+", encoding="utf-8") as journal:
+        _lock(journal, out_dir)
+        try:
+            shards, position, skip = _read_journal(journal, partial, key)
+            writer = _write(encoding, paths, partial, shard_tokens, journal, shards, position, skip)
+            for path, before in zip(paths, inputs, strict=True):
+                if _identity(path) != before:
+                    raise ValueError(f"{path} changed while it was encoded: encode it again")
+            manifest = writer.write_manifest()
+            (partial / JOURNAL).unlink()
+            replace_directory(partial, target)
+        except ValueError:
+            raise  # a fault of the inputs: nothing of this is of use
+        except BaseException:
+            resumable = True
+            raise
+        finally:
+            if not resumable:
+                shutil.rmtree(partial, ignore_errors=True)
+    return manifest
+
+
+def _write(
+    encoding: Encoding,
+    paths: list[Path],
+    partial: Path,
+    shard_tokens: int,
+    journal: TextIO,
+    shards: list[dict[str, Any]],
+    position: Position,
+    skip: int,
+) -> ShardWriter:
+    """Encode from `position` on, without the first `skip` tokens of it, into shards after `shards`."""
+    current = (position, skip)  # of the block that is being written, and what was left out of it
+
+    def record(entry: dict[str, Any], used: int) -> None:
+        _append(journal, {"shard": entry, "position": asdict(current[0]), "skip": current[1] + used})
+
+    writer = ShardWriter(partial, encoding.vocab_size, encoding.end_of_text, shard_tokens, shards, record)
+
+    def write(position: Position, skip: int, tokens: np.ndarray, starts: np.ndarray) -> None:
+        nonlocal current
+        current = (position, skip)
+        writer.add(tokens[skip:], starts[np.searchsorted(starts, skip) :] - np.uint64(skip))
+
+    blocks = read_blocks(paths, position, encoding.specials)
+    try:
+        with ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(1) as writing:
+            upcoming = reading.submit(next, blocks, None)
+            written: Future[None] | None = None
+            while (block := upcoming.result()) is not None:
+                upcoming = reading.submit(next, blocks, None)
+                tokens, starts = block.encode(encoding)
+                if written is not None:
+                    written.result()
+                written = writing.submit(write, block.position, skip, tokens, starts)
+                skip = 0
+            if written is not None:
+                written.result()
+    except BaseException:
+        writer.close()
+        raise
+    return writer
+
+
+def read_blocks(
+    paths: list[Path],
+    start: Position,
+    specials: list[bytes],
+    block_bytes: int = BLOCK_BYTES,
+    piece_bytes: int = PIECE_BYTES,
+) -> Iterator[Lines | Pieces]:
+    """The inputs from a position on in blocks of about `block_bytes`, whose tokens are those of the whole."""
+    pieces: list[Piece] = []
+    size = 0
+    for number in range(start.file, len(paths)):
+        path = paths[number]
+        begin = start if number == start.file else Position(number)
+        if path.suffix == ".jsonl":
+            if pieces:
+                yield Pieces(pieces)
+                pieces, size = [], 0
+            yield from _read_lines(path, begin, block_bytes)
+            continue
+        for piece in _read_pieces(path, begin, specials, piece_bytes):
+            pieces.append(piece)
+            size += len(piece.content)
+            if size >= block_bytes or len(pieces) >= 4096:
+                yield Pieces(pieces)
+                pieces, size = [], 0
+    if pieces:
+        yield Pieces(pieces)
+
+
+def _read_lines(path: Path, begin: Position, block_bytes: int) -> Iterator[Lines]:
+    offset, line = begin.offset, begin.line
+    with path.open("rb") as file:
+        file.seek(offset)
+        parts: list[bytes] = []  # of lines, without a line end except in the last
+        while True:
+            chunk = file.read(block_bytes)
+            cut = chunk.rfind(b"\n") + 1 if chunk else 0
+            if chunk and cut == 0:
+                parts.append(chunk)
+                continue
+            content = b"".join([*parts, chunk[:cut]])
+            if content:
+                yield Lines(Position(begin.file, offset, line), path, content)
+            if not chunk:
+                return
+            offset += len(content)
+            line += content.count(b"\n")
+            parts = [chunk[cut:]] if cut < len(chunk) else []
+
+
+def _read_pieces(path: Path, begin: Position, specials: list[bytes], piece_bytes: int) -> Iterator[Piece]:
+    offset, inside = begin.offset, begin.inside
+    with path.open("rb") as file:
+        file.seek(offset)
+        pending = b""
+        # Text that cannot be cut doubles from read to read, so that looking for a cut stays linear.
+        while chunk := file.read(max(piece_bytes, len(pending))):
+            pending += chunk
+            cut = _text.safe_cut(pending, specials)
+            if cut:
+                yield Piece(Position(begin.file, offset, 1, inside), path, pending[:cut], False)
+                pending = pending[cut:]
+                offset, inside = offset + cut, True
+        yield Piece(Position(begin.file, offset, 1, inside), path, pending, True)
+
+
+def _identity(path: Path) -> list[Any]:
+    status = path.stat()
+    return [str(path.resolve()), status.st_size, status.st_mtime_ns]
+
+
+def _lock(journal: TextIO, out_dir: str | os.PathLike[str]) -> None:
+    try:
+        fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"another process is encoding to {os.fspath(out_dir)}: wait for it") from error
+
+
+def _append(journal: TextIO, record: dict[str, Any]) -> None:
+    journal.write(json.dumps(record) + "\n")
+    journal.flush()
+    os.fsync(journal.fileno())
+
+
+def _read_journal(
+    journal: TextIO, partial: Path, key: dict[str, Any]
+) -> tuple[list[dict[str, Any]], Position, int]:
+    """Finished shards, where to go on, and how many tokens from there are in them.
+
+    A journal of other inputs, tokenizer or settings is begun anew; a last line that was not completed does
+    not count.
+    """
+    journal.seek(0)
+    records = []
+    for line in journal:
+        if not line.endswith("\n"):
+            break
+        records.append(json.loads(line))
+    if not records or records[0] != key:
+        records = [key]
+    journal.truncate(0)
+    for record in records:
+        _append(journal, record)
+    shards = [record["shard"] for record in records[1:]]
+    kept = {shard["file"] for shard in shards} | {JOURNAL}
+    for path in partial.iterdir():
+        if path.name not in kept:
+            path.unlink()
+    if not shards:
+        return [], Position(), 0
+    return shards, Position(**records[-1]["position"]), records[-1]["skip"]
