@@ -47,8 +47,7 @@ void store(const EncodedBatch& batch, const std::vector<bool>& ends, bool contin
   bool begins = !continued;
   for (size_t i = 0; i < texts; ++i) {
     if (begins) block.starts.push_back(static_cast<uint64_t>(out - first));
-    out = std::transform(batch.ids.begin() + static_cast<ptrdiff_t>(batch.offsets[i]),
-                         batch.ids.begin() + static_cast<ptrdiff_t>(batch.offsets[i + 1]), out,
+    out = std::transform(batch.ids.data() + batch.offsets[i], batch.ids.data() + batch.offsets[i + 1], out,
                          [](uint32_t id) { return static_cast<Token>(id); });
     begins = ends[i];
     if (begins) *out++ = static_cast<Token>(end_of_text);
