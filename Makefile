@@ -91,7 +91,7 @@ cuda-check: setup
 	set -- $(CUDA)/bin/nvcc && "$$1" -std=c++20 -O3 --fatbin --Werror all-warnings $(CUDA_TARGETS) \
 	  --resource-usage csrc/cuda/loader.cu -o build/loader.fatbin 2>&1 | tee build/cuda-check.txt
 	test -s build/loader.fatbin && ! grep -E "[1-9][0-9]* bytes spill" build/cuda-check.txt
-	$(CXX) -std=c++20 -fsyntax-only -Wall -Wextra -I$(CUDA)/include \
+	$(CXX) -std=c++20 -fsyntax-only -Wall -Wextra -I$$(echo $(CUDA)/include) \
 	  $$($(PY) -c "import sysconfig, torch.utils.cpp_extension as e; print(*(f'-I{p}' for p in (*e.include_paths(), sysconfig.get_path('include'))))") \
 	  csrc/cuda/python.cpp
 

@@ -1,7 +1,8 @@
-"""The batch loader against torch.utils.data.DataLoader and a memmap read per window; opening; files to shards.
+"""The batch loader against torch.utils.data.DataLoader and a memmap read per window; opening; files.
 
-A step of the loader rows gives STEPS batches. Before timing, every peer's windows are found equal to ours. The
-ceiling is a copy that writes as many bytes as the batches have (inputs, targets, document ids: 20 per token).
+A step of the loader rows gives STEPS batches. Before timing, the peers' windows are found equal to
+ours. The ceiling
+is a copy that writes as many bytes as the batches have (inputs, targets, document ids: 20 per token).
 """
 
 from __future__ import annotations

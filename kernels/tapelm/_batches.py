@@ -101,7 +101,7 @@ class AssembledBatches:
     """Stored tokens travel (2 or 4 bytes each instead of 20); the GPU makes the batch of them."""
 
     def __init__(self, loader: _text.Loader, device: torch.device, *, end_of_text: int, packed: bool) -> None:
-        from tapelm import _cuda  # built only where nvcc and a CUDA build of PyTorch are
+        from tapelm import _cuda  # pyright: ignore[reportMissingModuleSource]  # built only where nvcc and a CUDA build of PyTorch are
 
         self.loader = loader
         self._device = device
@@ -113,13 +113,14 @@ class AssembledBatches:
         rows, lengths = self.loader.next(step)
         size = (rows.shape[0], rows.shape[1] - 1)
         with torch.cuda.device(self._device):
-            if self._stage is None:
-                self._stage = self._new_stage(*size, rows.itemsize, *self._rule)
+            stage = self._stage or self._new_stage(*size, rows.itemsize, *self._rule)
+            self._stage = stage
             batch = Batch(
                 torch.empty(size, dtype=torch.int64, device=self._device),
                 torch.empty(size, dtype=torch.int64, device=self._device),
                 torch.empty(size, dtype=torch.int32, device=self._device),
             )
-            stream = torch.cuda.current_stream(self._device).cuda_stream
-            self._stage.assemble(rows, lengths, *(tensor.data_ptr() for tensor in batch), stream)
+            queue = torch.cuda.current_stream(self._device).cuda_stream
+            inputs, targets, document_ids = (tensor.data_ptr() for tensor in batch)
+            stage.assemble(rows, lengths, inputs, targets, document_ids, queue)
         return batch

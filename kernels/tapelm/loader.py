@@ -20,20 +20,21 @@ ORDERS = {"shuffled": _text.SHUFFLED, "sequential": _text.SEQUENTIAL, "packed": 
 class TokenLoader:
     """Endless batches from a shard directory, prepared ahead by a thread in C++.
 
-    order="shuffled": window w is tokens [wT, wT + T) of the sequence, with targets one token later; windows do
-    not overlap and may cross documents and shards. The order is a computed permutation that depends on the
-    seed and the epoch alone. order="sequential": the same windows as they come. order="packed": a window holds
-    whole documents, each followed by no target (-100, the ignore_index of PyTorch's losses), documents longer
-    than T are cut into full windows and a rest, and what no document fills is padding: end_of_text with target
-    -100 and a document id of its own. Every token is an input once, and every token but the first of a
-    document a target once. Packing is best-fit decreasing among some four million consecutive tokens; these
-    groups, and the windows of each, are shuffled.
+    order="shuffled": window w is tokens [wT, wT + T) of the sequence, with targets one token later;
+    windows do not overlap and may cross documents and shards. The order is a computed permutation that
+    depends on the seed and the epoch alone. order="sequential": the same windows as they come.
+    order="packed": a window holds whole documents, each followed by no target (-100, the ignore_index
+    of PyTorch's losses), documents longer than T are cut into full windows and a rest, and what no
+    document fills is padding: end_of_text with target -100 and a document id of its own. Every token is
+    an input once, and every token but the first of a document a target once. Packing is best-fit
+    decreasing among some four million consecutive tokens; these groups, and the windows of each, are
+    shuffled.
 
-    Step s of an epoch takes the next world_size x B windows of the order, B for each rank, so that the ranks
-    together see every window once per epoch, except the last (number of windows mod world_size x B) ones:
-    these are left out (others in each epoch unless sequential), and all ranks have the same number of batches.
-    Memory: the shards are mapped, not read; "packed" reads the document starts once and keeps 16 bytes per
-    group.
+    Step s of an epoch takes the next world_size x B windows of the order, B for each rank, so that the
+    ranks together see every window once per epoch, except the last (number of windows mod world_size x
+    B) ones: these are left out (others in each epoch unless sequential), and all ranks have the same
+    number of batches. Memory: the shards are mapped, not read; "packed" reads the document starts once
+    and keeps 16 bytes per group.
 
     Attributes:
         epoch: epochs completed. tokens, windows, vocab_size, end_of_text: of the shards.
@@ -54,9 +55,9 @@ class TokenLoader:
         """Open a directory written by `write_shards` or `Tokenizer.encode_files`.
 
         Raises:
-            ValueError: damaged or missing shards (named), a corpus smaller than one window or one batch of all
-                ranks, arguments out of range, a CUDA device where PyTorch sees none. Contents are not hashed:
-                see `verify_shards`.
+            ValueError: damaged or missing shards (named), a corpus smaller than one window or one batch of
+                all ranks, arguments out of range, a CUDA device where PyTorch sees none. Contents are not
+                hashed: see `verify_shards`.
         """
         for name, value in (("batch_size", batch_size), ("seq_len", seq_len), ("world_size", world_size)):
             if not 0 < value < 2**31:
@@ -122,8 +123,8 @@ class TokenLoader:
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Position (batches consumed per rank since the start, whatever is prepared ahead) and what it belongs
-        to; JSON-serializable."""
+        """Position (batches consumed per rank since the start, whatever is prepared ahead) and what it
+        belongs to; JSON-serializable."""
         return {**self._identity, "step": self._step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

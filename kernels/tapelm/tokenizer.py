@@ -195,8 +195,8 @@ class Tokenizer:
         `out_dir`.partial: killed at any time, the same call goes on after the last finished shard.
 
         Raises:
-            ValueError: a file is not UTF-8, not JSONL with "text", or holds a special token (the message names
-                file and line), it changed meanwhile, or another process is encoding to `out_dir`.
+            ValueError: a file is not UTF-8, not JSONL with "text", or holds a special token (the message
+                names file and line), it changed meanwhile, or another process is encoding to `out_dir`.
         """
         if end_of_text not in self.special_tokens:
             raise ValueError(

@@ -367,7 +367,7 @@ def test_a_journal_of_something_else_is_not_continued(tokenizer: Tokenizer, tmp_
 
 @pytest.mark.slow
 def test_more_than_two_gibibytes(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """A sparse file of 2.2 GB, of NUL bytes between some text, in little memory; offsets need more than 31 bits."""
+    """A sparse file of 2.2 GB, NUL bytes between some text; offsets need more than 31 bits."""
     source, size = tmp_path / "big.txt", 2_200_000_000
     with source.open("wb") as file:
         file.write(b"begin ")

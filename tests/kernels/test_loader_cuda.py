@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 END = 999
 SHAPES = [(1, 1), (2, 31), (3, 32), (2, 33), (3, 255), (2, 256), (2, 257), (1, 700), (4, 1024)]
 
-# csrc/cuda/loader.cu with its threads in turn: what lies between two __syncthreads() is one loop over the threads.
+# csrc/cuda/loader.cu with its threads in turn: between two __syncthreads() is one loop over them.
 TWIN = r"""
 #include <cstdio>
 #include <vector>
