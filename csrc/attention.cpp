@@ -78,7 +78,7 @@ const int32_t* documents_of(const Tensor& documents, int64_t b) {
 
 // (B, H, T, D) stored as (B, T, H, D): the layout that the projection after attention reads without a copy.
 Tensor empty_heads(const Tensor& like) {
-  return at::empty({like.size(0), like.size(2), like.size(1), like.size(3)}, like.options()).transpose(1, 2);
+  return empty({like.size(0), like.size(2), like.size(1), like.size(3)}, like.scalar_type()).transpose(1, 2);
 }
 
 std::tuple<Tensor, Tensor> attention_forward(const Tensor& q_, const Tensor& k_, const Tensor& v_, bool causal,

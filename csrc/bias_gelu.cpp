@@ -20,7 +20,7 @@ Tensor bias_gelu_forward(const Tensor& x_, const Tensor& bias_) {
   check(x_, bias_);
   const Tensor x = x_.contiguous(), bias = bias_.contiguous();
   const int64_t C = x.size(-1), rows = C ? x.numel() / C : 0;
-  Tensor y = at::empty_like(x);
+  Tensor y = empty_like(x);
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     at::parallel_for(0, rows, std::max<int64_t>(1, 8192 / std::max<int64_t>(C, 1)), [&](int64_t begin, int64_t end) {
@@ -38,7 +38,7 @@ std::tuple<Tensor, Tensor> bias_gelu_backward(const Tensor& grad_, const Tensor&
   const Tensor grad = grad_.contiguous(), x = x_.contiguous(), bias = bias_.contiguous();
   const int64_t C = x.size(-1), rows = C ? x.numel() / C : 0;
   const int64_t chunks = std::min(kMaxChunks, chunk_count(rows, kRowsPerChunk));
-  Tensor dx = at::empty_like(x);
+  Tensor dx = empty_like(x);
   Tensor partial = at::zeros({std::max<int64_t>(chunks, 1), C}, x.options().dtype(at::kFloat));
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);

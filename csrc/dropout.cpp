@@ -15,7 +15,7 @@ Tensor dropout(const Tensor& x_, double p, const Tensor& seed) {
   TORCH_CHECK_VALUE(p >= 0.0 && p < 1.0, "dropout: p must be in [0, 1), not ", p);
   TORCH_CHECK_TYPE(seed.scalar_type() == at::kLong && seed.numel() == 1, "dropout: seed must be one int64");
   const Tensor x = x_.contiguous();
-  Tensor y = at::empty_like(x);
+  Tensor y = empty_like(x);
   const int64_t n = x.numel();
   const uint64_t key = static_cast<uint64_t>(*seed.const_data_ptr<int64_t>());
   const uint32_t threshold = dropout_threshold(p);

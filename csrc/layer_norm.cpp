@@ -26,9 +26,9 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& x_, const Te
   check_same_dtype(bias_, x_, "layer_norm", "bias");
   const Tensor x = x_.contiguous(), weight = weight_.contiguous(), bias = bias_.contiguous();
   const int64_t C = x.size(-1), rows = C ? x.numel() / C : 0;
-  Tensor y = at::empty_like(x);
+  Tensor y = empty_like(x);
   Tensor mean = at::empty(x.sizes().slice(0, x.dim() - 1), x.options().dtype(at::kFloat));
-  Tensor rstd = at::empty_like(mean);
+  Tensor rstd = empty_like(mean);
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     at::parallel_for(0, rows, std::max<int64_t>(1, 16384 / std::max<int64_t>(C, 1)), [&](int64_t begin, int64_t end) {
@@ -48,7 +48,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_, cons
   const Tensor mean = mean_.contiguous(), rstd = rstd_.contiguous();
   const int64_t C = x.size(-1), rows = C ? x.numel() / C : 0;
   const int64_t chunks = std::min(kMaxChunks, chunk_count(rows, kRowsPerChunk));
-  Tensor dx = at::empty_like(x);
+  Tensor dx = empty_like(x);
   Tensor partial = at::zeros({2, std::max<int64_t>(chunks, 1), C}, x.options().dtype(at::kFloat));
   float* dweight = partial.mutable_data_ptr<float>();
   float* dbias = dweight + partial.size(1) * C;

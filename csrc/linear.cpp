@@ -1,45 +1,62 @@
-// Linear layer y = x weight^T + bias and its gradients. float32 on AVX2 runs on our own matrix product, products
-// of a few rows and everything else on ATen's (MKL for float32, oneDNN for bfloat16).
+// Linear layer y = x weight^T + bias and its gradients. Without AVX-512 they run on our own matrix product, products of
+// a few rows and everything else on ATen's (MKL for float32, oneDNN for bfloat16).
 #include "common.h"
 #include "matrix_product.h"
 
-#include <memory>
+#include <atomic>
 
 #define TAPELM_KERNELS "linear.inl"
 #include "simd_targets.h"
 
 namespace tapelm {
+namespace {
+
+constexpr int64_t kRightFloats = int64_t{1} << 22;  // packed at a time: half of an L3 cache, whatever the depth
+
+}  // namespace
 
 bool prefer_matrix_product() { return isa() != Isa::avx512; }
 
-void matrix_product(Matrix left, Matrix right, int64_t M, int64_t N, int64_t K, const float* bias, bool add, float* out,
-                    int64_t ld) {
-  if (K == 0 && !add)
+template <typename T, typename Out>
+void matrix_product(Matrix<T> left, Matrix<T> right, int64_t M, int64_t N, int64_t K, const T* bias, bool add, Out* out,
+                    int64_t ld, float* row_sums) {
+  if (K == 0) {
     for (int64_t m = 0; m < M; ++m)
-      for (int64_t n = 0; n < N; ++n) out[m * ld + n] = bias ? bias[n] : 0.0f;
+      for (int64_t n = 0; n < N && !add; ++n) out[m * ld + n] = bias ? static_cast<Out>(bias[n]) : Out(0.0f);
+    if (row_sums) std::fill(row_sums, row_sums + M, 0.0f);
+    return;
+  }
   const int64_t MC = TAPELM_DISPATCH(linear_row_block()), KC = TAPELM_DISPATCH(linear_depth_block());
-  const int64_t NC = TAPELM_DISPATCH(linear_column_block()), NR = TAPELM_DISPATCH(linear_panel());
-  const int64_t left_floats = TAPELM_DISPATCH(linear_left_floats());
-  const std::unique_ptr<float[]> packed(new float[TAPELM_DISPATCH(linear_right_floats())]);
+  const int64_t NR = TAPELM_DISPATCH(linear_panel());
+  const int64_t NC = std::clamp(kRightFloats / K / NR * NR, NR, TAPELM_DISPATCH(linear_column_block()));
+  const Scratch packed(K * chunk_count(std::min(N, NC), NR) * NR);
   for (int64_t n0 = 0; n0 < N; n0 += NC) {
-    const int64_t columns = std::min(NC, N - n0);
-    for (int64_t k0 = 0; k0 < K; k0 += KC) {
-      const int64_t depth = std::min(KC, K - k0);
-      at::parallel_for(0, chunk_count(columns, NR), 4, [&](int64_t first, int64_t last) {
-        for (int64_t p = first; p < last; ++p)
-          TAPELM_DISPATCH(pack_right(right, k0, depth, n0 + p * NR, N, packed.get() + p * NR * depth));
-      });
-      at::parallel_for(0, chunk_count(M, MC), 1, [&](int64_t first, int64_t last) {
-        const std::unique_ptr<float[]> space(new float[left_floats]);
-        for (int64_t block = first; block < last; ++block) {
-          const int64_t m0 = block * MC, rows = std::min(MC, M - m0);
-          TAPELM_DISPATCH(multiply_block(left, m0, rows, k0, depth, packed.get(), columns, bias ? bias + n0 : nullptr,
-                                         add || k0 > 0, out + m0 * ld + n0, ld, space.get()));
-        }
-      });
-    }
+    const int64_t columns = std::min(NC, N - n0), panels = chunk_count(columns, NR);
+    at::parallel_for(0, panels * chunk_count(K, KC), 4, [&](int64_t first, int64_t last) {
+      for (int64_t task = first; task < last; ++task) {
+        const int64_t k0 = task / panels * KC, depth = std::min(KC, K - k0), p = task % panels;
+        float* const to = packed.get() + k0 * panels * NR + p * NR * depth;
+        TAPELM_DISPATCH(pack_right(right, k0, depth, n0 + p * NR, N, to));
+      }
+    });
+    // The blocks are handed out one by one: on a shared machine one thread is often slower than the other.
+    std::atomic<int64_t> next{0};
+    at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
+      const Scratch space(TAPELM_DISPATCH(linear_space_floats()));
+      for (int64_t m0 = MC * next++; m0 < M; m0 = MC * next++)
+        TAPELM_DISPATCH(multiply_rows(left, m0, std::min(MC, M - m0), K, packed.get(), columns,
+                                      bias ? bias + n0 : nullptr, add, out + m0 * ld + n0, ld,
+                                      row_sums && n0 == 0 ? row_sums + m0 : nullptr, space.get()));
+    });
   }
 }
+
+template void matrix_product(Matrix<float>, Matrix<float>, int64_t, int64_t, int64_t, const float*, bool, float*,
+                             int64_t, float*);
+template void matrix_product(Matrix<bf16>, Matrix<bf16>, int64_t, int64_t, int64_t, const bf16*, bool, bf16*, int64_t,
+                             float*);
+template void matrix_product(Matrix<bf16>, Matrix<bf16>, int64_t, int64_t, int64_t, const bf16*, bool, float*, int64_t,
+                             float*);
 
 namespace {
 
@@ -50,14 +67,16 @@ void check(const Tensor& x, const Tensor& weight) {
                     " does not fit weight ", weight.sizes());
 }
 
-Matrix matrix_of(const Tensor& t) { return {t.const_data_ptr<float>(), t.stride(0), t.stride(1)}; }
+template <typename T>
+Matrix<T> matrix_of(const Tensor& t) {
+  return {t.const_data_ptr<T>(), t.stride(0), t.stride(1)};
+}
 
 // Below this many rows packing the weight costs more than the product: the time is that of reading the weight once.
 constexpr int64_t kFewRows = 64;
 
 bool ours(const Tensor& x) {
-  return x.scalar_type() == at::kFloat && prefer_matrix_product() &&
-         (x.size(-1) == 0 || x.numel() / x.size(-1) >= kFewRows);
+  return prefer_matrix_product() && (x.size(-1) == 0 || x.numel() / x.size(-1) >= kFewRows);
 }
 
 // (..., C) as (rows, C); explicit sizes, since reshape cannot infer one of a tensor without elements.
@@ -79,9 +98,12 @@ Tensor linear_forward(const Tensor& x, const Tensor& weight, const std::optional
   const Tensor b = bias.has_value() ? bias->contiguous() : Tensor();
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = weight.size(0);
-  Tensor y = at::empty(shape, x.options());
-  matrix_product(matrix_of(rows), matrix_of(weight).transposed(), rows.size(0), weight.size(0), rows.size(1),
-                 b.defined() ? b.const_data_ptr<float>() : nullptr, false, y.mutable_data_ptr<float>(), weight.size(0));
+  Tensor y = empty(shape, x.scalar_type());
+  with_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    matrix_product(matrix_of<T>(rows), matrix_of<T>(weight).transposed(), rows.size(0), weight.size(0), rows.size(1),
+                   b.defined() ? b.const_data_ptr<T>() : nullptr, false, y.mutable_data_ptr<T>(), weight.size(0));
+  });
   return y;
 }
 
@@ -93,14 +115,19 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad, const Ten
   TORCH_CHECK_VALUE(grad.dim() == x.dim() && grad.size(-1) == N, "linear: grad ", grad.sizes(), " does not fit weight ",
                     weight.sizes());
   const Tensor g = as_rows(grad), rows = as_rows(x);
-  const Tensor dbias = has_bias ? g.sum(0) : at::empty({0}, x.options());
   if (!ours(x))
-    return {at::mm(g, weight).reshape(x.sizes()), at::mm(g.t(), rows), dbias};
-  Tensor dx = at::empty(x.sizes(), x.options()), dweight = at::empty(weight.sizes(), weight.options());
-  matrix_product(matrix_of(g), matrix_of(weight), g.size(0), K, N, nullptr, false, dx.mutable_data_ptr<float>(), K);
-  matrix_product(matrix_of(g).transposed(), matrix_of(rows), N, K, g.size(0), nullptr, false,
-                 dweight.mutable_data_ptr<float>(), K);
-  return {dx, dweight, dbias};
+    return {at::mm(g, weight).reshape(x.sizes()), at::mm(g.t(), rows),
+            has_bias ? g.sum(0) : at::empty({0}, x.options())};
+  Tensor dx = empty_like(x), dweight = empty_like(weight), dbias = empty({has_bias ? N : 0}, at::kFloat);
+  with_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    matrix_product<T, T>(matrix_of<T>(g), matrix_of<T>(weight), g.size(0), K, N, nullptr, false,
+                         dx.mutable_data_ptr<T>(), K);
+    // The bias's gradient is the row sums of the left operand of the weight's.
+    matrix_product<T, T>(matrix_of<T>(g).transposed(), matrix_of<T>(rows), N, K, g.size(0), nullptr, false,
+                         dweight.mutable_data_ptr<T>(), K, has_bias ? dbias.mutable_data_ptr<float>() : nullptr);
+  });
+  return {dx, dweight, dbias.to(x.scalar_type())};
 }
 
 }  // namespace

@@ -13,12 +13,21 @@ namespace {
 constexpr int64_t kChunkBytes = 16 << 20;  // logits of one chunk
 constexpr int64_t kMinRows = 128;          // below this the products lose efficiency
 
-Matrix matrix_of(const Tensor& t) { return {t.const_data_ptr<float>(), t.stride(0), t.stride(1)}; }
+template <typename T, typename Out>
+void product_of(const Tensor& left, const Tensor& right, bool add, Tensor out) {
+  matrix_product<T, Out>({left.const_data_ptr<T>(), left.stride(0), left.stride(1)},
+                         {right.const_data_ptr<T>(), right.stride(0), right.stride(1)}, left.size(0), right.size(1),
+                         left.size(1), nullptr, add, out.mutable_data_ptr<Out>(), out.stride(0));
+}
 
 void product(const Tensor& left, const Tensor& right, bool add, Tensor out) {
-  if (out.scalar_type() == at::kFloat && left.scalar_type() == at::kFloat && prefer_matrix_product()) {
-    matrix_product(matrix_of(left), matrix_of(right), left.size(0), right.size(1), left.size(1), nullptr, add,
-                   out.mutable_data_ptr<float>(), out.stride(0));
+  if (prefer_matrix_product()) {
+    if (left.scalar_type() == at::kFloat)
+      product_of<float, float>(left, right, add, out);
+    else if (out.scalar_type() == at::kFloat)
+      product_of<bf16, float>(left, right, add, out);
+    else
+      product_of<bf16, bf16>(left, right, add, out);
   } else if (!add) {
     at::mm_out(out, left, right);
   } else if (out.scalar_type() == left.scalar_type()) {
@@ -58,11 +67,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_forward(const Te
   // Like PyTorch: the mean over no target at all is NaN, and its gradient is zero rows times NaN.
   const float scale = 1.0f / static_cast<float>(valid);
 
-  Tensor dhidden = need_grad ? at::empty_like(hidden) : at::empty({0}, hidden.options());
+  Tensor dhidden = need_grad ? empty_like(hidden) : at::empty({0}, hidden.options());
   Tensor dweight = need_grad ? at::zeros(weight.sizes(), floats) : at::empty({0}, hidden.options());
   Tensor dbias = need_grad && bias.defined() ? at::zeros({V}, floats) : at::empty({0}, hidden.options());
   const int64_t rows = std::max(kMinRows, kChunkBytes / std::max<int64_t>(1, V * hidden.element_size()));
-  Tensor buffer = at::empty({std::min(rows, N), V}, hidden.options());
+  Tensor buffer = empty({std::min(rows, N), V}, hidden.scalar_type());
   Tensor losses = at::zeros({N}, floats);
   float* loss = losses.mutable_data_ptr<float>();
   const float* bias_data = bias.defined() ? bias.const_data_ptr<float>() : nullptr;

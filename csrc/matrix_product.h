@@ -1,23 +1,29 @@
-// out = left * right in float32, for the op files that need a matrix product.
+// out = left * right with float32 accumulation, for the op files that need a matrix product.
 #pragma once
+
+#include <c10/core/ScalarType.h>
 
 #include <cstdint>
 
 namespace tapelm {
 
 // Element (i, j) is data[i * row + j * column]: a transpose is a swap of the strides.
+template <typename T>
 struct Matrix {
-  const float* data;
+  const T* data;
   int64_t row, column;
   Matrix transposed() const { return {data, column, row}; }
 };
 
 // out (M, N) row-major with leading dimension ld; out = left (M, K) * right (K, N) (+ bias (N) if not null), or
-// out += left * right when `add`. Uses the threads of the caller's pool; bit-identical for every thread count.
-void matrix_product(Matrix left, Matrix right, int64_t M, int64_t N, int64_t K, const float* bias, bool add, float* out,
-                    int64_t ld);
+// out += left * right when `add`. `row_sums` (M), if not null, receives the sums of left's rows. Uses the threads of
+// the caller's pool; bit-identical for every thread count. T and Out are float or BFloat16.
+template <typename T, typename Out>
+void matrix_product(Matrix<T> left, Matrix<T> right, int64_t M, int64_t N, int64_t K, const T* bias, bool add, Out* out,
+                    int64_t ld, float* row_sums = nullptr);
 
-// Whether matrix_product is the faster one on this CPU: MKL is tuned for AVX-512 (and not for AMD's AVX2).
+// Whether matrix_product is the faster one on this CPU. With AVX-512 it is ATen's: MKL for float32 (which is not tuned
+// for AMD's AVX2), oneDNN for bfloat16 (which without AVX-512 falls back to a plain loop).
 bool prefer_matrix_product();
 
 }  // namespace tapelm
