@@ -234,20 +234,18 @@ def _read_tokens(vocab: dict[str, Any], specials: dict[str, int]) -> list[bytes]
             raise ValueError(f"has the token {token!r} with the ids {vocab.get(token)} and {index}")
     missing = next(index for index in range(len(token_of) + 1) if index not in token_of)
     require(missing == len(token_of), f"has no token with the id {missing}, but higher ids")
-    tokens = []
-    for index in range(len(token_of)):
-        token = token_of[index]
-        if token in specials:
-            tokens.append(token.encode())
-            continue
-        try:
-            tokens.append(token.translate(_BYTE_OF_CHARACTER).encode("latin-1"))
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"has the token {token!r} (id {index}), which is not byte-level: {token[error.start]!r} "
-                "stands for no byte"
-            ) from error
-        require(token != "", f"has an empty token (id {index})")
+    texts = [token_of[index] for index in range(len(token_of))]
+    # One character is one byte, so that all tokens are translated at once and cut apart again.
+    plain = ["" if text in specials else text for text in texts]
+    try:
+        content = "".join(plain).translate(_BYTE_OF_CHARACTER).encode("latin-1")
+    except UnicodeEncodeError:
+        raise ValueError(_no_byte(plain)) from None
+    tokens, begin = [], 0
+    for index, (text, own) in enumerate(zip(texts, plain, strict=True)):
+        require(text != "", f"has an empty token (id {index})")
+        tokens.append(content[begin : begin + len(own)] if own else text.encode())
+        begin += len(own)
     for byte, character in enumerate(CHARACTER_OF_BYTE):
         require(
             character in vocab, f"has no token for byte {byte} ({character!r}): its vocabulary is incomplete"
@@ -255,23 +253,41 @@ def _read_tokens(vocab: dict[str, Any], specials: dict[str, int]) -> list[bytes]
     return tokens
 
 
+def _no_byte(tokens: list[str]) -> str:
+    """What is wrong with the first token that holds a character that stands for no byte."""
+    for index, token in enumerate(tokens):
+        for character in token:
+            if not character.translate(_BYTE_OF_CHARACTER) <= "\xff":
+                return (
+                    f"has the token {token!r} (id {index}), which is not byte-level: {character!r} stands for "
+                    "no byte"
+                )
+    raise AssertionError("every token is byte-level")
+
+
 def _read_merges(merges: Any, vocab: dict[str, int]) -> np.ndarray:
     require(isinstance(merges, list), "has no model.merges list")
-    rows = []
-    for rank, merge in enumerate(merges):
-        if isinstance(merge, str):
-            if merge.startswith("#version"):  # the header line of GPT-2's merges.txt
-                continue
-            merge = merge.split(" ")
-        match merge:
-            case [str(left), str(right)] if left and right:
-                pass
-            case _:
-                raise ValueError(f"has a merge (number {rank}) that is no pair of tokens: {str(merge)[:200]}")
-        try:
-            rows.append((vocab[left], vocab[right], vocab[left + right]))
-        except KeyError as error:
-            raise ValueError(
-                f"has the merge {left!r} + {right!r} (number {rank}), but {error} is not in its vocabulary"
-            ) from error
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+    if merges and isinstance(merges[0], str) and merges[0].startswith("#version"):
+        del pairs[0]  # the header line of GPT-2's merges.txt
+    for rank, pair in enumerate(pairs):
+        if type(pair) is not list or len(pair) != 2:
+            raise ValueError(f"has a merge (number {rank}) that is no pair of tokens: {str(pair)[:200]}")
+    try:
+        rows = [(vocab[left], vocab[right], vocab[left + right]) for left, right in pairs]
+    except (KeyError, TypeError):
+        raise ValueError(_no_tokens(pairs, vocab)) from None
     return np.array(rows, dtype=np.uint32).reshape(-1, 3)
+
+
+def _no_tokens(pairs: list[list[Any]], vocab: dict[str, int]) -> str:
+    """What is wrong with the first merge whose tokens are not in the vocabulary."""
+    for rank, (left, right) in enumerate(pairs):
+        if not (isinstance(left, str) and isinstance(right, str) and left and right):
+            return f"has a merge (number {rank}) that is no pair of tokens: {str([left, right])[:200]}"
+        for token in (left, right, left + right):
+            if token not in vocab:
+                return (
+                    f"has the merge {left!r} + {right!r} (number {rank}), but {token!r} is not in its vocabulary"
+                )
+    raise AssertionError("every merge has its tokens")
