@@ -1,21 +1,25 @@
-"""Encoding and training against gigatoken, tiktoken and Hugging Face `tokenizers`, taken in turn.
+"""Loading, encoding and training against gigatoken, tiktoken and Hugging Face `tokenizers`, taken in turn.
 
-Cold is the first pass of a new tokenizer over the text, warm the next pass of the same one; loading is
-part of neither. Every peer gets our vocabulary and documents, and its ids are compared before it is timed.
+Every timing of an encoder comes from a process of its own, kept to as many cores as it has threads: "load" reads the
+tokenizer.json, "cold" is the first pass over the text, "warm" the next ones (median). Importing is part of none.
+Each takes the kind of text that suits it best (bytes for gigatoken and for ours), our vocabulary and documents, and
+its ids are compared before it is timed.
 """
 
 from __future__ import annotations
 
 import gzip
+import hashlib
 import importlib
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +33,12 @@ from tapelm.tokenizer import Tokenizer
 CORPORA = Path(__file__).resolve().parents[2] / "shared" / "corpora"
 VOCAB_SIZE = 32_768
 THREADS = (1, 2)
-# Slower than this against ours, a peer is measured once: a round of it would take minutes.
-SLOW = ("tokenizers", "tiktoken")
+WARM_PASSES = 3
+# A round of these takes long: they are measured in the first two only.
+SLOW, SLOW_ROUNDS = ("tokenizers", "tiktoken"), 2
+TAKES_BYTES = ("tapelm", "gigatoken")
 
-Encoder = Callable[[list[str], int], Any]  # (documents, threads) -> the peer's own result
+Encoder = Callable[[Sequence[str | bytes], int], Any]  # (documents, threads) -> the peer's own result
 
 
 def documents(path: Path | None) -> list[str]:
@@ -55,24 +61,6 @@ def documents(path: Path | None) -> list[str]:
             f"no documents at {path}: give --text a .txt, .jsonl or .jsonl.gz file or a directory"
         )
     return texts
-
-
-@contextmanager
-def cores(count: int) -> Iterator[None]:
-    """Keep the process to `count` cores, so that a peer without a thread option cannot take more.
-
-    The pool of `tokenizers` keeps the size it had at first: for one thread it is told to stay out of it.
-    """
-    os.environ["TOKENIZERS_PARALLELISM"] = "true" if count > 1 else "false"
-    if not hasattr(os, "sched_setaffinity"):
-        yield
-        return
-    allowed = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, sorted(allowed)[:count])
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, allowed)
 
 
 def ours(path: Path) -> tuple[Encoder, Callable[[Any], np.ndarray]]:
@@ -123,6 +111,29 @@ def timed(function: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - started, result
 
 
+def one_run(name: str, vocabulary: Path, text: Path, threads: int) -> tuple[dict[str, float], str]:
+    """Seconds of loading, of the first and of later passes, and the SHA-256 of the ids; in a fresh process."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+    texts: list[str | bytes] = json.loads(text.read_bytes())
+    if name in TAKES_BYTES:
+        texts = [one.encode() for one in texts if isinstance(one, str)]
+    for module in {"tapelm": ("tapelm",), "gigatoken": ("gigatoken", "awkward")}.get(name, (name,)):
+        importlib.import_module(module)
+    load, (encode, flat) = timed(lambda: PEERS[name](vocabulary))
+    cold, result = timed(lambda: encode(texts, threads))
+    ids = hashlib.sha256(np.ascontiguousarray(flat(result), dtype=np.uint32)).hexdigest()
+    passes = 1 if name in SLOW else WARM_PASSES
+    warm = statistics.median(timed(lambda: encode(texts, threads))[0] for _ in range(passes))
+    return {"load": load, "cold": cold, "warm": warm}, ids
+
+
+def in_fresh_process(name: str, vocabulary: Path, text: Path, threads: int) -> tuple[dict[str, float], str]:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(one_run, name, vocabulary, text, threads).result()
+
+
 def row(
     subject: str, variant: str, seconds: Sequence[float], ours_: Sequence[float], size: int, copy: float
 ) -> Row:
@@ -158,65 +169,62 @@ def available() -> tuple[list[str], list[str]]:
 
 
 def measure(path: Path | None, rounds: int) -> list[Row]:
-    """Rows of encoding, cold and warm, on each number of threads, and of training."""
+    """Rows of loading and encoding, cold and warm, on each number of threads, and of training."""
     texts = documents(path)
-    raw = "".join(texts).encode()
+    size = sum(len(text.encode()) for text in texts)
     found, missing = available()
     for line in missing:
         print(line)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
-        vocabulary = Path(folder) / "tokenizer.json"
+        vocabulary, text = Path(folder) / "tokenizer.json", Path(folder) / "text.json"
         Tokenizer.train(texts, VOCAB_SIZE).save(vocabulary)
-        make_ours, flat = ours(vocabulary)
-        expected = flat(make_ours(texts, 1))
+        text.write_text(json.dumps(texts), encoding="utf-8")
         for threads in THREADS:
-            with cores(threads):
-                rows += _encoding(vocabulary, texts, len(raw), threads, rounds, found, expected)
-    return rows + _training(texts, len(raw), rounds, found)
+            rows += _encoding(vocabulary, text, size, threads, rounds, found)
+        return rows + _training(texts, vocabulary, size, rounds, found)
 
 
 def _encoding(
-    vocabulary: Path,
-    texts: list[str],
-    size: int,
-    threads: int,
-    rounds: int,
-    found: list[str],
-    expected: np.ndarray,
+    vocabulary: Path, text: Path, size: int, threads: int, rounds: int, found: list[str]
 ) -> list[Row]:
-    seconds: dict[str, dict[str, list[float]]] = {
-        state: {name: [] for name in found} for state in ("cold", "warm")
-    }
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in found}
     source = np.zeros(size, dtype=np.uint8)
     copies = []
-    for name in found:
-        encode, flat = PEERS[name](vocabulary)
-        if not np.array_equal(flat(encode(texts, threads)), expected):
-            raise UserError(f"{name} gives other ids, nothing was timed")
+    expected = in_fresh_process("tapelm", vocabulary, text, threads)[1]
     for done in range(rounds):
         for name in found:
-            if done > 0 and name in SLOW:
+            if name in SLOW and done >= SLOW_ROUNDS:
                 continue
-            encode, _ = PEERS[name](vocabulary)
-            for state in ("cold", "warm"):
-                seconds[state][name].append(timed(lambda run=encode: run(texts, threads))[0])
+            seconds, ids = in_fresh_process(name, vocabulary, text, threads)
+            if ids != expected:
+                raise UserError(f"{name} gives other ids, its time means nothing")
+            runs[name].append(seconds)
         copies.append(timed(source.copy)[0])
     copy = statistics.median(copies)
     return [
         row(
-            f"encode {state}, {threads} thr", name, seconds[state][name], seconds[state]["tapelm"], size, copy
+            f"{state}, {threads} thr",
+            name,
+            [run[state] for run in runs[name]],
+            [run[state] for run in runs["tapelm"]],
+            size,
+            copy,
         )
-        for state in ("cold", "warm")
+        for state in ("load", "cold", "warm")
         for name in found
     ]
 
 
-def _training(texts: list[str], size: int, rounds: int, found: list[str]) -> list[Row]:
-    own = [timed(lambda: Tokenizer.train(texts, VOCAB_SIZE))[0] for _ in range(min(rounds, 3))]
+def _training(texts: list[str], vocabulary: Path, size: int, rounds: int, found: list[str]) -> list[Row]:
+    """Ours in every round, `tokenizers` in the first, with the same merges."""
     copy = timed(np.zeros(size, dtype=np.uint8).copy)[0]
-    rows = [row(f"train {VOCAB_SIZE}", "tapelm", own, own, size, copy)]
-    if "tokenizers" in found:
+    own: list[float] = []
+    theirs: list[float] = []
+    for done in range(min(rounds, 3)):
+        own.append(timed(lambda: Tokenizer.train(texts, VOCAB_SIZE))[0])
+        if "tokenizers" not in found or done > 0:
+            continue
         module = importlib.import_module("tokenizers")
         tokenizer = module.Tokenizer(module.models.BPE())
         tokenizer.pre_tokenizer = module.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -226,12 +234,11 @@ def _training(texts: list[str], size: int, rounds: int, found: list[str]) -> lis
             initial_alphabet=module.pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        seconds, _ = timed(lambda: tokenizer.train_from_iterator(texts, trainer))
-        with tempfile.TemporaryDirectory() as folder:
-            saved = Path(folder) / "tokenizer.json"
-            Tokenizer.train(texts, VOCAB_SIZE).save(saved)
-            merges = json.loads(saved.read_bytes())["model"]["merges"]
+        theirs.append(timed(lambda: tokenizer.train_from_iterator(texts, trainer))[0])  # noqa: B023
+        merges = json.loads(vocabulary.read_bytes())["model"]["merges"]
         if merges != json.loads(tokenizer.to_str())["model"]["merges"]:
             raise UserError("tokenizers learns other merges")
-        rows.append(row(f"train {VOCAB_SIZE}", "tokenizers", [seconds], own, size, copy))
+    rows = [row(f"train {VOCAB_SIZE}", "tapelm", own, own, size, copy)]
+    if theirs:
+        rows.append(row(f"train {VOCAB_SIZE}", "tokenizers", theirs, own, size, copy))
     return rows
