@@ -1,15 +1,14 @@
-"""Benchmarks: python -m benchmarks {ops,train,all,gpu-check} [--json FILE]
+"""Benchmarks: python -m benchmarks {ops,train,static,all,gpu-check} [--json FILE]
 
 ops        every kernel against PyTorch, forward and backward
 train      a whole training step, plain against optimized
-all        both
+static     compiles every Triton kernel for every target, no GPU needed; --check compares with the lock file
+all        ops and train
 gpu-check  everything that needs a GPU: tests on the device, ops and train
 """
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,7 +16,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from benchmarks import harness, ops, train
+from benchmarks import gpu_check, harness, ops, static, train
 from gpt.cli import UserError, prepare_output, run_program
 from gpt.hardware import pick_device, set_threads
 
@@ -26,7 +25,7 @@ from gpt.hardware import pick_device, set_threads
 class Options:
     """Options of `python -m benchmarks`."""
 
-    subject: Annotated[Literal["ops", "train", "all", "gpu-check"], tyro.conf.Positional]
+    subject: Annotated[Literal["ops", "train", "static", "all", "gpu-check"], tyro.conf.Positional]
     json: Path | None = None
     """Write the rows here as JSON."""
     preset: str = "seed"
@@ -38,6 +37,10 @@ class Options:
     """CPU threads; 0 takes PyTorch's default."""
     only: str = ""
     """ops: only those whose name contains this."""
+    check: bool = False
+    """static: change nothing, fail when what compiles now differs from the lock file."""
+    seconds: float = float("inf")
+    """static: start no compilation after this many seconds; run it again for the rest."""
 
 
 def run(options: Options) -> int:
@@ -48,28 +51,24 @@ def run(options: Options) -> int:
     if options.json is not None:
         prepare_output(options.json)
     rows: list[harness.Row] = []
-    if options.subject in ("ops", "all", "gpu-check"):
+    if options.subject in ("ops", "all"):
         cases = [case for name, case in ops.cases(device) if options.only in name]
         if not cases:
             raise UserError(f"no op is called {options.only!r}; there are: {', '.join(ops.NAMES)}")
         rows += harness.measure_all(cases, device, options.rounds)
-    if options.subject in ("train", "all", "gpu-check"):
+    if options.subject in ("train", "all"):
         rows += train.measure(options.preset, options.batch_size, device, options.rounds)
     harness.report(f"python -m benchmarks {options.subject}", rows, device, options.json)
     return 0
 
 
-def gpu_check(options: Options) -> int:
-    if not torch.cuda.is_available():
-        print("gpu-check: PyTorch sees no GPU here, nothing to check on one")
-        return 0
-    tests = subprocess.run([sys.executable, "-m", "pytest", "tests/kernels", "-m", "gpu"], check=False)
-    return tests.returncode or run(options)
-
-
 def main(arguments: list[str]) -> int:
     options = tyro.cli(Options, args=arguments, prog="python -m benchmarks")
-    return gpu_check(options) if options.subject == "gpu-check" else run(options)
+    if options.subject == "gpu-check":
+        return gpu_check.run()
+    if options.subject == "static":
+        return static.run(options.check, options.seconds)
+    return run(options)
 
 
 if __name__ == "__main__":
