@@ -3,7 +3,7 @@ BIN := .venv/bin
 PY := $(BIN)/python
 FAST := -m "not slow and not network and not gpu"
 
-.PHONY: setup demo test test-full lint bench gpu-check clean
+.PHONY: setup demo test test-full lint static bench gpu-check clean
 
 setup: .venv/.installed
 
@@ -27,6 +27,9 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(PY)
+
+static: setup
+	$(PY) -m benchmarks static --check
 
 bench: setup
 	$(PY) -m benchmarks all --json runs/bench.json

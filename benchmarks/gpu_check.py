@@ -59,7 +59,7 @@ def run() -> int:
 
 
 def predictions(device: torch.device) -> list[dict[str, Any]]:
-    """Measured beside predicted time of every launcher at its shipped half-precision shapes; prints the table."""
+    """Prints measured beside predicted time of every launcher at its shipped half-precision shapes."""
     target = architecture(device)
     ceilings = DEVICES.get(target)
     table = Table(title=f"predicted from the datasheet of {ceilings.name if ceilings else 'nothing known'}")
@@ -74,7 +74,8 @@ def predictions(device: torch.device) -> list[dict[str, Any]]:
             arguments = subject.arguments(make, *shape)
             # The median of repeated launches with the cache flushed between them, in milliseconds.
             launch = partial(CUDA_LAUNCHERS[subject.launcher], *arguments)
-            measured = 1e3 * triton.testing.do_bench(launch, warmup=5, rep=20, return_mode="median")
+            milliseconds: Any = triton.testing.do_bench(launch, warmup=5, rep=20, return_mode="median")
+            measured = 1e3 * milliseconds
             row: dict[str, Any] = {
                 "op": subject.launcher, "shape": "x".join(map(str, shape)), "measured_us": measured,
             }  # fmt: skip

@@ -1,8 +1,8 @@
 """Compiles every kernel that ships, for every target, without a GPU, and locks what came out.
 
 `python -m benchmarks static` brings benchmarks/results/static.lock.json up to date; only rows whose kernel,
-arguments or compiler changed are compiled. `--check` changes nothing: it fails when a row is missing or stale, when
-a sample that it compiles afresh differs from the lock, or when a rule is broken.
+arguments or compiler changed are compiled. `--check` changes nothing: it fails when a row is missing or
+stale, when a sample that it compiles afresh differs from the lock, or when a rule is broken.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 import triton
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from triton import knobs
 
 from benchmarks.subjects import SUBJECTS, Subject, meta
 from gpt.cli import UserError
@@ -64,7 +64,7 @@ def units(targets: Sequence[str] = tuple(TARGETS)) -> Iterator[Unit]:
 
 
 def identity(unit: Unit) -> dict[str, Any]:
-    """What a row is about: kernel, shape, dtype, target, key of the source, predicted time of the whole op."""
+    """What a row is about: kernel, shape, dtype, target, key of the source, predicted time of the op."""
     chosen = SUBJECTS[unit.subject]
     dtype, shape = chosen.shipped[unit.shipped]
     launch = launches(unit.subject, unit.shipped, unit.target)[unit.launch]
@@ -138,7 +138,7 @@ def _write(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def update(seconds: float) -> list[dict[str, Any]]:
-    """Compiles what is new or changed, starting none after `seconds`; writes the lock and returns its rows."""
+    """Compiles what is new or changed, starting none after `seconds`; writes and returns the rows."""
     locked = _read()
     wanted = [(unit, identity(unit)) for unit in units()]
     compiled = {row["key"]: row for row in locked.values()}
@@ -148,11 +148,24 @@ def update(seconds: float) -> list[dict[str, Any]]:
             pending.setdefault(row["key"], unit)
     started = time.monotonic()
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        results = zip(pending, pool.map(_facts_before, [(unit, started + seconds) for unit in pending.values()]), strict=True)
+        results = zip(
+            pending,
+            pool.map(_facts_before, [(unit, started + seconds) for unit in pending.values()]),
+            strict=True,
+        )
         for key, found in track(results, "compiling", len(pending), console=Console(stderr=True)):
             if found is not None:
                 compiled[key] = found
-    fact_names = ("registers", "spilled", "shared", "warps", "occupancy", "wide_loads", "tensor_cores", "error")
+    fact_names = (
+        "registers",
+        "spilled",
+        "shared",
+        "warps",
+        "occupancy",
+        "wide_loads",
+        "tensor_cores",
+        "error",
+    )
     rows = []
     for _, row in wanted:
         if found := compiled.get(row["key"]):
@@ -161,19 +174,22 @@ def update(seconds: float) -> list[dict[str, Any]]:
     return rows
 
 
-
 def check() -> list[str]:
     """What is wrong with the lock, one sentence each; compiles a sample of it afresh."""
     if not LOCK.exists():
         return [f"{LOCK} is missing: run python -m benchmarks static"]
     version = json.loads(LOCK.read_text(encoding="utf-8"))["triton"]
     if version != triton.__version__:
-        return [f"the lock was made with Triton {version}, this is {triton.__version__}: install constraints.txt"]
+        return [
+            f"the lock was made with Triton {version}, this is {triton.__version__}: install constraints.txt"
+        ]
     locked = _read()
     wanted = {name_of(row): (unit, row) for unit in units() for row in [identity(unit)]}
     drift = [f"{name} is locked but no longer ships" for name in locked.keys() - wanted.keys()]
     drift += [f"{name} is not locked" for name in wanted.keys() - locked.keys()]
-    stale = [name for name, (_, row) in wanted.items() if name in locked and locked[name]["key"] != row["key"]]
+    stale = [
+        name for name, (_, row) in wanted.items() if name in locked and locked[name]["key"] != row["key"]
+    ]
     # Stale rows first, which shows what their change did; then rows from all over the lock.
     order = stale + sorted(wanted.keys() & locked.keys() - set(stale), key=lambda name: locked[name]["key"])
     deadline = time.monotonic() + SAMPLE_SECONDS
@@ -197,7 +213,7 @@ def check() -> list[str]:
 
 
 def report(rows: Sequence[dict[str, Any]]) -> None:
-    """Prints one line per kernel, shape and dtype, a column per target: registers, occupancy, 128-bit loads."""
+    """Prints a line per kernel, shape and dtype and a column per target."""
     table = Table(title="registers · occupancy · 128-bit load share (matrix instructions); ! breaks a rule")
     for column in ("kernel", "shape", "dtype", *TARGETS):
         table.add_column(column)
@@ -216,7 +232,7 @@ def report(rows: Sequence[dict[str, Any]]) -> None:
 
 def run(check_only: bool, seconds: float) -> int:
     """The command; returns the exit status."""
-    if triton.knobs.runtime.interpret:
+    if knobs.runtime.interpret:
         raise UserError("static compiles kernels, which TRITON_INTERPRET=1 prevents; unset it")
     if check_only:
         complaints = check()

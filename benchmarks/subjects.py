@@ -1,7 +1,8 @@
 """Every Triton launcher with its shapes: one entry puts an op into every proof.
 
-`arguments(make, *shape)` builds the launcher's arguments from `make(size, dtype=None)`, which returns a tensor of
-the entry's own dtype unless told otherwise: on the meta device to compile, random on the CPU to interpret.
+`arguments(make, *shape)` builds the launcher's arguments from `make(size, dtype=None)`, which returns a
+tensor of the entry's own dtype unless told otherwise: on the meta device to compile, random on the CPU to
+interpret.
 """
 
 from __future__ import annotations
@@ -156,9 +157,7 @@ SUBJECTS = (
         ),
         ((1, 3, 5), (7, 12, 4099), (3, 8, 257)),
     ),
-    Subject(
-        "adamw_step_", _adamw, OPTIMIZER_SHIPPED, ((1,), (1000, 1, 65537, 1023)), (65536, 131072, 4096)
-    ),
+    Subject("adamw_step_", _adamw, OPTIMIZER_SHIPPED, ((1,), (1000, 1, 65537, 1023)), (65536, 131072, 4096)),
     Subject(
         "grad_norm",
         lambda make, *sizes: ([make((size,)) for size in sizes],),

@@ -1,4 +1,4 @@
-"""Tiles, warps and pipeline stages of the attention kernels per architecture, as ``benchmarks static`` proved them."""
+"""Tiles, warps and pipeline stages of the attention kernels, proven by ``benchmarks static``."""
 
 from __future__ import annotations
 

@@ -119,7 +119,8 @@ def draw_seed(device: torch.device) -> Tensor:
     return torch.randint(0, 2**62, (), dtype=torch.int64, device=device)
 
 
-# What tensors outside a GPU count as: in the interpreter any will do, ahead-of-time compilation goes through all.
+# What tensors outside a GPU count as: in the interpreter any will do, ahead-of-time compilation goes through
+# all.
 _assumed_architecture = "sm_80"
 
 

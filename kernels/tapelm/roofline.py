@@ -1,10 +1,10 @@
 """The least work each op needs, the work its tiles issue, and the time a device needs for it at its ceilings.
 
-    minimum    every tensor argument read once, every result written once; flops from the formulas that the ops
-               register with torch.utils.flop_counter
-    *_tiles    bytes and flops that the Triton kernels issue: keys are read once per block of queries, and tiles
-               on the diagonal are multiplied whole
-    seconds    max(bytes / bandwidth, flops / matrix rate)
+minimum    every tensor argument read once, every result written once; flops from the formulas that the ops
+           register with torch.utils.flop_counter
+*_tiles    bytes and flops that the Triton kernels issue: keys are read once per block of queries, and tiles
+           on the diagonal are multiplied whole
+seconds    max(bytes / bandwidth, flops / matrix rate)
 """
 
 from __future__ import annotations
@@ -125,9 +125,9 @@ def attention_backward_tiles(
 ) -> Work:
     """Issued by the three backward kernels, as ``attention_forward_tiles``, when D is a power of two >= 16.
 
-    ``keys`` and ``queries`` are the (BLOCK_M, BLOCK_N) of the kernel that makes dk and dv and of the one that makes
-    dq. The former reads k and v once and q, grad, lse and delta of each block of queries from its diagonal on, for
-    every query head of the group; it multiplies four times a tile, the latter three times.
+    ``keys`` and ``queries`` are the (BLOCK_M, BLOCK_N) of the kernel that makes dk and dv and of the one that
+    makes dq. The former reads k and v once and q, grad, lse and delta of each block of queries from its
+    diagonal on, for every query head of the group; it multiplies four times a tile, the latter three times.
     """
     batch, heads, time, width = q.shape
     row, item = batch * heads, q.itemsize

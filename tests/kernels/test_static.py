@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation needs no GPU, but kernels imported for the interpreter cannot be compiled: subprocesses."""
+"""Compilation ahead of time; in processes of its own, as interpreted kernels cannot be compiled."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_lock_is_of_what_ships_and_keeps_the_rules() -> None:
-    """Every launch has a row made from its present source; no row spills, misses its tensor cores or loads."""
+    """Every launch has a row made from its present source, and no row breaks a rule."""
     script = """
 from benchmarks import static
 locked = static._read()
@@ -80,7 +80,11 @@ def test_fault_shared_memory_that_does_not_fit() -> None:
 
 
 def test_capturing_needs_a_compiler() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks", "static", "--check"],
         env=environment, cwd=ROOT, capture_output=True, text=True,

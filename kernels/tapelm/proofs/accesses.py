@@ -1,8 +1,9 @@
 """Every pointer access of interpreted Triton kernels, with the argument that the pointer comes from.
 
 While accesses are observed, each tensor argument of a launch is known by a number in the upper 16 bits of its
-address, which no machine uses. Pointer arithmetic keeps them, so that an access far outside its tensor is still
-attributed to it, even where it lands inside another tensor. Before memory is touched the number is taken off.
+address, which no machine uses. Pointer arithmetic keeps them, so that an access far outside its tensor is
+still attributed to it, even where it lands inside another tensor. Before memory is touched the number is
+taken off.
 
 Pointers that a kernel makes out of integers (a table of addresses) have number 0 and belong to no argument.
 """
@@ -61,8 +62,8 @@ class Dot:
 def observed(observe: Callable[[Access | Dot], None]) -> Iterator[None]:
     """Within it, ``observe`` is called before every access and product of every interpreted kernel.
 
-    An exception it raises stops the kernel before the access happens. Needs TRITON_INTERPRET=1 in the environment
-    before triton is imported, and CPU tensors.
+    An exception it raises stops the kernel before the access happens. Needs TRITON_INTERPRET=1 in the
+    environment before triton is imported, and CPU tensors.
     """
     observer = _Observer(observe)
     replaced = observer.replacements()
@@ -94,7 +95,10 @@ class _Observer:
             bound = inspect.getcallargs(grid.fn, *arguments, **known)
             self.kernel, self.tagged = grid.fn.__name__, 0
             self.arguments = [
-                each for name, value in bound.items() if name not in grid.constexprs for each in _named(name, value)
+                each
+                for name, value in bound.items()
+                if name not in grid.constexprs
+                for each in _named(name, value)
             ]
             return launch(grid, *arguments, **keywords)
 
@@ -135,10 +139,16 @@ class _Observer:
         """Reports the access; returns the pointers as real addresses."""
         tagged = np.asarray(pointers.data)
         plain = interpreter.TensorHandle(tagged & _ADDRESS, pointers.dtype)
-        chosen = tagged if mask is None else tagged[np.broadcast_to(np.asarray(mask.data, dtype=bool), tagged.shape)]
+        chosen = (
+            tagged
+            if mask is None
+            else tagged[np.broadcast_to(np.asarray(mask.data, dtype=bool), tagged.shape)]
+        )
         if chosen.size:
             number = int(chosen.flat[0] >> _TAG_SHIFT)
-            assert (chosen >> _TAG_SHIFT == number).all(), f"{self.kernel}: one access with pointers of two tensors"
+            assert (chosen >> _TAG_SHIFT == number).all(), (
+                f"{self.kernel}: one access with pointers of two tensors"
+            )
             argument = self.arguments[number - 1] if number else None
             itemsize = pointers.get_element_ty().primitive_bitwidth // 8
             flat = (chosen & _ADDRESS).ravel()

@@ -1,8 +1,9 @@
 """Out-of-bounds checker for interpreted Triton kernels: each access must fall on an element of its argument.
 
-A tensor that is a view owns only its own elements, not those that its strides skip: reading a neighbour's head in a
-fused projection is an error although the memory is there. Pointers that a kernel takes from a table of addresses
-must fall on elements of the tensors named to ``checked_bounds``, which are best put ``between_guards``.
+A tensor that is a view owns only its own elements, not those that its strides skip: reading a neighbour's
+head in a fused projection is an error although the memory is there. Pointers that a kernel takes from a table
+of addresses must fall on elements of the tensors named to ``checked_bounds``, which are best put
+``between_guards``.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ class OutOfBounds(IndexError):
 
 
 def between_guards(tensor: Tensor) -> Tensor:
-    """A copy with the same strides in a storage of its own, with ``GUARD_BYTES`` before and after that no one owns.
+    """A copy with the same strides in a storage of its own, with ``GUARD_BYTES`` before and after that no one
+    owns.
 
     The guards hold 0xFF: NaN as floats, -1 as integers.
     """
@@ -47,7 +49,8 @@ def owned(tensor: Tensor, addresses: np.ndarray) -> np.ndarray:
     offset = addresses.astype(np.int64) - tensor.data_ptr()
     inside = (offset >= 0) & (offset % tensor.itemsize == 0) & (tensor.numel() > 0)
     left = offset // tensor.itemsize
-    # The index in each dimension, from the largest stride down; what is left at the end lies between elements.
+    # The index in each dimension, from the largest stride down; what is left at the end lies between
+    # elements.
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True), reverse=True):
         if stride and size > 1:
             index = np.minimum(left // stride, size - 1)

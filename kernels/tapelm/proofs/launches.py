@@ -2,10 +2,12 @@
 
     with captured_launches() as launches:
         launch_layer_norm_forward(x, weight, bias, 1e-5)          # tensors on the meta device
-    launches[0].specialize(TARGETS["sm_90"])                      # what the JIT would compile, argument by argument
+    launches[0].specialize(TARGETS["sm_90"])                      # what the JIT would compile, argument by
+    argument
 
-A meta tensor's address is 0, which is divisible by 16 as that of any fresh CUDA tensor is; views keep their real
-offset only in ``storage_offset``, which is checked here, so that a misaligned view is not taken for an aligned one.
+A meta tensor's address is 0, which is divisible by 16 as that of any fresh CUDA tensor is; views keep their
+real offset only in ``storage_offset``, which is checked here, so that a misaligned view is not taken for an
+aligned one.
 """
 
 # Triton's stubs do not know its own runtime.
@@ -20,6 +22,7 @@ import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import triton
@@ -35,7 +38,7 @@ class _AlignedView:
 
     def __init__(self, tensor: Tensor) -> None:
         self.dtype = tensor.dtype
-        self.address = tensor.storage_offset() * tensor.itemsize
+        self.address = int(tensor.storage_offset()) * tensor.itemsize
 
     def data_ptr(self) -> int:
         return self.address
@@ -43,12 +46,12 @@ class _AlignedView:
 
 @dataclass(frozen=True)
 class Specialized:
-    """What the compiler is given: the source with its specialised signature, and the options of the target."""
+    """What the compiler is given: the source with its specialised signature, and the target's options."""
 
     source: ASTSource
     options: dict[str, Any]
     key: str
-    """Hash of all that the machine code depends on: kernel and callees, signature, options, target, Triton."""
+    """Hash of what the machine code depends on: kernel and callees, signature, options, target, Triton."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,8 @@ class Launch:
         backend = make_backend(target)
         bind = create_function_from_signature(self.kernel.signature, self.kernel.params, backend)
         keywords = {
-            **self.keywords, "debug": False, "instrumentation_mode": triton.knobs.compilation.instrumentation_mode,
+            **self.keywords, "debug": False, "instrumentation_mode":
+            triton.knobs.compilation.instrumentation_mode,
         }  # fmt: skip
         arguments = [_addressed(argument) for argument in self.arguments]
         keywords = {name: _addressed(argument) for name, argument in keywords.items()}
@@ -91,13 +95,12 @@ def _addressed(argument: Any) -> Any:
     return _AlignedView(argument) if isinstance(argument, Tensor) and argument.is_meta else argument
 
 
-def _definition(kernel: JITCallable, seen: set[str] | None = None) -> str:
+@cache
+def _definition(kernel: JITCallable) -> str:
     """The syntax trees of ``kernel`` and of what it calls, with the constants they use.
 
     Unlike Triton's own key it ignores comments, layout and line numbers.
     """
-    seen = set() if seen is None else seen
-    seen.add(f"{kernel.__module__}.{kernel.__qualname__}")
     tree = ast.parse(textwrap.dedent(inspect.getsource(kernel.fn)))
     function = tree.body[0]
     assert isinstance(function, ast.FunctionDef)
@@ -106,8 +109,8 @@ def _definition(kernel: JITCallable, seen: set[str] | None = None) -> str:
     parts = [ast.dump(tree)]
     for name in sorted({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}):
         used = kernel.__globals__.get(name)
-        if isinstance(used, JITCallable) and f"{used.__module__}.{used.__qualname__}" not in seen:
-            parts.append(_definition(used, seen))
+        if isinstance(used, JITCallable) and used is not kernel:
+            parts.append(_definition(used))
         elif isinstance(used, tl.constexpr | int | float | str | bool):
             parts.append(f"{name}={used!r}")
     return "\n".join(parts)
@@ -115,7 +118,8 @@ def _definition(kernel: JITCallable, seen: set[str] | None = None) -> str:
 
 @contextmanager
 def captured_launches() -> Iterator[list[Launch]]:
-    """Within it, launching a ``triton.jit`` kernel appends a ``Launch`` to the list that it yields, and runs nothing.
+    """Within it, launching a ``triton.jit`` kernel appends a ``Launch`` to the list that it yields, and runs
+    nothing.
 
     Raises:
         RuntimeError: Triton was imported for its interpreter, which has no kernels to compile.
@@ -128,7 +132,9 @@ def captured_launches() -> Iterator[list[Launch]]:
 
     def run(self: JITFunction, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
         if callable(grid):
-            grid = grid(inspect.signature(self.fn).bind_partial(*arguments, **_known(self, keywords)).arguments)
+            grid = grid(
+                inspect.signature(self.fn).bind_partial(*arguments, **_known(self, keywords)).arguments
+            )
         launches.append(Launch(self, tuple(grid), arguments, keywords))
 
     original = JITFunction.run

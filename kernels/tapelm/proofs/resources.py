@@ -1,9 +1,10 @@
-"""What a captured launch compiles to, per target and without a GPU: registers, spills, shared memory, instructions.
+"""What a captured launch compiles to, per target and without a GPU: registers, spills, shared memory,
+instructions.
 
-Facts of NVIDIA targets are read from the machine code (SASS) with the tools that ship inside Triton; those of AMD
-targets from the assembly's metadata. The share of 128-bit loads weighs each load of the kernel's source by the
-bytes of its tile, so that a scalar does not weigh like a row; which instructions a load became is known from their
-source lines. Occupancy: resident warps of the largest number that a multiprocessor holds.
+Facts of NVIDIA targets are read from the machine code (SASS) with the tools that ship inside Triton; those of
+AMD targets from the assembly's metadata. The share of 128-bit loads weighs each load of the kernel's source
+by the bytes of its tile, so that a scalar does not weigh like a row; which instructions a load became is
+known from their source lines. Occupancy: resident warps of the largest number that a multiprocessor holds.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 class Target:
     """A GPU to compile for and the limits of one of its multiprocessors.
 
-    ``registers`` are per SIMD lane group of a multiprocessor (AMD: per lane of one of four SIMDs); ``shared`` is
-    the most that one block may have and ``shared_total`` what the multiprocessor has, in bytes.
+    ``registers`` are per SIMD lane group of a multiprocessor (AMD: per lane of one of four SIMDs); ``shared``
+    is the most that one block may have and ``shared_total`` what the multiprocessor has, in bytes.
     """
 
     name: str
@@ -101,7 +102,10 @@ def compile_resources(specialized: Specialized, target: Target) -> Resources:
         registers, spilled, tensor_cores = _machine_code(compiled.asm["cubin"])
         # A warp takes registers in units of 256; each block takes 1 KiB of shared memory for itself.
         per_warp = -(-registers * 32 // 256) * 256
-        by_registers, by_shared = target.registers // (per_warp * warps), target.shared_total // (shared + 1024)
+        by_registers, by_shared = (
+            target.registers // (per_warp * warps),
+            target.shared_total // (shared + 1024),
+        )
         blocks = min(by_registers, by_shared, target.warps // warps, target.blocks)
     return Resources(
         registers, spilled, shared, warps, round(blocks * warps / target.warps, 3),
@@ -123,7 +127,7 @@ def _machine_code(cubin: bytes) -> tuple[int, int, Counter[str]]:
 
 
 def _wide_share(ttir: str, assembly: str) -> float:
-    places = dict(re.findall(r'^(#loc\d*) = loc\((.*)\)$', ttir, re.MULTILINE))
+    places = dict(re.findall(r"^(#loc\d*) = loc\((.*)\)$", ttir, re.MULTILINE))
 
     def line(place: str) -> int:
         # 'loc("x"(#loc5))' names #loc5; 'callsite(#loc5 at #loc9)' was inlined from #loc5.
@@ -152,7 +156,8 @@ def _wide_share(ttir: str, assembly: str) -> float:
         elif size := _loaded_bytes(text):
             total[current] += size
             wide[current] += size if size >= 16 else 0
-    # Of the copies of an unrolled load one goes over whole blocks and the others over what is left at the end.
+    # Of the copies of an unrolled load one goes over whole blocks and the others over what is left at the
+    # end.
     shares = {at: min(1.0, copies[at] * wide[at] / total[at]) for at in tiles if total[at]}
     loaded = sum(tiles[at] for at in shares)
     return sum(tiles[at] * share for at, share in shares.items()) / loaded if loaded else 1.0

@@ -1,8 +1,8 @@
 """Bytes, 32-byte sectors and matrix-product flops of interpreted Triton kernels.
 
-    with counted_traffic() as traffic:
-        layer_norm_forward_kernel[grid](...)
-    traffic.bytes, traffic.flops, traffic.of("x_ptr").loaded
+with counted_traffic() as traffic:
+    layer_norm_forward_kernel[grid](...)
+traffic.bytes, traffic.flops, traffic.of("x_ptr").loaded
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Flow:
     """Bytes over all loads, repeated ones included."""
     stored: int = 0
     sectors: int = 0
-    """32-byte sectors touched, added up over all accesses: 32 * sectors / bytes is 1 where access is dense."""
+    """32-byte sectors touched, over all accesses: 32 * sectors / bytes is 1 where access is dense."""
     sectors_seen: set[int] = field(default_factory=set)
 
     @property
@@ -56,8 +56,8 @@ class Traffic:
     def memory_bytes(self, resident: int = RESIDENT) -> int:
         """Bytes that reach memory, when an argument of at most ``resident`` bytes stays in the cache.
 
-        Such an argument (a weight vector, a seed, a table) is fetched once however often programs read it. Larger
-        ones count at every access: a kernel that goes over its rows twice is charged twice.
+        Such an argument (a weight vector, a seed, a table) is fetched once however often programs read it.
+        Larger ones count at every access: a kernel that goes over its rows twice is charged twice.
         """
         return sum(
             min(flow.bytes, flow.footprint) if flow.footprint <= resident else flow.bytes
@@ -65,7 +65,7 @@ class Traffic:
         )
 
     def of(self, argument: str, kernel: str | None = None) -> Flow:
-        """The flow of ``argument``, added up over the kernels that have one of this name, or of one ``kernel``."""
+        """The flow of ``argument``, over all kernels that have one of this name, or of one ``kernel``."""
         total = Flow()
         for (owner, name), flow in self.flows.items():
             if name == argument and kernel in (None, owner):
