@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from benchmarks import gpu_check, harness, ops, static, train
+from benchmarks import gpu_check, harness, ops, static, static_peers, train
 from gpt.cli import UserError, prepare_output, run_program
 from gpt.hardware import pick_device, set_threads
 
@@ -38,6 +38,8 @@ class Options:
     """ops: only those whose name contains this."""
     check: bool = False
     """static: change nothing, fail when what compiles now differs from the lock file."""
+    peers: bool = False
+    """static: compile other libraries' kernels instead, where installed, beside ours."""
     seconds: float = float("inf")
     """static: start no compilation after this many seconds; run it again for the rest."""
 
@@ -65,6 +67,9 @@ def main(arguments: list[str]) -> int:
     options = tyro.cli(Options, args=arguments, prog="python -m benchmarks")
     if options.subject == "gpu-check":
         return gpu_check.run()
+    if options.subject == "static" and options.peers:
+        static_peers.report()
+        return 0
     if options.subject == "static":
         return static.run(options.check, options.seconds)
     return run(options)

@@ -63,6 +63,30 @@ def test_no_kernel_leaves_its_tensors(subject: Subject, dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("subject", **named(list(SUBJECTS)))
+def test_both_implementations_agree(subject: Subject, dtype: torch.dtype) -> None:
+    """The C++ kernel and the interpreted Triton kernel, to rounding; a dropout mask bit for bit."""
+    for shape in subject.odd:
+        by_cpu, by_triton = (subject.arguments(random(dtype), *shape) for _ in range(2))
+        ours = getattr(torch.ops.tapelm, subject.launcher)(*by_cpu)
+        with interpreted_triton():
+            theirs = CUDA_LAUNCHERS[subject.launcher](*by_triton)
+        pairs = zip(
+            [*flat(ours if isinstance(ours, tuple) else (ours,)), *flat(by_cpu)],
+            [*flat(theirs if isinstance(theirs, tuple) else (theirs,)), *flat(by_triton)],
+            strict=True,
+        )
+        for a, b in pairs:
+            assert a.dtype == b.dtype and a.shape == b.shape
+            if subject.launcher == "dropout":
+                assert torch.equal(a, b)
+            elif a.numel():
+                slack = 2.0**-15 if dtype == FP32 else 2.0**-6
+                error = float((a.double() - b.double()).abs().max())
+                assert error <= slack * (1e-3 + float(b.double().abs().max())), (shape, error)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("subject", **named([subject for subject in SUBJECTS if subject.large]))
 def test_memory_traffic_is_the_minimum(subject: Subject, dtype: torch.dtype) -> None:
     """Each input once, each output once, within 5%."""
