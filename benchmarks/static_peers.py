@@ -2,7 +2,7 @@
 
 Liger's layer norm and cross-entropy and bitsandbytes' NF4 dequantization, where installed
 (`pip install liger-kernel bitsandbytes`). They are not in the lock file, whose rows must not depend on what
-else is installed. Their launchers get small CPU tensors: widths, dtypes and alignment decide what is compiled.
+else is installed. Their launchers get small CPU tensors: widths, dtypes and alignment decide the code.
 """
 
 from __future__ import annotations
