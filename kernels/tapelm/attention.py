@@ -115,7 +115,7 @@ def launch_attention_backward(
     strides = [x.stride()[:3] for x in (grad, q, k, v)]
     delta = torch.empty_like(lse)
     block_d = max(16, triton.next_power_of_2(width))
-    block_m = 32 if block_d * q.itemsize <= 512 else 8
+    block_m = max(1, 2048 // block_d)  # 16 elements a thread
     attention_delta_kernel[(batch * heads, triton.cdiv(time, block_m))](
         grad,
         out,
