@@ -37,6 +37,12 @@ BY_ARCHITECTURE: dict[tuple[str, str], Configs] = {
     ("sm_80", "forward"): {(2, 128, False): (128, 64, 8, 2)},
     ("sm_86", "forward"): {(2, 128, False): (128, 64, 8, 2), (2, 128, True): (64, 32, 8, 2)},
     ("sm_89", "forward"): {(2, 128, False): (128, 64, 8, 2), (2, 128, True): (64, 32, 8, 2)},
+    # Tiles of 64 keys, the least that these matrix instructions take.
+    ("sm_90", "keys"): {(2, 128, True): (32, 64, 8, 1)},
+    ("sm_100", "keys"): {(2, 128, False): (64, 64, 8, 1), (2, 128, True): (64, 64, 8, 1)},
+    ("sm_100", "queries"): {
+        (2, 128, False): (64, 64, 8, 1), (2, 128, True): (64, 64, 8, 2), (2, 256, False): (64, 32, 8, 1),
+    },
     ("gfx942", "forward"): {
         (2, 64, False): (128, 64, 4, 1), (2, 64, True): (128, 32, 4, 1),
         (2, 128, False): (128, 32, 4, 1), (2, 128, True): (64, 32, 4, 1), (2, 256, False): (64, 16, 4, 1),
