@@ -98,7 +98,7 @@ def _facts_before(task: tuple[Unit, float]) -> dict[str, Any] | None:
 
 # (kernel, part of the shape, part of the complaint): what does not hold, and why it is left.
 KNOWN = (
-    # 64-row accumulators of 256 columns spill on sm_90 and sm_100; tiles of 32 rows use the older instructions.
+    # 64 x 256 accumulators spill on sm_90 and sm_100; tiles of 32 rows use the older instructions.
     ("attention_backward", "x256", "but {'HMMA'"),
     # 512 half-precision columns over 4 warps are 8 bytes a thread of weight and bias.
     ("layer_norm", "4096x512", "128-bit"),
