@@ -14,7 +14,7 @@ CUDA := $(BIN)/../lib/python*/site-packages/nvidia/cu13
 CUDA_WHEELS := nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt nvidia-cuda-runtime
 CUDA_TARGETS := $(foreach sm,80 90 100,-gencode arch=compute_$(sm),code=sm_$(sm))
 
-.PHONY: setup demo test test-full sanitize fuzz lint bench gpu-check cuda-check clean
+.PHONY: setup demo test test-full sanitize fuzz lint static bench gpu-check cuda-check clean
 
 setup: .venv/.installed
 
@@ -76,6 +76,9 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(PY)
+
+static: setup
+	$(PY) -m benchmarks static --check
 
 bench: setup
 	$(PY) -m benchmarks all --json runs/bench.json

@@ -1,25 +1,23 @@
-"""Benchmarks: python -m benchmarks {ops,train,tokenizer,loader,all,gpu-check} [--json FILE]
+"""Benchmarks: python -m benchmarks {ops,train,tokenizer,loader,static,all,gpu-check} [--json FILE]
 
 ops        every kernel against PyTorch, forward and backward
 train      a whole training step, plain against optimized
 tokenizer  encoding and training a tokenizer, against its peers
 loader     batches per second against DataLoader, opening, files to shards
-all        all of these
+static     compiles every Triton kernel for every target, no GPU needed; --check compares with the lock file
+all        ops, train, tokenizer and loader
 gpu-check  everything that needs a GPU: tests on the device, ops and train
 """
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import tyro
 
-from benchmarks import harness, loader, ops, tokenizer, train
+from benchmarks import gpu_check, harness, loader, ops, static, static_peers, tokenizer, train
 from gpt.cli import UserError, prepare_output, run_program
 from gpt.hardware import pick_device, set_threads
 
@@ -29,7 +27,7 @@ class Options:
     """Options of `python -m benchmarks`."""
 
     subject: Annotated[
-        Literal["ops", "train", "tokenizer", "loader", "all", "gpu-check"], tyro.conf.Positional
+        Literal["ops", "train", "tokenizer", "loader", "static", "all", "gpu-check"], tyro.conf.Positional
     ]
     json: Path | None = None
     """Write the rows here as JSON."""
@@ -44,6 +42,12 @@ class Options:
     """ops: only those whose name contains this."""
     text: Path | None = None
     """tokenizer: a .txt or .jsonl(.gz) file, or a directory of them."""
+    check: bool = False
+    """static: change nothing, fail when what compiles now differs from the lock file."""
+    peers: bool = False
+    """static: compile other libraries' kernels instead, where installed, beside ours."""
+    seconds: float = float("inf")
+    """static: start no compilation after this many seconds; run it again for the rest."""
 
 
 def run(options: Options) -> int:
@@ -54,12 +58,12 @@ def run(options: Options) -> int:
     if options.json is not None:
         prepare_output(options.json)
     rows: list[harness.Row] = []
-    if options.subject in ("ops", "all", "gpu-check"):
+    if options.subject in ("ops", "all"):
         cases = [case for name, case in ops.cases(device) if options.only in name]
         if not cases:
             raise UserError(f"no op is called {options.only!r}; there are: {', '.join(ops.NAMES)}")
         rows += harness.measure_all(cases, device, options.rounds)
-    if options.subject in ("train", "all", "gpu-check"):
+    if options.subject in ("train", "all"):
         rows += train.measure(options.preset, options.batch_size, device, options.rounds)
     if options.subject in ("tokenizer", "all"):
         rows += tokenizer.measure(options.text, options.rounds)
@@ -69,17 +73,16 @@ def run(options: Options) -> int:
     return 0
 
 
-def gpu_check(options: Options) -> int:
-    if not torch.cuda.is_available():
-        print("gpu-check: PyTorch sees no GPU here, nothing to check on one")
-        return 0
-    tests = subprocess.run([sys.executable, "-m", "pytest", "tests/kernels", "-m", "gpu"], check=False)
-    return tests.returncode or run(options)
-
-
 def main(arguments: list[str]) -> int:
     options = tyro.cli(Options, args=arguments, prog="python -m benchmarks")
-    return gpu_check(options) if options.subject == "gpu-check" else run(options)
+    if options.subject == "gpu-check":
+        return gpu_check.run()
+    if options.subject == "static" and options.peers:
+        static_peers.report()
+        return 0
+    if options.subject == "static":
+        return static.run(options.check, options.seconds)
+    return run(options)
 
 
 if __name__ == "__main__":

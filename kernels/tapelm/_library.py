@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,32 @@ def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
 def draw_seed(device: torch.device) -> Tensor:
     """A 0-d int64 seed on ``device``, which ``torch.manual_seed`` governs; drawing does not synchronise."""
     return torch.randint(0, 2**62, (), dtype=torch.int64, device=device)
+
+
+# What tensors outside a GPU count as: in the interpreter any will do, ahead-of-time compilation goes through
+# all.
+_assumed_architecture = "sm_80"
+
+
+def architecture(device: torch.device) -> str:
+    """The GPU's instruction set as compilers call it: "sm_90", "gfx942"."""
+    if device.type != "cuda":
+        return _assumed_architecture
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+@contextmanager
+def assumed_architecture(name: str) -> Iterator[None]:
+    """Within it, launchers given tensors that are on no GPU choose the configuration of ``name``."""
+    global _assumed_architecture
+    before, _assumed_architecture = _assumed_architecture, name
+    try:
+        yield
+    finally:
+        _assumed_architecture = before
 
 
 def processors(device: torch.device) -> int:

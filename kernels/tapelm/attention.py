@@ -26,6 +26,7 @@ import triton
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from ._attention_configs import launch_config
 from ._attention_kernels import (
     attention_backward_keys_kernel,
     attention_backward_queries_kernel,
@@ -66,41 +67,6 @@ def attention_reference(
     return weights @ v
 
 
-# (bytes per element, BLOCK_D, with dropout or documents) -> (BLOCK_M, BLOCK_N, num_warps, num_stages), the
-# largest tiles that do not spill on sm_80 and sm_90. D below 64 uses the tile of 64; without a True entry the
-# False one serves both.
-FORWARD_CONFIGS = {
-    (2, 64, False): (128, 64, 8, 3), (2, 128, False): (128, 64, 8, 3), (2, 256, False): (64, 32, 8, 2),
-    (4, 64, False): (64, 32, 8, 2), (4, 128, False): (32, 32, 8, 2), (4, 256, False): (16, 16, 8, 2),
-    (2, 128, True): (128, 32, 8, 3),
-}  # fmt: skip
-KEYS_CONFIGS = {
-    (2, 64, False): (32, 64, 8, 2), (2, 128, False): (32, 64, 8, 2), (2, 256, False): (32, 32, 8, 1),
-    (4, 64, False): (32, 16, 4, 2), (4, 128, False): (16, 16, 8, 1), (4, 256, False): (16, 16, 8, 1),
-    (2, 128, True): (32, 32, 8, 2),
-}  # fmt: skip
-QUERIES_CONFIGS = {
-    (2, 64, False): (64, 64, 8, 2), (2, 128, False): (64, 64, 8, 2), (2, 256, False): (32, 32, 8, 2),
-    (4, 64, False): (32, 32, 4, 2), (4, 128, False): (16, 32, 8, 1), (4, 256, False): (32, 16, 8, 1),
-}  # fmt: skip
-
-
-def launch_config(
-    configs: dict[tuple[int, int, bool], tuple[int, int, int, int]], itemsize: int, width: int, masked: bool
-) -> dict[str, Any]:
-    """Keyword arguments of a launch for heads of ``width``; ``masked``: with dropout or document ids."""
-    block_d = max(16, triton.next_power_of_2(width))
-    tile = max(64, block_d)
-    block_m, block_n, warps, stages = configs.get((itemsize, tile, masked), configs[itemsize, tile, False])
-    # float32 products are three TensorFloat-32 ones; the wide backward has no registers for that and
-    # multiplies plainly.
-    precision = "ieee" if (itemsize, tile) == (4, 256) and configs is not FORWARD_CONFIGS else "tf32x3"
-    return {
-        "D": width, "BLOCK_D": block_d, "BLOCK_M": block_m, "BLOCK_N": block_n, "PRECISION": precision,
-        "num_warps": warps, "num_stages": stages,
-    }  # fmt: skip
-
-
 def _rows_contiguous(x: Tensor) -> Tensor:
     """x, copied unless its rows are contiguous and offsets within a head fit in 32 bits."""
     return x if x.stride(3) == 1 and x.stride(2) * x.shape[2] < 2**31 else x.contiguous()
@@ -123,7 +89,7 @@ def launch_attention_forward(
     out, lse = _empty_heads(q), torch.zeros(batch, heads, time, dtype=torch.float32, device=q.device)
     if q.numel():
         config = launch_config(
-            FORWARD_CONFIGS, q.itemsize, width, seed is not None or document_ids is not None
+            "forward", q.device, q.itemsize, width, seed is not None or document_ids is not None
         )
         attention_forward_kernel[(batch * heads, triton.cdiv(time, config["BLOCK_M"]))](
             q, k, v, out, lse, None if document_ids is None else document_ids.contiguous(), seed,
@@ -149,7 +115,8 @@ def launch_attention_backward(
     strides = [x.stride()[:3] for x in (grad, q, k, v)]
     delta = torch.empty_like(lse)
     block_d = max(16, triton.next_power_of_2(width))
-    attention_delta_kernel[(batch * heads, triton.cdiv(time, 32))](
+    block_m = max(1, 2048 // block_d)  # 16 elements a thread
+    attention_delta_kernel[(batch * heads, triton.cdiv(time, block_m))](
         grad,
         out,
         delta,
@@ -159,12 +126,12 @@ def launch_attention_backward(
         time,
         D=width,
         BLOCK_D=block_d,
-        BLOCK_M=32,
+        BLOCK_M=block_m,
         num_warps=4,
     )
     rest = (heads, heads // k.shape[1], time, scale, keep_threshold(dropout_p), keep_scale(dropout_p))
     masked = seed is not None or documents is not None
-    config = launch_config(KEYS_CONFIGS, q.itemsize, width, masked)
+    config = launch_config("keys", q.device, q.itemsize, width, masked)
     attention_backward_keys_kernel[(batch * k.shape[1], triton.cdiv(time, config["BLOCK_N"]))](
         grad,
         q,
@@ -182,7 +149,7 @@ def launch_attention_backward(
         CAUSAL=causal,
         **config,
     )
-    config = launch_config(QUERIES_CONFIGS, q.itemsize, width, masked)
+    config = launch_config("queries", q.device, q.itemsize, width, masked)
     attention_backward_queries_kernel[(batch * heads, triton.cdiv(time, config["BLOCK_M"]))](
         grad,
         q,

@@ -76,7 +76,8 @@ def bias_gelu_backward_kernel(
     tl.store(partial_ptr + tl.program_id(1).to(tl.int64) * cols + col, tl.sum(total, axis=0), mask=col < cols)
 
 
-BLOCK_ROWS, BLOCK_COLS = 4, 512
+# 1024 columns give each thread eight elements of bias, one 128-bit load in half precision.
+BLOCK_ROWS, BLOCK_COLS = 2, 1024
 
 
 @register_cuda("bias_gelu_forward")

@@ -1,0 +1,188 @@
+"""Every Triton launcher with its shapes: one entry puts an op into every proof.
+
+`arguments(make, *shape)` builds the launcher's arguments from `make(size, dtype=None)`, which returns a
+tensor of the entry's own dtype unless told otherwise: on the meta device to compile, random on the CPU to
+interpret.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Make = Callable[..., Tensor]
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A launcher, what ships of it and what is interpreted of it."""
+
+    launcher: str
+    """Its name in `tapelm._library.CUDA_LAUNCHERS`."""
+    arguments: Callable[..., tuple[Any, ...]]
+    shipped: tuple[tuple[torch.dtype, tuple[Any, ...]], ...]
+    """(dtype, shape) to compile ahead of time."""
+    odd: tuple[tuple[Any, ...], ...]
+    """Small shapes that are no multiples of the blocks, to interpret."""
+    large: tuple[Any, ...] | None = None
+    """A shape whose counted traffic must be within 5% of the minimum; None where re-reading is by design."""
+
+
+def _attention(
+    make: Make, batch: int, heads: int, key_heads: int, time: int, width: int, variant: str = ""
+) -> tuple[Any, ...]:
+    """q, k, v as views of one fused projection, as a model passes them."""
+    fused = make((batch, time, heads + 2 * key_heads, width)).transpose(1, 2)
+    q, k, v = fused.split([heads, key_heads, key_heads], dim=1)
+    seed = make((), torch.int64) if "dropout" in variant else None
+    documents = make((batch, time), torch.int32) if "documents" in variant else None
+    settings = ("full" not in variant, width**-0.5, 0.1 if seed is not None else 0.0, seed, documents)
+    return q, k, v, *settings
+
+
+def _attention_backward(
+    make: Make, batch: int, heads: int, key_heads: int, time: int, width: int, variant: str = ""
+) -> tuple[Any, ...]:
+    q, k, v, *settings = _attention(make, batch, heads, key_heads, time, width, variant)
+    out, grad = (make((batch, time, heads, width)).transpose(1, 2) for _ in range(2))
+    return grad, q, k, v, out, make((batch, heads, time), FP32), *settings
+
+
+ATTENTION_SHIPPED = (
+    (BF16, (16, 8, 8, 256, 64)),
+    (BF16, (16, 8, 8, 256, 64, "dropout")),
+    (BF16, (4, 12, 12, 1024, 64, "documents")),
+    (BF16, (4, 12, 12, 1024, 64, "dropout documents")),
+    (BF16, (4, 12, 12, 1024, 64, "full")),
+    (BF16, (2, 32, 8, 2048, 128)),
+    (BF16, (2, 32, 8, 2048, 128, "dropout")),
+    (BF16, (2, 32, 8, 2048, 128, "documents")),
+    (BF16, (2, 8, 4, 2048, 256)),
+    (FP16, (16, 8, 8, 256, 64)),
+    (FP32, (16, 8, 8, 256, 64)),
+    (FP32, (16, 8, 8, 256, 64, "dropout")),
+    (FP32, (2, 32, 8, 2048, 128)),
+    (FP32, (2, 8, 4, 2048, 256)),
+)
+ATTENTION_ODD = (
+    (1, 1, 1, 1, 16),
+    (2, 4, 2, 67, 24),
+    (1, 2, 2, 67, 40, "dropout"),
+    (2, 2, 1, 67, 17, "documents"),
+    (1, 2, 1, 41, 64, "dropout documents full"),
+    (1, 1, 1, 35, 128, "full"),
+)
+
+
+def _layer_norm(make: Make, rows: int, cols: int) -> tuple[Any, ...]:
+    return make((rows, cols)), make((cols,)), make((cols,)), 1e-5
+
+
+def _layer_norm_backward(make: Make, rows: int, cols: int) -> tuple[Any, ...]:
+    return make((rows, cols)), make((rows, cols)), make((cols,)), make((rows,), FP32), make((rows,), FP32)
+
+
+NORM_SHIPPED = (
+    (BF16, (4096, 512)),
+    (BF16, (8192, 768)),
+    (BF16, (8192, 1024)),
+    (BF16, (4096, 4096)),
+    (BF16, (2048, 8192)),
+    (FP32, (4096, 512)),
+    (FP32, (2048, 8192)),
+)
+NORM_ODD = ((1, 1), (7, 37), (3, 1000), (5, 513))
+ELEMENTWISE_SHIPPED = ((BF16, (4096, 2048)), (BF16, (8192, 3072)), (FP32, (4096, 2048)))
+
+
+def _linear_cross_entropy(make: Make, rows: int, width: int, vocabulary: int) -> tuple[Any, ...]:
+    targets = make((rows,), torch.int64) % vocabulary
+    return make((rows, width)), make((vocabulary, width)), targets, make((vocabulary,)), -100, True
+
+
+def _adamw(make: Make, *sizes: int) -> tuple[Any, ...]:
+    params, grads = ([make((size,)) for size in sizes] for _ in range(2))
+    exp_avg, masters = ([make((size,), FP32) for size in sizes] for _ in range(2))
+    exp_avg_sq = [make((size,), FP32).abs() for size in sizes]
+    grad_scale = make((), FP32)
+    masters = [] if params[0].dtype == FP32 else masters
+    return params, grads, exp_avg, exp_avg_sq, masters, grad_scale, 1e-3, 0.9, 0.99, 1e-8, 0.1, 3
+
+
+OPTIMIZER_SHIPPED = (
+    (FP32, (512 * 512, 2048 * 512, 512)),
+    (BF16, (512 * 512, 2048 * 512, 512)),
+    (BF16, (50257 * 3,)),
+)
+
+SUBJECTS = (
+    Subject("attention_forward", _attention, ATTENTION_SHIPPED, ATTENTION_ODD),
+    Subject("attention_backward", _attention_backward, ATTENTION_SHIPPED, ATTENTION_ODD),
+    Subject("layer_norm_forward", _layer_norm, NORM_SHIPPED, NORM_ODD, (512, 384)),
+    Subject("layer_norm_backward", _layer_norm_backward, NORM_SHIPPED, NORM_ODD, (1024, 384)),
+    Subject(
+        "bias_gelu_forward",
+        lambda make, rows, cols: (make((rows, cols)), make((cols,))),
+        ELEMENTWISE_SHIPPED,
+        NORM_ODD,
+        (256, 512),
+    ),
+    Subject(
+        "bias_gelu_backward",
+        lambda make, rows, cols: (make((rows, cols)), make((rows, cols)), make((cols,))),
+        ELEMENTWISE_SHIPPED,
+        NORM_ODD,
+        (512, 512),
+    ),
+    Subject(
+        "dropout",
+        lambda make, *shape: (make(shape), 0.1, make((), torch.int64)),
+        ELEMENTWISE_SHIPPED,
+        ((1,), (5, 3), (4099,)),
+        (256, 512),
+    ),
+    Subject(
+        "linear_cross_entropy_forward",
+        _linear_cross_entropy,
+        (
+            (BF16, (4096, 512, 10000)),
+            (BF16, (4096, 768, 50257)),
+            (BF16, (4096, 768, 50304)),
+            (FP32, (4096, 768, 50257)),
+        ),
+        ((1, 3, 5), (7, 12, 4099), (3, 8, 257)),
+    ),
+    Subject("adamw_step_", _adamw, OPTIMIZER_SHIPPED, ((1,), (1000, 1, 65537, 1023)), (65536, 131072, 4096)),
+    Subject(
+        "grad_norm",
+        lambda make, *sizes: ([make((size,)) for size in sizes],),
+        OPTIMIZER_SHIPPED,
+        ((1,), (1000, 1, 65537, 1023)),
+        (65536, 131072, 4096),
+    ),
+)
+NOT_TRITON = ("linear_forward", "linear_backward")
+"""Launchers that call cuBLAS only."""
+
+
+def meta(dtype: torch.dtype) -> Make:
+    """`make` for compiling."""
+    return lambda size, other=None: torch.empty(size, dtype=other or dtype, device="meta")
+
+
+def random(dtype: torch.dtype, wrap: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> Make:
+    """`make` for interpreting; `wrap` may move each tensor, between guard bands for example."""
+    generator = torch.Generator().manual_seed(11)
+
+    def make(size: tuple[int, ...], other: torch.dtype | None = None) -> Tensor:
+        kind = other or dtype
+        if kind.is_floating_point:
+            return wrap(torch.randn(size, generator=generator).to(kind))
+        return wrap(torch.randint(0, 3, size, generator=generator).to(kind))
+
+    return make

@@ -1,0 +1,81 @@
+"""Tiles, warps and pipeline stages of the attention kernels, proven by ``benchmarks static``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+
+from ._library import architecture
+
+Config = tuple[int, int, int, int]
+Configs = dict[tuple[int, int, bool], Config]
+
+# (bytes per element, BLOCK_D, with dropout or documents) -> (BLOCK_M, BLOCK_N, num_warps, num_stages), the
+# largest tiles that do not spill on sm_80 and sm_90. D below 64 uses the tile of 64; without a True entry the
+# False one serves both. Other architectures override entries in BY_ARCHITECTURE.
+FORWARD = {
+    (2, 64, False): (128, 64, 8, 3), (2, 128, False): (128, 64, 8, 3), (2, 256, False): (64, 32, 8, 2),
+    (4, 64, False): (64, 32, 8, 2), (4, 128, False): (32, 32, 8, 2), (4, 256, False): (16, 16, 8, 2),
+    (2, 128, True): (128, 32, 8, 3),
+}  # fmt: skip
+KEYS = {
+    (2, 64, False): (32, 64, 8, 2), (2, 128, False): (32, 64, 8, 2), (2, 256, False): (32, 32, 8, 1),
+    (4, 64, False): (32, 16, 4, 2), (4, 128, False): (16, 16, 8, 1), (4, 256, False): (16, 16, 8, 1),
+    (2, 128, True): (32, 32, 8, 2),
+}  # fmt: skip
+QUERIES = {
+    (2, 64, False): (64, 64, 8, 2), (2, 128, False): (64, 64, 8, 2), (2, 256, False): (32, 32, 8, 2),
+    (4, 64, False): (32, 32, 4, 2), (4, 128, False): (16, 32, 8, 1), (4, 256, False): (32, 16, 8, 1),
+}  # fmt: skip
+
+TABLES = {"forward": FORWARD, "keys": KEYS, "queries": QUERIES}
+# Grouped queries and dropout need a few registers more than sm_80-89 have.
+# AMD's 64-wide warps take twice the registers a program has, and 64 KiB of shared memory no second stage.
+BY_ARCHITECTURE: dict[tuple[str, str], Configs] = {
+    ("sm_80", "forward"): {(2, 128, False): (128, 64, 8, 2)},
+    ("sm_86", "forward"): {(2, 128, False): (128, 64, 8, 2), (2, 128, True): (64, 32, 8, 2)},
+    ("sm_89", "forward"): {(2, 128, False): (128, 64, 8, 2), (2, 128, True): (64, 32, 8, 2)},
+    # Tiles of 64 keys, the least that these matrix instructions take.
+    ("sm_90", "keys"): {(2, 128, True): (32, 64, 8, 1)},
+    ("sm_100", "keys"): {(2, 128, False): (64, 64, 8, 1), (2, 128, True): (64, 64, 8, 1)},
+    ("sm_100", "queries"): {
+        (2, 128, False): (64, 64, 8, 1), (2, 128, True): (64, 64, 8, 2), (2, 256, False): (64, 32, 8, 1),
+    },
+    ("gfx942", "forward"): {
+        (2, 64, False): (128, 64, 4, 1), (2, 64, True): (128, 32, 4, 1),
+        (2, 128, False): (128, 32, 4, 1), (2, 128, True): (64, 32, 4, 1), (2, 256, False): (64, 16, 4, 1),
+        (4, 64, False): (64, 32, 4, 1), (4, 128, False): (32, 16, 4, 1), (4, 256, False): (16, 16, 4, 1),
+    },
+    ("gfx942", "keys"): {
+        (2, 64, False): (32, 64, 4, 1), (2, 128, False): (16, 32, 4, 1), (2, 128, True): (16, 32, 4, 1),
+        (2, 256, False): (16, 16, 4, 1),
+        (4, 64, False): (16, 32, 4, 1), (4, 128, False): (16, 16, 4, 1), (4, 256, False): (16, 16, 4, 1),
+    },
+    ("gfx942", "queries"): {
+        (2, 64, False): (64, 32, 4, 1), (2, 128, False): (32, 32, 4, 1), (2, 256, False): (16, 16, 4, 1),
+        (4, 64, False): (32, 32, 4, 1), (4, 128, False): (16, 16, 4, 1), (4, 256, False): (16, 16, 4, 1),
+    },
+}  # fmt: skip
+
+
+def launch_config(
+    kernel: str, device: torch.device, itemsize: int, width: int, masked: bool
+) -> dict[str, Any]:
+    """Keyword arguments of a launch of ``kernel`` ("forward", "keys", "queries") for heads of ``width``.
+
+    ``masked``: with dropout or document ids.
+    """
+    block_d = max(16, triton.next_power_of_2(width))
+    tile = max(64, block_d)
+    name = architecture(device)
+    configs = TABLES[kernel] | BY_ARCHITECTURE.get((name, kernel), {})
+    block_m, block_n, warps, stages = configs.get((itemsize, tile, masked), configs[itemsize, tile, False])
+    # float32 products are three TensorFloat-32 ones; the wide backward has no registers for that and
+    # multiplies plainly, as AMD does, which has float32 matrix instructions.
+    plain = itemsize == 2 or name.startswith("gfx") or (tile == 256 and kernel != "forward")
+    return {
+        "D": width, "BLOCK_D": block_d, "BLOCK_M": block_m, "BLOCK_N": block_n,
+        "PRECISION": "ieee" if plain else "tf32x3", "num_warps": warps, "num_stages": stages,
+    }  # fmt: skip

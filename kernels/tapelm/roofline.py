@@ -1,0 +1,147 @@
+"""The least work each op needs, the work its tiles issue, and the time a device needs for it at its ceilings.
+
+minimum    every tensor argument read once, every result written once; flops from the formulas that the ops
+           register with torch.utils.flop_counter
+*_tiles    bytes and flops that the Triton kernels issue: keys are read once per block of queries, and tiles
+           on the diagonal are multiplied whole
+seconds    max(bytes / bandwidth, flops / matrix rate)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import flop_registry
+
+
+@dataclass(frozen=True)
+class Work:
+    """Bytes moved to and from memory, and flops of matrix products (2 per multiply-add)."""
+
+    bytes: int
+    flops: int
+
+    def seconds(self, device: Device, dtype: torch.dtype) -> float:
+        """The time at the ceilings of ``device``, bytes and flops overlapping perfectly."""
+        rate = device.float32_flops if dtype == torch.float32 else device.half_flops
+        return max(self.bytes / device.bandwidth, self.flops / rate)
+
+
+@dataclass(frozen=True)
+class Device:
+    """Datasheet ceilings: bytes per second; dense flops per second in half precision and in TensorFloat-32.
+
+    On AMD the float32 figure is that of the float32 matrix instructions.
+    """
+
+    name: str
+    bandwidth: float
+    half_flops: float
+    float32_flops: float
+
+
+# The device that each compilation target stands for.
+DEVICES = {
+    "sm_80": Device("A100 SXM 80GB", 2.039e12, 312e12, 156e12),
+    "sm_86": Device("A10G", 0.600e12, 70e12, 35e12),
+    "sm_89": Device("L40S", 0.864e12, 362e12, 183e12),
+    "sm_90": Device("H100 SXM", 3.35e12, 989e12, 495e12),
+    "sm_100": Device("B200", 8.0e12, 2250e12, 1100e12),
+    "gfx942": Device("MI300X", 5.3e12, 1307e12, 163e12),
+}
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, list | tuple):
+        for value in values:
+            yield from _tensors(value)
+
+
+def _size(values: Any) -> int:
+    return sum(tensor.numel() * tensor.itemsize for tensor in _tensors(values))
+
+
+def minimum(name: str, *arguments: Any) -> Work:
+    """The least work of ``tapelm::name`` on these arguments, of which only shapes and dtypes matter."""
+    if name == "adamw_step_":
+        params, grads, exp_avg, exp_avg_sq, masters = arguments[:5]
+        # With a master the parameter itself is only written.
+        read = _size([grads, exp_avg, exp_avg_sq, masters or params])
+        return Work(read + _size([params, exp_avg, exp_avg_sq, masters]), 0)
+    shapes = [_on_meta(argument) for argument in arguments]
+    op = getattr(torch.ops.tapelm, name)
+    results = op(*shapes)
+    formula = flop_registry.get(op)
+    return Work(
+        _size(shapes) + _size(results), formula(*shapes, out_val=results) if formula is not None else 0
+    )
+
+
+def _on_meta(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+    return [_on_meta(each) for each in value] if isinstance(value, list) else value
+
+
+def _tiles(time: int, block: int, other: int, causal: bool) -> int:
+    """Tiles of ``other`` keys that all blocks of ``block`` queries visit together."""
+    visited = 0
+    for first in range(0, time, block):
+        visited += math.ceil((min(first + block, time) if causal else time) / other)
+    return visited
+
+
+def attention_forward_tiles(
+    q: Tensor, k: Tensor, causal: bool, block_m: int, block_n: int, block_d: int
+) -> Work:
+    """Issued by the forward kernel, without dropout or documents, when T is a multiple of both blocks.
+
+    Every block of queries reads q once, and k and v up to its diagonal; it writes out and lse.
+    """
+    batch, heads, time, width = q.shape
+    tiles = batch * heads * _tiles(time, block_m, block_n, causal)
+    keys = 2 * tiles * block_n * width * k.itemsize
+    return Work(
+        keys + 2 * q.numel() * q.itemsize + q.numel() // width * 4, 4 * tiles * block_m * block_n * block_d
+    )
+
+
+def cross_entropy_rows(rows: int, vocabulary: int, itemsize: int, need_grad: bool) -> int:
+    """Bytes the cross-entropy kernel issues: logits once for the sum and once more for the gradient, which
+    replaces them; target (8), its logit, the count of valid rows (8) and the loss (4)."""
+    logits = vocabulary * itemsize * (3 if need_grad else 1)
+    return rows * (logits + 8 + itemsize + 8 + 4)
+
+
+def attention_backward_tiles(
+    q: Tensor, k: Tensor, causal: bool, keys: tuple[int, int], queries: tuple[int, int]
+) -> Work:
+    """Issued by the three backward kernels, as ``attention_forward_tiles``, when D is a power of two >= 16.
+
+    ``keys`` and ``queries`` are the (BLOCK_M, BLOCK_N) of the kernel that makes dk and dv and of the one that
+    makes dq. The former reads k and v once and q, grad, lse and delta of each block of queries from its
+    diagonal on, for every query head of the group; it multiplies four times a tile, the latter three times.
+    """
+    batch, heads, time, width = q.shape
+    row, item = batch * heads, q.itemsize
+    block_m, block_n = keys
+    visited = 0
+    for first in range(0, time, block_n):
+        start = first // block_m * block_m if causal else 0
+        visited += math.ceil((time - start) / block_m)
+    key_tiles = row * visited
+    query_tiles = row * _tiles(time, *queries, causal)
+    delta = 2 * q.numel() * item + row * time * 4
+    by_keys = 4 * k.numel() * item + key_tiles * block_m * (2 * width * item + 8)
+    by_queries = 3 * q.numel() * item + 8 * row * time + 2 * query_tiles * queries[1] * width * item
+    return Work(
+        delta + by_keys + by_queries,
+        2 * width * (4 * key_tiles * block_m * block_n + 3 * query_tiles * queries[0] * queries[1]),
+    )
