@@ -9,5 +9,6 @@ from .linear import linear as linear
 from .linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from .loader import Batch as Batch
 from .loader import TokenLoader as TokenLoader
+from .rms_norm import rms_norm as rms_norm
 from .shards import write_shards as write_shards
 from .tokenizer import Tokenizer as Tokenizer

@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from tapelm import _attention_kernels as attention_kernels
+from tapelm import _norm_kernels as norm_kernels
 from tapelm.adamw import BLOCK as ADAMW_BLOCK
 from tapelm.adamw import adamw_kernel, grad_norm_kernel
 from tapelm.attention import FORWARD_CONFIGS, KEYS_CONFIGS, QUERIES_CONFIGS
@@ -25,8 +26,6 @@ from tapelm.attention import launch_config as attention_config
 from tapelm.bias_gelu import BLOCK_COLS, BLOCK_ROWS, bias_gelu_backward_kernel, bias_gelu_forward_kernel
 from tapelm.dropout import BLOCK as DROPOUT_BLOCK
 from tapelm.dropout import dropout_kernel
-from tapelm.layer_norm import MAX_CUDA_WIDTH, layer_norm_backward_kernel, layer_norm_forward_kernel
-from tapelm.layer_norm import launch_config as layer_norm_config
 from tapelm.linear_cross_entropy import CROSS_ENTROPY_BLOCK, CROSS_ENTROPY_WARPS, cross_entropy_kernel
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -79,6 +78,33 @@ def compile_kernel(kernel, capability: int, element: str, config: dict, absent: 
     }  # fmt: skip
 
 
+def norm_configurations() -> list[tuple[str, object, dict, tuple[str, ...]]]:
+    """Every combination of norm, addition and dropout, at widths that need different tiles."""
+    k = norm_kernels
+    add, drop = ("residual_ptr", "sum_ptr", "grad_sum_ptr"), ("seed_ptr", "dropped_ptr")
+    centre = ("mean_ptr", "bias_ptr", "dbias_ptr")
+    rows = []
+    for op, absent in (
+        ("layer_norm", (*add, *drop)),
+        ("rms_norm", (*add, *drop, *centre)),
+        ("add_norm layer", drop),
+        ("add_norm rms", (*drop, *centre)),
+        ("add_norm layer dropout", ()),
+        ("add_norm rms dropout", centre),
+    ):
+        for cols in (64, 512, 768, 1024, 2048, 4096, k.NARROW_WIDTH):
+            for way, kernel, config in (
+                ("forward", k.norm_forward_kernel, k.forward_config(cols)),
+                ("backward", k.norm_backward_kernel, k.backward_config(cols)),
+            ):
+                rows.append((f"{op} {way} {cols}", kernel, {**config, "ALIGNED": True}, absent))
+        config = {**k.WIDE, "ALIGNED": True}
+        rows.append((f"{op} forward wide", k.wide_norm_forward_kernel, config, absent))
+        rows.append((f"{op} backward wide", k.wide_norm_backward_kernel, config, absent))
+        rows.append((f"{op} weights wide", k.norm_weights_kernel, k.WEIGHTS, absent))
+    return rows
+
+
 def configurations(element: str) -> list[tuple[str, object, dict, tuple[str, ...]]]:
     """(label, kernel, config, arguments that are None) of all that ships, for tensors of ``element``."""
     k = attention_kernels
@@ -100,10 +126,7 @@ def configurations(element: str) -> list[tuple[str, object, dict, tuple[str, ...
                 rows.append((f"attention {label} {width}{suffix}", kernel, config, absent))
         delta = {"D": width, "BLOCK_D": width, "BLOCK_M": 32, "num_warps": 4}
         rows.append((f"attention delta {width}", k.attention_delta_kernel, delta, ()))
-    for cols in (64, 512, 768, 1024, 2048, 4096, MAX_CUDA_WIDTH):
-        config = layer_norm_config(cols)
-        rows.append((f"layer_norm forward {cols}", layer_norm_forward_kernel, config, ()))
-        rows.append((f"layer_norm backward {cols}", layer_norm_backward_kernel, config, ()))
+    rows += norm_configurations()
     config = {"BLOCK_R": BLOCK_ROWS, "BLOCK_C": BLOCK_COLS, "num_warps": 4}
     rows.append(("bias_gelu forward", bias_gelu_forward_kernel, config, ()))
     rows.append(("bias_gelu backward", bias_gelu_backward_kernel, config, ()))

@@ -14,8 +14,8 @@ SCRIPT = Path(__file__).with_name("compile_triton.py")
 # The configurations a GPT trains with; `python compile_triton.py 80,90` goes over all of them.
 QUICK = [
     "attention forward 64", "attention keys 64", "attention queries 64", "attention delta 64",
-    "layer_norm forward 768", "layer_norm backward 768", "bias_gelu", "dropout", "cross_entropy", "grad_norm",
-    "adamw",
+    "layer_norm forward 768", "layer_norm backward 768", "layer_norm forward wide",
+    "bias_gelu", "dropout", "cross_entropy", "grad_norm", "adamw",
 ]  # fmt: skip
 
 
