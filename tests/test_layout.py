@@ -10,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 OPS = (
-    "attention", "layer_norm", "rms_norm", "dropout", "bias_gelu", "linear", "linear_cross_entropy", "adamw",
+    "attention", "layer_norm", "rms_norm", "add_norm", "dropout", "bias_gelu",
+    "linear", "linear_cross_entropy", "adamw",
 )  # fmt: skip
 
 

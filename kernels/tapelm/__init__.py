@@ -1,6 +1,8 @@
 """Fused training ops with a C++ kernel for CPUs and a Triton kernel for GPUs."""
 
 from .adamw import AdamW as AdamW
+from .add_norm import add_layer_norm as add_layer_norm
+from .add_norm import add_rms_norm as add_rms_norm
 from .attention import attention as attention
 from .bias_gelu import bias_gelu as bias_gelu
 from .dropout import dropout as dropout

@@ -7,7 +7,7 @@ in blocks, twice, with the second reading from the cache; their weight gradients
 """
 
 # Triton's stubs do not know its own language and launch options.
-# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 
 from __future__ import annotations
 
