@@ -225,11 +225,11 @@ def norm_weights_kernel(
 
 def forward_config(cols: int) -> dict[str, int]:
     """Tile of BLOCK_R whole rows and its warps. Up to 1024 columns one warp has whole rows to itself, so
-    that statistics need neither shared memory nor barriers; from there 16 elements per thread."""
+    that statistics need neither shared memory nor barriers; from there 8 or 16 elements per thread."""
     block = max(32, triton.next_power_of_2(cols))
     if block <= 1024:
         return {"BLOCK_R": min(8, 1024 // block), "BLOCK_C": block, "num_warps": 1}
-    return {"BLOCK_R": max(1, 2048 // block), "BLOCK_C": block, "num_warps": max(4, block // 512)}
+    return {"BLOCK_R": 1, "BLOCK_C": block, "num_warps": max(8, block // 512)}
 
 
 def backward_config(cols: int) -> dict[str, int]:
