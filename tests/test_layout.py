@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 OPS = (
-    "attention", "layer_norm", "rms_norm", "add_norm", "dropout", "bias_gelu",
+    "attention", "layer_norm", "rms_norm", "add_norm", "dropout", "bias_gelu", "swiglu", "rope",
     "linear", "linear_cross_entropy", "adamw",
 )  # fmt: skip
 

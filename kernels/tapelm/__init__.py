@@ -12,5 +12,7 @@ from .linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from .loader import Batch as Batch
 from .loader import TokenLoader as TokenLoader
 from .rms_norm import rms_norm as rms_norm
+from .rope import rope as rope
 from .shards import write_shards as write_shards
+from .swiglu import swiglu as swiglu
 from .tokenizer import Tokenizer as Tokenizer

@@ -27,6 +27,10 @@ from tapelm.bias_gelu import BLOCK_COLS, BLOCK_ROWS, bias_gelu_backward_kernel, 
 from tapelm.dropout import BLOCK as DROPOUT_BLOCK
 from tapelm.dropout import dropout_kernel
 from tapelm.linear_cross_entropy import CROSS_ENTROPY_BLOCK, CROSS_ENTROPY_WARPS, cross_entropy_kernel
+from tapelm.rope import launch_config as rope_config
+from tapelm.rope import rope_kernel
+from tapelm.swiglu import BLOCK as SWIGLU_BLOCK
+from tapelm.swiglu import swiglu_backward_kernel, swiglu_forward_kernel
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 ELEMENT = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
@@ -130,6 +134,10 @@ def configurations(element: str) -> list[tuple[str, object, dict, tuple[str, ...
     config = {"BLOCK_R": BLOCK_ROWS, "BLOCK_C": BLOCK_COLS, "num_warps": 4}
     rows.append(("bias_gelu forward", bias_gelu_forward_kernel, config, ()))
     rows.append(("bias_gelu backward", bias_gelu_backward_kernel, config, ()))
+    for way, kernel in (("forward", swiglu_forward_kernel), ("backward", swiglu_backward_kernel)):
+        rows.append((f"swiglu {way}", kernel, {"BLOCK": SWIGLU_BLOCK, "num_warps": 4}, ()))
+    for width in (32, 64, 80, 128, 256):
+        rows.append((f"rope {width}", rope_kernel, {**rope_config(width), "INVERSE": True}, ()))
     rows.append(("dropout", dropout_kernel, {"BLOCK": DROPOUT_BLOCK, "num_warps": 4}, ()))
     config = {
         "NEED_GRAD": True, "BLOCK": CROSS_ENTROPY_BLOCK,

@@ -15,7 +15,8 @@ SCRIPT = Path(__file__).with_name("compile_triton.py")
 QUICK = [
     "attention forward 64", "attention keys 64", "attention queries 64", "attention delta 64",
     "layer_norm forward 768", "layer_norm backward 768", "layer_norm forward wide",
-    "bias_gelu", "dropout", "cross_entropy", "grad_norm", "adamw",
+    "add_norm layer dropout forward 768", "add_norm layer dropout backward 768", "swiglu",
+    "rope 64", "bias_gelu", "dropout", "cross_entropy", "grad_norm", "adamw",
 ]  # fmt: skip
 
 
