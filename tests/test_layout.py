@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-OPS = ("attention", "layer_norm", "dropout", "bias_gelu", "linear", "linear_cross_entropy", "adamw")
+OPS = (
+    "attention", "layer_norm", "rms_norm", "add_norm", "dropout", "bias_gelu", "swiglu", "rope",
+    "linear", "linear_cross_entropy", "adamw",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -25,7 +28,7 @@ def test_every_op_has_its_files(op: str) -> None:
 
 
 def test_no_op_is_missing_from_this_list() -> None:
-    kernels = {path.stem for path in (ROOT / "csrc").glob("*.inl")} - {"simd_vector"}
+    kernels = {path.stem for path in (ROOT / "csrc").glob("*.inl")} - {"simd_vector", "simd_loop"}
     assert kernels == set(OPS)
 
 

@@ -9,7 +9,10 @@ import torch
 
 from benchmarks.harness import Case
 
-NAMES = ("attention", "layer_norm", "dropout", "bias_gelu", "linear", "linear_cross_entropy", "adamw")
+NAMES = (
+    "attention", "layer_norm", "rms_norm", "add_norm", "dropout", "bias_gelu", "swiglu", "rope",
+    "linear", "linear_cross_entropy", "adamw",
+)  # fmt: skip
 
 
 def cases(device: torch.device) -> list[tuple[str, Callable[[], Case]]]:

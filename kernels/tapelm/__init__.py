@@ -1,6 +1,8 @@
 """Fused training ops with a C++ kernel for CPUs and a Triton kernel for GPUs."""
 
 from .adamw import AdamW as AdamW
+from .add_norm import add_layer_norm as add_layer_norm
+from .add_norm import add_rms_norm as add_rms_norm
 from .attention import attention as attention
 from .bias_gelu import bias_gelu as bias_gelu
 from .dropout import dropout as dropout
@@ -9,5 +11,8 @@ from .linear import linear as linear
 from .linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from .loader import Batch as Batch
 from .loader import TokenLoader as TokenLoader
+from .rms_norm import rms_norm as rms_norm
+from .rope import rope as rope
 from .shards import write_shards as write_shards
+from .swiglu import swiglu as swiglu
 from .tokenizer import Tokenizer as Tokenizer

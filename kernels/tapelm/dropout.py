@@ -77,6 +77,15 @@ def keep_mask(seed, groups, threshold):
     return words.to(tl.uint32, bitcast=True) >= threshold.to(tl.uint32)
 
 
+@triton.jit
+def keep_elements(seed, index, threshold):
+    """``keep_mask`` of any int64 indices, at four times the work."""
+    word0, word1, word2, word3 = tl.randint4x(seed, index >> 2)
+    lane = index & 3
+    words = tl.where(lane < 2, tl.where(lane == 0, word0, word1), tl.where(lane == 2, word2, word3))
+    return words.to(tl.uint32, bitcast=True) >= threshold.to(tl.uint32)
+
+
 @triton.jit(do_not_specialize=["threshold"])
 def dropout_kernel(x_ptr, seed_ptr, y_ptr, numel, threshold, scale, BLOCK: tl.constexpr):
     seed = tl.load(seed_ptr)

@@ -1,0 +1,59 @@
+// Loops over a row of any length on the vectors of simd_vector.inl; included by the .inl of row-wise ops.
+
+// How many elements of a vector are meant: all W (a type, so that no test is left) or, at the end of a row, an int.
+struct Whole {};
+
+template <typename T>
+TAPELM_INLINE vf get(const T* p, Whole, float = 0.0f) { return load(p); }
+template <typename T>
+TAPELM_INLINE vf get(const T* p, int n, float fill = 0.0f) { return load_part(p, n, fill); }
+template <typename T>
+TAPELM_INLINE void put(T* p, vf x, Whole) { store(p, x); }
+template <typename T>
+TAPELM_INLINE void put(T* p, vf x, int n) { store_part(p, x, n); }
+
+// Independent sums, which hide the latency of addition.
+constexpr int kSums = 4;
+TAPELM_INLINE float sum(const vf (&partial)[kSums]) { return sum((partial[0] + partial[1]) + (partial[2] + partial[3])); }
+
+// body(i, n, s) for the vectors at i of a row of C elements; s < kSums says which sum is to take it.
+template <typename Body>
+TAPELM_INLINE void for_vectors(int64_t C, Body body) {
+  int64_t i = 0;
+  for (; i + kSums * W <= C; i += kSums * W) {
+#pragma GCC unroll 4
+    for (int s = 0; s < kSums; ++s) body(i + s * W, Whole{}, s);
+  }
+  for (; i + W <= C; i += W) body(i, Whole{}, 0);
+  if (i < C) body(i, static_cast<int>(C - i), 0);
+}
+
+// body(i, n, random) for the vectors of a row whose element i has index first + i in the random stream.
+template <typename Body>
+TAPELM_INLINE void for_random_vectors(int64_t C, uint64_t seed, int64_t first, Body body) {
+  vu random[2];
+  int64_t i = 0;
+  if (const int lane = static_cast<int>(first & 3); lane != 0 && C > 0) {
+    // The row begins inside the four words of a counter: up to three elements before the next counter.
+    philox(seed, static_cast<uint64_t>(first) / 4, random);
+    vu shifted = {};
+    for (int j = lane; j < 4; ++j) shifted[j - lane] = random[0][j];
+    i = std::min<int64_t>(C, 4 - lane);
+    body(int64_t{0}, static_cast<int>(i), shifted);
+  }
+  for (; i + 2 * W <= C; i += 2 * W) {
+    philox(seed, static_cast<uint64_t>(first + i) / 4, random);
+    body(i, Whole{}, random[0]);
+    body(i + W, Whole{}, random[1]);
+  }
+  if (i < C) {
+    philox(seed, static_cast<uint64_t>(first + i) / 4, random);
+    body(i, static_cast<int>(std::min<int64_t>(W, C - i)), random[0]);
+    if (i + W < C) body(i + W, static_cast<int>(C - i - W), random[1]);
+  }
+}
+
+// A choice, not a product with 0: a dropped inf or NaN is 0.
+TAPELM_INLINE vf dropped(vf x, vu random, uint32_t threshold, float scale) {
+  return random >= broadcast(threshold) ? x * scale : vf{};
+}

@@ -1,0 +1,61 @@
+// SwiGLU without its matrix products (Shazeer 2020): silu(gate) * up, forward and backward.
+#include "common.h"
+
+#define TAPELM_KERNELS "swiglu.inl"
+#include "simd_targets.h"
+
+namespace tapelm {
+namespace {
+
+constexpr int64_t kGrain = 8192;  // elements per task
+
+void check_like(const Tensor& t, const Tensor& gate, const char* name) {
+  check_same_dtype(t, gate, "swiglu", name);
+  TORCH_CHECK_VALUE(t.sizes() == gate.sizes(), "swiglu: ", name, " must have shape ", gate.sizes(), ", not ", t.sizes());
+}
+
+Tensor swiglu_forward(const Tensor& gate_, const Tensor& up_) {
+  check_dtype(gate_, "swiglu", "gate");
+  check_like(up_, gate_, "up");
+  const Tensor gate = gate_.contiguous(), up = up_.contiguous();
+  Tensor y = at::empty_like(gate);
+  with_dtype(gate, [&](auto zero) {
+    using T = decltype(zero);
+    at::parallel_for(0, gate.numel(), kGrain, [&](int64_t begin, int64_t end) {
+      TAPELM_DISPATCH(swiglu_range(gate.const_data_ptr<T>() + begin, up.const_data_ptr<T>() + begin,
+                                   y.mutable_data_ptr<T>() + begin, end - begin));
+    });
+  });
+  return y;
+}
+
+std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& grad_, const Tensor& gate_, const Tensor& up_) {
+  check_dtype(gate_, "swiglu", "gate");
+  check_like(up_, gate_, "up");
+  check_like(grad_, gate_, "grad");
+  const Tensor grad = grad_.contiguous(), gate = gate_.contiguous(), up = up_.contiguous();
+  Tensor dgate = at::empty_like(gate), dup = at::empty_like(gate);
+  with_dtype(gate, [&](auto zero) {
+    using T = decltype(zero);
+    at::parallel_for(0, gate.numel(), kGrain, [&](int64_t begin, int64_t end) {
+      TAPELM_DISPATCH(swiglu_backward_range(grad.const_data_ptr<T>() + begin, gate.const_data_ptr<T>() + begin,
+                                            up.const_data_ptr<T>() + begin, dgate.mutable_data_ptr<T>() + begin,
+                                            dup.mutable_data_ptr<T>() + begin, end - begin));
+    });
+  });
+  return {dgate, dup};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(tapelm, m) {
+  m.def("swiglu_forward(Tensor gate, Tensor up) -> Tensor");
+  m.def("swiglu_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(tapelm, CPU, m) {
+  m.impl("swiglu_forward", &swiglu_forward);
+  m.impl("swiglu_backward", &swiglu_backward);
+}
+
+}  // namespace tapelm
