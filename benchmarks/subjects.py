@@ -87,6 +87,33 @@ def _layer_norm_backward(make: Make, rows: int, cols: int) -> tuple[Any, ...]:
     return make((rows, cols)), make((rows, cols)), make((cols,)), make((rows,), FP32), make((rows,), FP32)
 
 
+def _rms_norm(make: Make, rows: int, cols: int) -> tuple[Any, ...]:
+    return make((rows, cols)), make((cols,)), 1e-5
+
+
+def _rms_norm_backward(make: Make, rows: int, cols: int) -> tuple[Any, ...]:
+    return make((rows, cols)), make((rows, cols)), make((cols,)), make((rows,), FP32)
+
+
+def _add_norm(make: Make, rows: int, cols: int, variant: str = "") -> tuple[Any, ...]:
+    dropout = (0.1, make((), torch.int64)) if "dropout" in variant else (0.0, None)
+    bias = None if "rms" in variant else make((cols,))
+    return make((rows, cols)), make((rows, cols)), make((cols,)), bias, 1e-5, *dropout
+
+
+def _add_norm_backward(make: Make, rows: int, cols: int, variant: str = "") -> tuple[Any, ...]:
+    dropout = (0.1, make((), torch.int64)) if "dropout" in variant else (0.0, None)
+    mean = None if "rms" in variant else make((rows,), FP32)
+    grad, grad_r, r = (make((rows, cols)) for _ in range(3))
+    return grad, grad_r, r, make((cols,)), mean, make((rows,), FP32), *dropout
+
+
+def _rope(make: Make, batch: int, heads: int, key_heads: int, time: int, width: int) -> tuple[Any, ...]:
+    fused = make((batch, time, heads + 2 * key_heads, width)).transpose(1, 2)
+    q, k, _ = fused.split([heads, key_heads, key_heads], dim=1)
+    return q, k, make((time, width)), make((time, width)), False
+
+
 NORM_SHIPPED = (
     (BF16, (4096, 512)),
     (BF16, (8192, 768)),
@@ -97,6 +124,15 @@ NORM_SHIPPED = (
     (FP32, (2048, 8192)),
 )
 NORM_ODD = ((1, 1), (7, 37), (3, 1000), (5, 513))
+ADD_NORM_SHIPPED = (
+    (BF16, (4096, 512, "dropout")),
+    (BF16, (8192, 1024)),
+    (BF16, (4096, 2048, "rms")),
+    (BF16, (4096, 4096, "rms dropout")),
+    (FP32, (4096, 512, "dropout")),
+    (FP32, (4096, 2048, "rms")),
+)
+ADD_NORM_ODD = ((7, 37), (3, 1000, "dropout"), (5, 513, "rms dropout"))
 ELEMENTWISE_SHIPPED = ((BF16, (4096, 2048)), (BF16, (8192, 3072)), (FP32, (4096, 2048)))
 
 
@@ -125,6 +161,31 @@ SUBJECTS = (
     Subject("attention_backward", _attention_backward, ATTENTION_SHIPPED, ATTENTION_ODD),
     Subject("layer_norm_forward", _layer_norm, NORM_SHIPPED, NORM_ODD, (512, 384)),
     Subject("layer_norm_backward", _layer_norm_backward, NORM_SHIPPED, NORM_ODD, (1024, 384)),
+    Subject("rms_norm_forward", _rms_norm, NORM_SHIPPED, NORM_ODD, (512, 384)),
+    Subject("rms_norm_backward", _rms_norm_backward, NORM_SHIPPED, NORM_ODD, (1024, 384)),
+    Subject("add_norm_forward", _add_norm, ADD_NORM_SHIPPED, ADD_NORM_ODD, (512, 384, "dropout")),
+    Subject("add_norm_backward", _add_norm_backward, ADD_NORM_SHIPPED, ADD_NORM_ODD, (1024, 384, "dropout")),
+    Subject(
+        "swiglu_forward",
+        lambda make, rows, cols: (make((rows, cols)), make((rows, cols))),
+        ELEMENTWISE_SHIPPED,
+        NORM_ODD,
+        (256, 512),
+    ),
+    Subject(
+        "swiglu_backward",
+        lambda make, rows, cols: (make((rows, cols)), make((rows, cols)), make((rows, cols))),
+        ELEMENTWISE_SHIPPED,
+        NORM_ODD,
+        (256, 512),
+    ),
+    Subject(
+        "rope",
+        _rope,
+        ((BF16, (2, 32, 8, 2048, 64)), (BF16, (2, 32, 8, 2048, 128)), (FP32, (2, 32, 8, 2048, 64))),
+        ((1, 1, 1, 1, 2), (2, 4, 2, 7, 6), (1, 3, 1, 5, 80)),
+        (1, 4, 4, 64, 64),
+    ),
     Subject(
         "bias_gelu_forward",
         lambda make, rows, cols: (make((rows, cols)), make((cols,))),

@@ -61,9 +61,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm_forward(const Tensor& x_, co
   const Tensor x = x_.contiguous(), residual = residual_.contiguous(), weight = weight_.contiguous();
   const OptionalTensor bias = contiguous(bias_);
   const int64_t C = x.size(-1), rows = C ? x.numel() / C : 0;
-  Tensor y = at::empty_like(x), r = at::empty_like(x);
+  Tensor y = empty_like(x), r = empty_like(x);
   Tensor rstd = at::empty(x.sizes().slice(0, x.dim() - 1), x.options().dtype(at::kFloat));
-  Tensor mean = bias ? at::empty_like(rstd) : at::empty({0}, rstd.options());
+  Tensor mean = bias ? empty_like(rstd) : at::empty({0}, rstd.options());
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     const auto run = [&](auto kernel, int64_t begin, int64_t end) {
@@ -96,8 +96,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm_backward(const Tensor& grad_
   const OptionalTensor grad_r = contiguous(grad_r_), mean = contiguous(mean_);
   const int64_t C = r.size(-1), rows = C ? r.numel() / C : 0;
   const int64_t chunks = std::min(kMaxChunks, chunk_count(rows, kRowsPerChunk));
-  Tensor dresidual = at::empty_like(r);
-  Tensor dx = dropout.active ? at::empty_like(r) : at::empty({0}, r.options());
+  Tensor dresidual = empty_like(r);
+  Tensor dx = dropout.active ? empty_like(r) : at::empty({0}, r.options());
   Tensor partial = at::zeros({mean ? 2 : 1, std::max<int64_t>(chunks, 1), C}, r.options().dtype(at::kFloat));
   float* dweight = partial.mutable_data_ptr<float>();
   float* dbias = mean ? dweight + partial.size(1) * C : nullptr;

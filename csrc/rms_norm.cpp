@@ -22,7 +22,7 @@ std::tuple<Tensor, Tensor> rms_norm_forward(const Tensor& x_, const Tensor& weig
   check(x_, weight_);
   const Tensor x = x_.contiguous(), weight = weight_.contiguous();
   const int64_t C = x.size(-1), rows = C ? x.numel() / C : 0;
-  Tensor y = at::empty_like(x);
+  Tensor y = empty_like(x);
   Tensor rstd = at::empty(x.sizes().slice(0, x.dim() - 1), x.options().dtype(at::kFloat));
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
@@ -43,7 +43,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_, const Tensor& 
   const Tensor rstd = rstd_.contiguous();
   const int64_t C = x.size(-1), rows = C ? x.numel() / C : 0;
   const int64_t chunks = std::min(kMaxChunks, chunk_count(rows, kRowsPerChunk));
-  Tensor dx = at::empty_like(x);
+  Tensor dx = empty_like(x);
   Tensor partial = at::zeros({std::max<int64_t>(chunks, 1), C}, x.options().dtype(at::kFloat));
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);

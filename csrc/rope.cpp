@@ -30,7 +30,7 @@ std::tuple<Tensor, Tensor> rope(const Tensor& q_, const Tensor& k_, const Tensor
                                 bool inverse) {
   check(q_, k_, cos_, sin_);
   const Tensor in[2] = {with_dense_heads(q_), with_dense_heads(k_)};
-  const Tensor out[2] = {at::empty(q_.sizes(), q_.options()), at::empty(k_.sizes(), k_.options())};
+  const Tensor out[2] = {empty(q_.sizes(), q_.scalar_type()), empty(k_.sizes(), k_.scalar_type())};
   const Tensor cos = cos_.to(at::kFloat).contiguous(), sin = sin_.to(at::kFloat).contiguous();
   const int64_t B = q_.size(0), T = q_.size(2), D = q_.size(3), blocks = chunk_count(T, kPositions);
   with_dtype(q_, [&](auto zero) {

@@ -18,7 +18,7 @@ Tensor swiglu_forward(const Tensor& gate_, const Tensor& up_) {
   check_dtype(gate_, "swiglu", "gate");
   check_like(up_, gate_, "up");
   const Tensor gate = gate_.contiguous(), up = up_.contiguous();
-  Tensor y = at::empty_like(gate);
+  Tensor y = empty_like(gate);
   with_dtype(gate, [&](auto zero) {
     using T = decltype(zero);
     at::parallel_for(0, gate.numel(), kGrain, [&](int64_t begin, int64_t end) {
@@ -34,7 +34,7 @@ std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& grad_, const Tensor& ga
   check_like(up_, gate_, "up");
   check_like(grad_, gate_, "grad");
   const Tensor grad = grad_.contiguous(), gate = gate_.contiguous(), up = up_.contiguous();
-  Tensor dgate = at::empty_like(gate), dup = at::empty_like(gate);
+  Tensor dgate = empty_like(gate), dup = empty_like(gate);
   with_dtype(gate, [&](auto zero) {
     using T = decltype(zero);
     at::parallel_for(0, gate.numel(), kGrain, [&](int64_t begin, int64_t end) {
