@@ -32,7 +32,7 @@ from tapelm.roofline import DEVICES, minimum
 
 LOCK = Path(__file__).parent / "results" / "static.lock.json"
 SAMPLE_SECONDS = 60.0
-MEMORY_BOUND = ("layer_norm", "bias_gelu", "dropout", "cross_entropy", "adamw", "grad_norm")
+MEMORY_BOUND = ("norm_", "cross_entropy", "swiglu", "rope", "bias_gelu", "dropout", "adamw", "grad_norm")
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,10 @@ def _facts_before(task: tuple[Unit, float]) -> dict[str, Any] | None:
 KNOWN = (
     # 64 x 256 accumulators spill on sm_90 and sm_100; tiles of 32 rows use the older instructions.
     ("attention_backward", "x256", "but {'HMMA'"),
-    # 512 half-precision columns over 4 warps are 8 bytes a thread of weight and bias.
-    ("layer_norm", "4096x512", "128-bit"),
+    # 512 half-precision weights over 4 warps are 8 bytes a thread: one load of many.
+    ("norm_backward", "4096x512", "128-bit"),
+    # A row of cosines, shared by all heads, is less than 16 bytes for each thread.
+    ("rope", "x128", "128-bit"),
 )
 
 
@@ -122,7 +124,9 @@ def broken_rules(row: dict[str, Any]) -> list[str]:
     if multiplies and row["dtype"] != "float32" and kind not in row["tensor_cores"]:
         found.append(f"has no {kind} but {row['tensor_cores'] or 'no matrix instructions'}")
     odd = any(int(size) % 16 for size in row["shape"].split("x") if size.isdigit())
-    if row["kernel"].startswith(MEMORY_BOUND) and not odd and row["wide_loads"] < 0.9:
+    # An AMD wave has twice the lanes: its 64-bit loads of half precision are as many bytes an instruction.
+    nvidia = row["target"].startswith("sm_")
+    if nvidia and row["kernel"].startswith(MEMORY_BOUND) and not odd and row["wide_loads"] < 0.9:
         found.append(f"loads {100 * row['wide_loads']:.0f}% of its bytes with 128-bit loads")
     return [
         rule

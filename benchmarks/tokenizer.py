@@ -1,9 +1,9 @@
 """Loading, encoding and training against gigatoken, tiktoken and Hugging Face `tokenizers`, taken in turn.
 
-Every timing of an encoder comes from a process of its own, kept to as many cores as it has threads: "load" reads the
-tokenizer.json, "cold" is the first pass over the text, "warm" the next ones (median). Importing is part of none.
-Each takes the kind of text that suits it best (bytes for gigatoken and for ours), our vocabulary and documents, and
-its ids are compared before it is timed.
+Every timing of an encoder comes from a process of its own, kept to as many cores as it has threads: "load"
+reads the tokenizer.json, "cold" is the first pass over the text, "warm" the next ones (median). Importing is
+part of none. Each takes the kind of text that suits it best (bytes for gigatoken and for ours), our vocabulary
+and documents, and its ids are compared.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def timed(function: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def one_run(name: str, vocabulary: Path, text: Path, threads: int) -> tuple[dict[str, float], str]:
-    """Seconds of loading, of the first and of later passes, and the SHA-256 of the ids; in a fresh process."""
+    """Seconds of loading, of the first and of later passes, and the SHA-256 of the ids."""
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
@@ -123,7 +123,7 @@ def one_run(name: str, vocabulary: Path, text: Path, threads: int) -> tuple[dict
         importlib.import_module(module)
     load, (encode, flat) = timed(lambda: PEERS[name](vocabulary))
     cold, result = timed(lambda: encode(texts, threads))
-    ids = hashlib.sha256(np.ascontiguousarray(flat(result), dtype=np.uint32)).hexdigest()
+    ids = hashlib.sha256(np.asarray(flat(result), dtype=np.uint32).tobytes()).hexdigest()
     passes = 1 if name in SLOW else WARM_PASSES
     warm = statistics.median(timed(lambda: encode(texts, threads))[0] for _ in range(passes))
     return {"load": load, "cold": cold, "warm": warm}, ids

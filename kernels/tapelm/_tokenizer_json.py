@@ -259,8 +259,8 @@ def _no_byte(tokens: list[str]) -> str:
         for character in token:
             if not character.translate(_BYTE_OF_CHARACTER) <= "\xff":
                 return (
-                    f"has the token {token!r} (id {index}), which is not byte-level: {character!r} stands for "
-                    "no byte"
+                    f"has the token {token!r} (id {index}), which is not byte-level: {character!r} stands "
+                    "for no byte"
                 )
     raise AssertionError("every token is byte-level")
 
@@ -287,7 +287,5 @@ def _no_tokens(pairs: list[list[Any]], vocab: dict[str, int]) -> str:
             return f"has a merge (number {rank}) that is no pair of tokens: {str([left, right])[:200]}"
         for token in (left, right, left + right):
             if token not in vocab:
-                return (
-                    f"has the merge {left!r} + {right!r} (number {rank}), but {token!r} is not in its vocabulary"
-                )
+                return f"has the merge {left!r} + {right!r} (number {rank}), but {token!r} is not in its vocabulary"
     raise AssertionError("every merge has its tokens")

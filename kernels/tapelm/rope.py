@@ -14,7 +14,7 @@ projection do; other layouts are copied first.
 """
 
 # Triton's stubs do not know its own language and launch options.
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations
 

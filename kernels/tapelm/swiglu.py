@@ -8,6 +8,9 @@
 Shapes: gate, up, y, grad, dgate, dup (...), all of one dtype. Arithmetic is in float32.
 """
 
+# Triton's stubs do not know its own language and launch options.
+# pyright: reportCallIssue=false
+
 from __future__ import annotations
 
 from typing import Any

@@ -42,11 +42,12 @@ std::vector<uint8_t> whole_shard() {
 void read(const std::vector<std::string>& paths, LoaderOptions options) {
   try {
     const Loader loader(paths, 999, options);
-    std::vector<int64_t> inputs(loader.batch_tokens());
-    std::vector<int64_t> targets(loader.batch_tokens());
-    std::vector<int32_t> documents(loader.batch_tokens());
+    LoaderCursor cursor;
+    std::vector<int64_t> inputs(options.batch_size * options.seq_len);
+    std::vector<int64_t> targets(inputs.size());
+    std::vector<int32_t> documents(inputs.size());
     for (const uint64_t step : {uint64_t{0}, uint64_t{1}, loader.steps_per_epoch() - 1, uint64_t{1} << 40}) {
-      loader.fill(step, inputs.data(), targets.data(), documents.data());
+      loader.fill(step, cursor, inputs.data(), targets.data(), documents.data());
     }
   } catch (const std::invalid_argument&) {
   }
@@ -59,9 +60,12 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   static const MemoryFile first(whole.data(), whole.size());
   const MemoryFile file(data, size);
   for (const uint64_t length : {1, 7, 64}) {
-    const LoaderOptions options{.batch_size = 2, .seq_len = length, .seed = 1, .rank = 0, .world_size = 1};
-    read({file.path()}, options);
-    read({first.path(), file.path(), first.path()}, options);
+    for (const Order order : {Order::kShuffled, Order::kPacked}) {
+      const LoaderOptions options{
+          .batch_size = 2, .seq_len = length, .seed = 1, .rank = 0, .world_size = 1, .order = order};
+      read({file.path()}, options);
+      read({first.path(), file.path(), first.path()}, options);
+    }
   }
   return 0;
 }
