@@ -2,8 +2,8 @@
 
 Every timing of an encoder comes from a process of its own, kept to as many cores as it has threads: "load"
 reads the tokenizer.json, "cold" is the first pass over the text, "warm" the next ones (median). Importing is
-part of none. Each takes the kind of text that suits it best (bytes for gigatoken and for ours), our vocabulary
-and documents, and its ids are compared.
+part of none. Each takes the kind of text that suits it best (bytes for gigatoken and for ours), our
+vocabulary and documents, and its ids are compared.
 """
 
 from __future__ import annotations

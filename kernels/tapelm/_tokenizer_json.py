@@ -287,5 +287,6 @@ def _no_tokens(pairs: list[list[Any]], vocab: dict[str, int]) -> str:
             return f"has a merge (number {rank}) that is no pair of tokens: {str([left, right])[:200]}"
         for token in (left, right, left + right):
             if token not in vocab:
-                return f"has the merge {left!r} + {right!r} (number {rank}), but {token!r} is not in its vocabulary"
+                named = f"{left!r} + {right!r} (number {rank})"
+                return f"has the merge {named}, but {token!r} is not in its vocabulary"
     raise AssertionError("every merge has its tokens")
