@@ -18,9 +18,8 @@ except ImportError:
 # OpenMP is compiled in but not linked: torch's runtime, already loaded, serves both with one thread pool.
 FLAGS = ["-O3", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"]
 TORCH_INCLUDE = str(Path(torch.__file__).parent / "include")
-CUDA = (
-    torch.version.cuda is not None and CUDA_HOME is not None
-)  # a module linked to CUDA loads only beside it
+# A module linked to CUDA loads only beside it.
+CUDA = torch.version.cuda is not None and CUDA_HOME is not None
 
 
 class Build(BuildExtension):
@@ -49,7 +48,7 @@ setup(
             extra_compile_args=FLAGS,
             language="c++",
         ),
-    ]
-    + [CUDAExtension("tapelm._cuda", ["csrc/cuda/loader.cu", "csrc/cuda/python.cpp"])] * CUDA,
+        *([CUDAExtension("tapelm._cuda", ["csrc/cuda/loader.cu", "csrc/cuda/python.cpp"])] if CUDA else []),
+    ],
     cmdclass={"build_ext": Build},
 )

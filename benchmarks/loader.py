@@ -1,8 +1,7 @@
 """The batch loader against torch.utils.data.DataLoader and a memmap read per window; opening; files.
 
-A step of the loader rows gives STEPS batches. Before timing, the peers' windows are found equal to
-ours. The ceiling
-is a copy that writes as many bytes as the batches have (inputs, targets, document ids: 20 per token).
+A step of the loader rows gives STEPS batches. Before timing, the peers' windows are found equal to ours. The
+ceiling is a copy that writes as many bytes as the batches have (inputs, targets, document ids: 20 per token).
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from tapelm import Tokenizer, TokenLoader, _text, write_shards
 from tapelm.loader import ORDERS
 from tapelm.shards import MANIFEST
 
-STEPS = 50
+STEPS = 200
 VOCAB, END = 16_384, 0
 HEADER_BYTES = 64  # csrc/text/shards.h
 TEXT_BYTES = 48_000_000

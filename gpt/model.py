@@ -45,7 +45,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         B, T, C = x.shape
         qkv = self.ops.linear(x, self.qkv.weight, self.qkv.bias).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # three of (B, H, T, D)
+        # Unbound here, the gradients are put together again by one copy of whole rows.
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # three of (B, H, T, D)
         dropout = self.dropout if self.training else 0.0
         if cache is None:
             attended = self.ops.attention(q, k, v, dropout)

@@ -2,6 +2,7 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstdlib>
@@ -15,7 +16,8 @@
 namespace tapelm::text {
 namespace {
 
-constexpr size_t kDepth = 4;  // batches prepared ahead
+constexpr size_t kAheadBytes = size_t{2} << 20;  // prepared ahead: enough batches to wake a thread seldom, warm in L3
+constexpr size_t kFewest = 4, kMost = 32;
 constexpr int kSpins = 50;
 
 struct Free {
@@ -27,7 +29,7 @@ using Block = std::unique_ptr<uint8_t, Free>;
 // the mutex may be held for ever by a thread that does not exist.
 class Pool : public std::enable_shared_from_this<Pool> {
  public:
-  explicit Pool(size_t bytes) : bytes_((bytes + 63) / 64 * 64), process_(::getpid()) {}
+  Pool(size_t bytes, size_t kept) : bytes_((bytes + 63) / 64 * 64), kept_(kept), process_(::getpid()) {}
 
   BatchMemory take() {
     Block block;
@@ -47,10 +49,10 @@ class Pool : public std::enable_shared_from_this<Pool> {
   void give_back(Block block) {
     if (process_ != ::getpid()) return;
     const std::lock_guard lock(mutex_);
-    if (idle_.size() < kDepth + 2) idle_.push_back(std::move(block));
+    if (idle_.size() < kept_) idle_.push_back(std::move(block));
   }
 
-  const size_t bytes_;
+  const size_t bytes_, kept_;
   const pid_t process_;
   std::mutex mutex_;
   std::vector<Block> idle_;
@@ -66,7 +68,8 @@ struct Prepared {
 struct PrefetchState {
   PrefetchState(size_t batch_bytes, Prefetcher::Fill fill_batch)
       : process(::getpid()),
-        pool(std::make_shared<Pool>(batch_bytes)),
+        depth(std::clamp(kAheadBytes / std::max<size_t>(batch_bytes, 1), kFewest, kMost)),
+        pool(std::make_shared<Pool>(batch_bytes, depth + 2)),
         fill(std::move(fill_batch)),
         thread([this] { run(); }) {}
 
@@ -83,8 +86,8 @@ struct PrefetchState {
     std::unique_lock lock(mutex);
     while (true) {
       // Once full, the queue is refilled when half of it is gone: half as many wake-ups.
-      if (idle || ready.size() >= kDepth) {
-        room.wait(lock, [&] { return stop || (!idle && ready.size() <= kDepth / 2); });
+      if (idle || ready.size() >= depth) {
+        room.wait(lock, [&] { return stop || (!idle && ready.size() <= depth / 2); });
       }
       if (stop) return;
       const uint64_t step = first + ready.size();
@@ -135,11 +138,12 @@ struct PrefetchState {
       continues = false;
       std::rethrow_exception(prepared.fault);
     }
-    if (ready.size() == kDepth / 2) room.notify_one();
+    if (ready.size() == depth / 2) room.notify_one();
     return prepared.memory;
   }
 
   const pid_t process;
+  const size_t depth;  // batches prepared ahead
   const std::shared_ptr<Pool> pool;
   Prefetcher::Fill fill;
   std::mutex mutex;
