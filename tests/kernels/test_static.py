@@ -57,7 +57,7 @@ from tapelm.proofs.launches import captured_launches
 from tapelm.proofs.resources import TARGETS, compile_resources
 from dataclasses import asdict
 
-_attention_configs.FORWARD[2, 128, False] = {config}
+_attention_configs.BY_ARCHITECTURE["sm_80", "forward"] = {{(2, 128, False): {config}}}
 subject = next(subject for subject in SUBJECTS if subject.launcher == "attention_forward")
 with assumed_architecture("sm_80"), captured_launches() as launches:
     CUDA_LAUNCHERS[subject.launcher](*subject.arguments(meta(torch.bfloat16), 1, 4, 4, 1024, 128))
