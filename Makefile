@@ -29,7 +29,7 @@ demo: setup
 	$(PY) -m gpt.demo --out runs/demo
 
 test: setup
-	$(PY) -m pytest $(FAST)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(FAST)
 
 test-full: setup
 	$(PY) -m pytest
