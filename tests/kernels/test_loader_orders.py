@@ -281,7 +281,7 @@ def test_exit_with_a_running_thread(shards: Path) -> None:
         [sys.executable, "-c", code, str(shards)],
         capture_output=True,
         text=True,
-        env={"PYTHONPATH": str(Path(_text.__file__).parents[1])},
+        env=os.environ | {"PYTHONPATH": str(Path(_text.__file__).parents[1])},
         timeout=120,
     )
     assert (done.returncode, done.stderr) == (0, "")
@@ -321,7 +321,7 @@ print(best, resident() - before, loader.tokens)
         [sys.executable, "-c", code, str(tmp_path)],
         capture_output=True,
         text=True,
-        env={"PYTHONPATH": str(Path(_text.__file__).parents[1])},
+        env=os.environ | {"PYTHONPATH": str(Path(_text.__file__).parents[1])},
         timeout=120,
         check=True,
     )
