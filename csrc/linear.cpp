@@ -15,7 +15,7 @@ constexpr int64_t kRightFloats = int64_t{1} << 22;  // packed at a time: half of
 
 }  // namespace
 
-bool prefer_matrix_product() { return isa() != Isa::avx512; }
+bool prefer_matrix_product() { return isa() < Isa::avx512; }
 
 template <typename T, typename Out>
 void matrix_product(Matrix<T> left, Matrix<T> right, int64_t M, int64_t N, int64_t K, const T* bias, bool add, Out* out,

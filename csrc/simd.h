@@ -1,7 +1,8 @@
 // The only place that chooses an instruction set.
 //
 // Every kernel file (x.inl) is written once, on the vectors of simd_vector.inl, and compiled once per instruction set
-// by simd_targets.h into the namespaces generic, avx2 and avx512. TAPELM_DISPATCH calls the best one this CPU runs.
+// by simd_targets.h into the namespaces generic, avx2, avx512 and avx512bf16. TAPELM_DISPATCH calls the best one this
+// CPU runs.
 // `generic` has the vector width of avx512 and no instruction beyond the compiler's baseline, so that the logic of the
 // widest variant is executed by the tests on any machine.
 #pragma once
@@ -24,31 +25,30 @@
 
 namespace tapelm {
 
-enum class Isa { generic, avx2, avx512 };
+enum class Isa { generic, avx2, avx512, avx512bf16 };
 
 inline Isa best_isa() {
 #ifdef TAPELM_X86
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl"))
-    return Isa::avx512;
+    return __builtin_cpu_supports("avx512bf16") ? Isa::avx512bf16 : Isa::avx512;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::avx2;
 #endif
   return Isa::generic;
 }
 
-// Chosen at the first call. TAPELM_ISA={generic,avx2,avx512} forces a lower one (tests, debugging).
+// Chosen at the first call. TAPELM_ISA={generic,avx2,avx512,avx512bf16} forces a lower one (tests, debugging).
 inline Isa isa() {
   static const Isa chosen = [] {
     const Isa best = best_isa();
     const char* forced = std::getenv("TAPELM_ISA");
     if (forced == nullptr || *forced == '\0') return best;
-    const std::string name = forced;
-    const Isa wanted = name == "generic" ? Isa::generic
-                       : name == "avx2"  ? Isa::avx2
-                       : name == "avx512"
-                           ? Isa::avx512
-                           : throw std::invalid_argument("TAPELM_ISA must be generic, avx2 or avx512, not '" + name + "'");
+    const std::string names[] = {"generic", "avx2", "avx512", "avx512bf16"}, name = forced;
+    const auto found = std::find(std::begin(names), std::end(names), name);
+    if (found == std::end(names))
+      throw std::invalid_argument("TAPELM_ISA must be generic, avx2, avx512 or avx512bf16, not '" + name + "'");
+    const Isa wanted = static_cast<Isa>(found - std::begin(names));
     if (wanted > best) throw std::invalid_argument("TAPELM_ISA=" + name + " is not supported by this CPU");
     return wanted;
   }();
@@ -58,10 +58,11 @@ inline Isa isa() {
 }  // namespace tapelm
 
 #ifdef TAPELM_X86
-#define TAPELM_DISPATCH(call)                       \
-  (::tapelm::isa() == ::tapelm::Isa::avx512 ? avx512::call \
-   : ::tapelm::isa() == ::tapelm::Isa::avx2 ? avx2::call   \
-                                            : generic::call)
+#define TAPELM_DISPATCH(call)                                      \
+  (::tapelm::isa() == ::tapelm::Isa::avx512bf16 ? avx512bf16::call \
+   : ::tapelm::isa() == ::tapelm::Isa::avx512   ? avx512::call     \
+   : ::tapelm::isa() == ::tapelm::Isa::avx2     ? avx2::call       \
+                                                : generic::call)
 #else
 #define TAPELM_DISPATCH(call) (generic::call)
 #endif

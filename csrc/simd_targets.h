@@ -43,6 +43,18 @@ namespace tapelm::avx512 {
 #include "simd_vector.inl"
 #include TAPELM_KERNELS
 }  // namespace tapelm::avx512
+#undef TAPELM_TARGET
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,prefer-vector-width=512")
+#define TAPELM_AVX512BF16 1
+#define TAPELM_TARGET avx512bf16
+namespace tapelm::avx512bf16 {
+#include "simd_vector.inl"
+#include TAPELM_KERNELS
+}  // namespace tapelm::avx512bf16
+#undef TAPELM_AVX512BF16
 #undef TAPELM_AVX512
 #undef TAPELM_WIDTH
 #undef TAPELM_TARGET

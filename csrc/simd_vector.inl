@@ -25,12 +25,26 @@ TAPELM_INLINE vf load(const c10::BFloat16* p) {
   return as_float(__builtin_convertvector(bits, vu) << 16);
 }
 
-// Round to nearest even; NaN stays NaN.
+// Round to nearest even; NaN stays NaN. The instruction of avx512bf16 takes denormals for zero.
 TAPELM_INLINE void store(c10::BFloat16* p, vf x) {
+#if defined(TAPELM_AVX512BF16)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh((__m512)x));
+#else
   const vu bits = (vu)x;
   const vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const vu nan = (vu)(x != x);
   *reinterpret_cast<vh_any*>(p) = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0u), vh);
+#endif
+}
+
+// sums + a * b over W pairs of bfloat16: lane i gains the two products of the pairs in lane i (even elements in the low
+// halves). One instruction of avx512bf16, which takes denormals for zero; elsewhere two products of widened halves.
+TAPELM_INLINE vf dot_pairs(vf sums, vu a, vu b) {
+#if defined(TAPELM_AVX512BF16)
+  return (vf)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b);
+#else
+  return sums + as_float(a << 16) * as_float(b << 16) + as_float(a & 0xffff0000u) * as_float(b & 0xffff0000u);
+#endif
 }
 
 // The first n < W elements; the rest of the vector is `fill`.
