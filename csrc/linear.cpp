@@ -5,17 +5,42 @@
 
 #include <atomic>
 
+namespace tapelm {
+
+// The blocks of a matrix product on one instruction set.
+struct ProductShape {
+  int64_t tile_rows, rows;        // of a register tile, and of the largest left block
+  int64_t panel, columns;         // of a right panel, and of a range of columns when the depth takes several blocks
+  int64_t depth, unit;            // elements of depth in a block, and in a packed unit of four bytes
+  int64_t space;                  // floats of scratch space for each thread
+};
+
+}  // namespace tapelm
+
 #define TAPELM_KERNELS "linear.inl"
 #include "simd_targets.h"
 
 namespace tapelm {
 namespace {
 
-constexpr int64_t kRightFloats = int64_t{1} << 22;  // packed at a time: half of an L3 cache, whatever the depth
+constexpr int64_t kRightUnits = int64_t{1} << 22;  // packed at a time: half of an L3 cache, whatever the depth
+
+// Rows of a left block: of the sizes up to `most` tiles the one whose blocks load the threads alike, the larger of two.
+int64_t balanced_rows(int64_t M, int64_t tile_rows, int64_t most) {
+  const int64_t tiles = chunk_count(M, tile_rows), threads = at::get_num_threads();
+  int64_t best = 1, least = tiles;
+  for (int64_t size = 1; size * tile_rows <= most; ++size) {
+    const int64_t longest = chunk_count(chunk_count(tiles, size), threads) * size;
+    if (size == 1 || longest <= least) best = size, least = longest;
+  }
+  return best * tile_rows;
+}
 
 }  // namespace
 
-bool prefer_matrix_product() { return isa() < Isa::avx512; }
+bool prefer_matrix_product(at::ScalarType dtype) {
+  return dtype == at::kBFloat16 ? isa() != Isa::avx512 && !has_amx() : isa() < Isa::avx512;
+}
 
 template <typename T, typename Out>
 void matrix_product(Matrix<T> left, Matrix<T> right, int64_t M, int64_t N, int64_t K, const T* bias, bool add, Out* out,
@@ -26,25 +51,27 @@ void matrix_product(Matrix<T> left, Matrix<T> right, int64_t M, int64_t N, int64
     if (row_sums) std::fill(row_sums, row_sums + M, 0.0f);
     return;
   }
-  const int64_t MC = TAPELM_DISPATCH(linear_row_block()), KC = TAPELM_DISPATCH(linear_depth_block());
-  const int64_t NR = TAPELM_DISPATCH(linear_panel());
-  const int64_t NC = std::clamp(kRightFloats / K / NR * NR, NR, TAPELM_DISPATCH(linear_column_block()));
-  const Scratch packed(K * chunk_count(std::min(N, NC), NR) * NR);
-  for (int64_t n0 = 0; n0 < N; n0 += NC) {
-    const int64_t columns = std::min(NC, N - n0), panels = chunk_count(columns, NR);
-    at::parallel_for(0, panels * chunk_count(K, KC), 4, [&](int64_t first, int64_t last) {
+  const ProductShape s = TAPELM_DISPATCH(product_shape<T>());
+  const int64_t units = chunk_count(K, s.unit), panel = s.panel;
+  const int64_t most = kRightUnits / units / panel * panel;
+  const int64_t width = std::clamp(most, panel, K <= s.depth ? std::max(most, panel) : s.columns);
+  const int64_t block = balanced_rows(M, s.tile_rows, s.rows);
+  const Scratch packed(units * chunk_count(std::min(N, width), panel) * panel);
+  for (int64_t n0 = 0; n0 < N; n0 += width) {
+    const int64_t columns = std::min(width, N - n0), panels = chunk_count(columns, panel);
+    at::parallel_for(0, panels * chunk_count(K, s.depth), 4, [&](int64_t first, int64_t last) {
       for (int64_t task = first; task < last; ++task) {
-        const int64_t k0 = task / panels * KC, depth = std::min(KC, K - k0), p = task % panels;
-        float* const to = packed.get() + k0 * panels * NR + p * NR * depth;
-        TAPELM_DISPATCH(pack_right(right, k0, depth, n0 + p * NR, N, to));
+        const int64_t k0 = task / panels * s.depth, depth = std::min(s.depth, K - k0), p = task % panels;
+        float* const to = packed.get() + (k0 / s.unit * panels + p * chunk_count(depth, s.unit)) * panel;
+        TAPELM_DISPATCH(pack_right(right, k0, depth, n0 + p * panel, N, to));
       }
     });
     // The blocks are handed out one by one: on a shared machine one thread is often slower than the other.
     std::atomic<int64_t> next{0};
     at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
-      const Scratch space(TAPELM_DISPATCH(linear_space_floats()));
-      for (int64_t m0 = MC * next++; m0 < M; m0 = MC * next++)
-        TAPELM_DISPATCH(multiply_rows(left, m0, std::min(MC, M - m0), K, packed.get(), columns,
+      const Scratch space(s.space);
+      for (int64_t m0 = block * next++; m0 < M; m0 = block * next++)
+        TAPELM_DISPATCH(multiply_rows(left, m0, std::min(block, M - m0), K, packed.get(), columns,
                                       bias ? bias + n0 : nullptr, add, out + m0 * ld + n0, ld,
                                       row_sums && n0 == 0 ? row_sums + m0 : nullptr, space.get()));
     });
@@ -76,7 +103,7 @@ Matrix<T> matrix_of(const Tensor& t) {
 constexpr int64_t kFewRows = 64;
 
 bool ours(const Tensor& x) {
-  return prefer_matrix_product() && (x.size(-1) == 0 || x.numel() / x.size(-1) >= kFewRows);
+  return prefer_matrix_product(x.scalar_type()) && (x.size(-1) == 0 || x.numel() / x.size(-1) >= kFewRows);
 }
 
 // (..., C) as (rows, C); explicit sizes, since reshape cannot infer one of a tensor without elements.

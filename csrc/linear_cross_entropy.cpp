@@ -21,7 +21,7 @@ void product_of(const Tensor& left, const Tensor& right, bool add, Tensor out) {
 }
 
 void product(const Tensor& left, const Tensor& right, bool add, Tensor out) {
-  if (prefer_matrix_product()) {
+  if (prefer_matrix_product(left.scalar_type())) {
     if (left.scalar_type() == at::kFloat)
       product_of<float, float>(left, right, add, out);
     else if (out.scalar_type() == at::kFloat)

@@ -17,6 +17,7 @@
 #include <type_traits>
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
 #define TAPELM_X86 1
 #endif
@@ -36,6 +37,16 @@ inline Isa best_isa() {
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::avx2;
 #endif
   return Isa::generic;
+}
+
+// Whether the CPU multiplies bfloat16 matrices in tiles: bit 24 of edx in cpuid leaf 7.
+inline bool has_amx() {
+#ifdef TAPELM_X86
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx >> 24 & 1) != 0;
+#else
+  return false;
+#endif
 }
 
 // Chosen at the first call. TAPELM_ISA={generic,avx2,avx512,avx512bf16} forces a lower one (tests, debugging).

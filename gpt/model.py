@@ -58,7 +58,11 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), with dropout on both branches."""
+    """attention(norm_1(x)), then mlp(norm_2(x)), each added to the stream x after dropout.
+
+    A branch is added where the stream is normalised next, in one op: the block takes the stream x (B, T, C) and the
+    branch (B, T, C) that its predecessor left open, None at the start, and returns both in the same way.
+    """
 
     def __init__(self, config: ModelConfig, ops: Ops, layer: int) -> None:
         super().__init__()
@@ -69,13 +73,20 @@ class Block(nn.Module):
         self.expand = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.contract = nn.Linear(4 * config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, branch: Tensor | None, cache: KVCache | None = None) -> tuple[Tensor, Tensor]:
         ops, dropout = self.ops, self.dropout if self.training else 0.0
-        normed = ops.layer_norm(x, self.norm_1.weight, self.norm_1.bias, self.norm_1.eps)
-        x = x + ops.dropout(self.attention(normed, cache), dropout)
-        normed = ops.layer_norm(x, self.norm_2.weight, self.norm_2.bias, self.norm_2.eps)
+        if branch is None:
+            normed = ops.layer_norm(x, self.norm_1.weight, self.norm_1.bias, self.norm_1.eps)
+        else:
+            normed, x = add_norm(ops, self.norm_1, x, branch, dropout)
+        normed, x = add_norm(ops, self.norm_2, x, self.attention(normed, cache), dropout)
         hidden = ops.linear_gelu(normed, self.expand.weight, self.expand.bias)  # (B, T, 4C)
-        return x + ops.dropout(ops.linear(hidden, self.contract.weight, self.contract.bias), dropout)
+        return x, ops.linear(hidden, self.contract.weight, self.contract.bias)
+
+
+def add_norm(ops: Ops, norm: nn.LayerNorm, x: Tensor, branch: Tensor, dropout: float) -> tuple[Tensor, Tensor]:
+    """(norm(r), r) with r = x + dropout(branch), all (B, T, C)."""
+    return ops.add_norm(branch, x, norm.weight, norm.bias, norm.eps, dropout)
 
 
 class GPT(nn.Module):
@@ -115,12 +126,13 @@ class GPT(nn.Module):
         position = torch.arange(start, start + T, device=ids.device)
         dropout = self.config.dropout if self.training else 0.0
         x = self.ops.dropout(self.tokens(ids) + self.positions(position), dropout)
+        branch = None
         for block in self.blocks:
             if self.activation_checkpointing and self.training:
-                x = checkpoint(block, x, use_reentrant=False)
+                x, branch = checkpoint(block, x, branch, use_reentrant=False)
             else:
-                x = block(x, cache)
-        return self.ops.layer_norm(x, self.norm.weight, self.norm.bias, self.norm.eps)
+                x, branch = block(x, branch, cache)
+        return add_norm(self.ops, self.norm, x, branch, dropout)[0]
 
     def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
         hidden = self.hidden(ids)

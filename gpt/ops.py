@@ -30,6 +30,8 @@ class Ops:
     """Causal. q, k, v (B, H, T, D) and the dropout probability of the weights -> (B, H, T, D)."""
     layer_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     """x (..., C), weight (C,), bias (C,), eps -> (..., C)."""
+    add_norm: Callable[[Tensor, Tensor, Tensor, Tensor, float, float], tuple[Tensor, Tensor]]
+    """x, residual (..., C), weight (C,), bias (C,), eps, p -> (layer_norm(r), r) with r = residual + dropout(x, p)."""
     dropout: Callable[[Tensor, float], Tensor]
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     """x (..., in), weight (out, in), bias (out,) -> (..., out)."""
@@ -55,6 +57,14 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) ->
         scores = scores.masked_fill(~visible, float("-inf"))
     weights = F.dropout(torch.softmax(scores, dim=-1), dropout_p)
     return weights @ v
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dropout_p: float
+) -> tuple[Tensor, Tensor]:
+    """(layer_norm(r), r) with r = residual + dropout(x), all (..., C)."""
+    r = residual + F.dropout(x, dropout_p)
+    return F.layer_norm(r, r.shape[-1:], weight, bias, eps), r
 
 
 class ClippedAdamW(torch.optim.AdamW):
@@ -84,6 +94,7 @@ PLAIN = Ops(
     name="plain",
     attention=causal_attention,
     layer_norm=lambda x, weight, bias, eps: F.layer_norm(x, x.shape[-1:], weight, bias, eps),
+    add_norm=add_layer_norm,
     dropout=lambda x, p: F.dropout(x, p),
     linear=F.linear,
     linear_gelu=lambda x, weight, bias: F.gelu(F.linear(x, weight, bias), approximate="tanh"),
@@ -102,6 +113,7 @@ def _optimized() -> Ops:
         name="optimized",
         attention=lambda q, k, v, dropout_p: tapelm.attention(q, k, v, causal=True, dropout_p=dropout_p),
         layer_norm=tapelm.layer_norm,
+        add_norm=tapelm.add_layer_norm,
         dropout=lambda x, p: tapelm.dropout(x, p) if p else x,
         linear=tapelm.linear,
         linear_gelu=lambda x, weight, bias: tapelm.bias_gelu(tapelm.linear(x, weight), bias),
