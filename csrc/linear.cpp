@@ -45,7 +45,7 @@ bool prefer_matrix_product(at::ScalarType dtype) {
 template <typename T, typename Out>
 void matrix_product(Matrix<T> left, Matrix<T> right, int64_t M, int64_t N, int64_t K, const T* bias, bool add, Out* out,
                     int64_t ld, float* row_sums) {
-  if (K == 0) {
+  if (K == 0 || N == 0) {
     for (int64_t m = 0; m < M; ++m)
       for (int64_t n = 0; n < N && !add; ++n) out[m * ld + n] = bias ? static_cast<Out>(bias[n]) : Out(0.0f);
     if (row_sums) std::fill(row_sums, row_sums + M, 0.0f);
@@ -53,8 +53,25 @@ void matrix_product(Matrix<T> left, Matrix<T> right, int64_t M, int64_t N, int64
   }
   const ProductShape s = TAPELM_DISPATCH(product_shape<T>());
   const int64_t units = chunk_count(K, s.unit), panel = s.panel;
-  const int64_t most = kRightUnits / units / panel * panel;
-  const int64_t width = std::clamp(most, panel, K <= s.depth ? std::max(most, panel) : s.columns);
+  if (const int64_t most = kRightUnits / std::min(N, s.columns) * s.unit; K > most && row_sums == nullptr) {
+    // A very deep product is a sum of less deep ones, whose right operands stay in the cache.
+    const Scratch total(M * N);
+    for (int64_t k = 0; k < K; k += most)
+      matrix_product<T, float>({left.data + k * left.column, left.row, left.column},
+                               {right.data + k * right.row, right.row, right.column}, M, N, std::min(most, K - k),
+                               nullptr, k > 0, total.get(), N);
+    at::parallel_for(0, M, 64, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i)
+        for (int64_t j = 0; j < N; ++j) {
+          Out& o = out[i * ld + j];
+          const float sum = total.get()[i * N + j] + (bias ? static_cast<float>(bias[j]) : 0.0f);
+          o = static_cast<Out>(add ? sum + static_cast<float>(o) : sum);
+        }
+    });
+    return;
+  }
+  const int64_t most = std::max(panel, kRightUnits / units / panel * panel);
+  const int64_t width = K <= s.depth ? most : std::min(most, s.columns);
   const int64_t block = balanced_rows(M, s.tile_rows, s.rows);
   const Scratch packed(units * chunk_count(std::min(N, width), panel) * panel);
   for (int64_t n0 = 0; n0 < N; n0 += width) {
@@ -103,7 +120,7 @@ Matrix<T> matrix_of(const Tensor& t) {
 constexpr int64_t kFewRows = 64;
 
 bool ours(const Tensor& x) {
-  return prefer_matrix_product(x.scalar_type()) && (x.size(-1) == 0 || x.numel() / x.size(-1) >= kFewRows);
+  return prefer_matrix_product(x.scalar_type()) && x.numel() > 0 && x.numel() / x.size(-1) >= kFewRows;
 }
 
 // (..., C) as (rows, C); explicit sizes, since reshape cannot infer one of a tensor without elements.

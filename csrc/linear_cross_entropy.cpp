@@ -10,8 +10,14 @@
 namespace tapelm {
 namespace {
 
-constexpr int64_t kChunkBytes = 16 << 20;  // logits of one chunk
-constexpr int64_t kMinRows = 128;          // below this the products lose efficiency
+// A chunk is a third of the rows, so that the logits held are a third of all, but not above kChunkBytes. Below
+// kMinRows the products lose efficiency.
+constexpr int64_t kChunks = 3, kChunkBytes = 64 << 20, kMinRows = 128;
+
+int64_t chunk_rows(int64_t N, int64_t row_bytes) {
+  const int64_t most = std::max(kMinRows, std::min(chunk_count(N, kChunks), kChunkBytes / std::max<int64_t>(1, row_bytes)));
+  return std::max<int64_t>(1, chunk_count(N, std::max<int64_t>(1, chunk_count(N, most))));  // chunks of equal size
+}
 
 template <typename T, typename Out>
 void product_of(const Tensor& left, const Tensor& right, bool add, Tensor out) {
@@ -20,6 +26,7 @@ void product_of(const Tensor& left, const Tensor& right, bool add, Tensor out) {
                          left.size(1), nullptr, add, out.mutable_data_ptr<Out>(), out.stride(0));
 }
 
+// out = left right, or out += left right; out has the dtype of left or is float32.
 void product(const Tensor& left, const Tensor& right, bool add, Tensor out) {
   if (prefer_matrix_product(left.scalar_type())) {
     if (left.scalar_type() == at::kFloat)
@@ -28,13 +35,18 @@ void product(const Tensor& left, const Tensor& right, bool add, Tensor out) {
       product_of<bf16, float>(left, right, add, out);
     else
       product_of<bf16, bf16>(left, right, add, out);
-  } else if (!add) {
-    at::mm_out(out, left, right);
-  } else if (out.scalar_type() == left.scalar_type()) {
+  } else if (out.scalar_type() != left.scalar_type()) {
+    const Tensor result = at::mm(left, right);
+    add ? out.add_(result) : out.copy_(result);
+  } else if (add) {
     out.addmm_(left, right);
   } else {
-    out.add_(at::mm(left, right));
+    at::mm_out(out, left, right);
   }
+}
+
+Tensor converted(const Tensor& x, at::ScalarType dtype) {
+  return x.scalar_type() == dtype ? x : empty(x.sizes(), dtype).copy_(x);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_forward(const Tensor& hidden_, const Tensor& weight_,
@@ -68,9 +80,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_forward(const Te
   const float scale = 1.0f / static_cast<float>(valid);
 
   Tensor dhidden = need_grad ? empty_like(hidden) : at::empty({0}, hidden.options());
-  Tensor dweight = need_grad ? at::zeros(weight.sizes(), floats) : at::empty({0}, hidden.options());
+  Tensor dweight = need_grad ? empty(weight.sizes(), at::kFloat) : at::empty({0}, floats);
+  if (need_grad && N == 0) dweight.zero_();
   Tensor dbias = need_grad && bias.defined() ? at::zeros({V}, floats) : at::empty({0}, hidden.options());
-  const int64_t rows = std::max(kMinRows, kChunkBytes / std::max<int64_t>(1, V * hidden.element_size()));
+  const int64_t rows = chunk_rows(N, V * hidden.element_size());
   Tensor buffer = empty({std::min(rows, N), V}, hidden.scalar_type());
   Tensor losses = at::zeros({N}, floats);
   float* loss = losses.mutable_data_ptr<float>();
@@ -95,13 +108,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_forward(const Te
     });
     if (!need_grad) continue;
     product(logits, weight, false, dhidden.slice(0, begin, end));
-    product(logits.t(), h, true, dweight);
+    product(logits.t(), h, begin > 0, dweight);
     if (bias.defined()) dbias.add_(logits.sum(0, false, at::kFloat));
   }
   double total = 0.0;
   for (int64_t i = 0; i < N; ++i) total += loss[i];
   const Tensor mean = at::scalar_tensor(total / static_cast<double>(valid), floats);
-  return {mean, dhidden, dweight.to(hidden.scalar_type()), dbias.to(hidden.scalar_type())};
+  return {mean, dhidden, converted(dweight, hidden.scalar_type()), dbias.to(hidden.scalar_type())};
 }
 
 }  // namespace
