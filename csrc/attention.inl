@@ -124,6 +124,7 @@ void forward_panel(const Mask& m, int64_t head, int64_t q, const ForwardSpace<T>
   const int64_t q0 = q * NR, width = round_up(s.D, NR), row = width / PAIR<T>, depth = round_up(s.D, PAIR<T>) / PAIR<T>;
   const int64_t chunks = s.causal ? q + 1 : round_up(s.T, NR) / NR;
   const Panel p(m, head, q0);
+  for (int64_t t = q0; t < std::min(q0 + NR, s.T); ++t) prefetch_row<1>(out + t * out_row, s.D);
   const vf none = broadcast(-__builtin_inff());
   vf top[2] = {none, none}, total[2] = {};
   std::memset(w.sums, 0, NR * width * sizeof(float));
@@ -187,7 +188,7 @@ void forward_panel(const Mask& m, int64_t head, int64_t q, const ForwardSpace<T>
     store(tops + v * W, top[v]);
   }
   for (int64_t i = 0; i < std::min<int64_t>(NR, s.T - q0); ++i) {
-    write_rows(w.sums + i * width, 1, s, s.keep_scale / totals[i], out + (q0 + i) * out_row, out_row);
+    write_row(w.sums + i * width, s.D, s.keep_scale / totals[i], out + (q0 + i) * out_row);
     lse[q0 + i] = (tops[i] + std::log2(totals[i])) / LOG2E;
   }
 }

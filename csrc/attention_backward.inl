@@ -123,6 +123,8 @@ void row_products(Strided<T> grad, Strided<T> out, const AttentionShape& s, floa
   const int64_t whole = s.D / W * W;
   for (int64_t t = 0; t < s.T; ++t) {
     const T *a = grad.data + t * grad.row, *b = out.data + t * out.row;
+    prefetch_row<0>(a + AHEAD * grad.row, s.D);
+    prefetch_row<0>(b + AHEAD * out.row, s.D);
     vf sums = {};
     for (int64_t d = 0; d < whole; d += W) sums += load(a + d) * load(b + d);
     float rest = 0.0f;

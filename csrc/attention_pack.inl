@@ -61,17 +61,36 @@ TAPELM_INLINE void add_product(int64_t rows, int64_t columns, Depth depth, const
     }
 }
 
-template <typename T>
-void pack_rows(Strided<T> x, const AttentionShape& s, Unit<T>* out) {
-  const size_t bytes = s.D * sizeof(T), row = round_up(s.D, NR) * sizeof(T);
-  char* to = reinterpret_cast<char*>(out);
-  for (int64_t t = 0; t < s.T; ++t, to += row) {
-    std::memcpy(to, x.data + t * x.row, bytes);
-    if (bytes < row) std::memset(to + bytes, 0, row - bytes);
-  }
-  std::memset(to, 0, (round_up(s.T, NR) - s.T) * row);
+// Rows of one head lie far apart, beyond the hardware's own prefetching: they are asked for this many rows early.
+constexpr int64_t AHEAD = 16;
+
+template <int WRITE, typename T>
+TAPELM_INLINE void prefetch_row(const T* row, int64_t D) {
+  for (int64_t d = 0; d < D; d += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + d, WRITE);
 }
 
+// The first `count` elements of p as W units; the rest is zero.
+template <typename T>
+TAPELM_INLINE vu load_units(const T* p, int64_t count) {
+  vu x = {};
+  if (count >= W * PAIR<T>)
+    x = load(reinterpret_cast<const uint32_t*>(p));
+  else if (count > 0)
+    std::memcpy(&x, p, count * sizeof(T));
+  return x;
+}
+
+template <typename T>
+void pack_rows(Strided<T> x, const AttentionShape& s, Unit<T>* out) {
+  const int64_t row = round_up(s.D, NR) / PAIR<T>;
+  for (int64_t t = 0; t < s.T; ++t) {
+    const T* from = x.data + t * x.row;
+    prefetch_row<0>(from + AHEAD * x.row, s.D);
+    for (int64_t u = 0; u < row; u += W, out += W)
+      store(reinterpret_cast<uint32_t*>(out), load_units(from + u * PAIR<T>, s.D - u * PAIR<T>));
+  }
+  std::memset(out, 0, (round_up(s.T, NR) - s.T) * row * sizeof(float));
+}
 
 template <typename T>
 void pack_steps(Strided<T> x, const AttentionShape& s, Unit<T>* out) {
@@ -82,6 +101,8 @@ void pack_steps(Strided<T> x, const AttentionShape& s, Unit<T>* out) {
     for (int64_t t = 0; t < tokens; t += 2, out += width) {
       const T* low = x.data + t * x.row;
       const T* high = low + x.row;
+      prefetch_row<0>(low + AHEAD * x.row, s.D);
+      prefetch_row<0>(high + AHEAD * x.row, s.D);
       int64_t d = 0;
       if (t + 1 < s.T)
         for (; d < whole; d += W) store(out + d, ((vu)load(low + d) >> 16) | (vu)load(high + d));
@@ -112,30 +133,34 @@ void pack_columns(Strided<T> x, const AttentionShape& s, int64_t t0, Unit<T>* ou
   const int64_t units = round_up(s.D, NR) / PAIR<T>;
   for (int64_t half = 0; half < 2; ++half, t0 += W, out += W)
     for (int64_t u = 0; u < units; u += W) {
-      const int64_t count = std::min<int64_t>(W * PAIR<T>, s.D - u * PAIR<T>);
       vu block[W];
+#pragma GCC unroll 16
       for (int i = 0; i < W; ++i) {
         const T* from = x.data + (t0 + i) * x.row + u * PAIR<T>;
-        block[i] = vu{};
-        if (t0 + i < s.T && count == W * PAIR<T>)
-          std::memcpy(&block[i], from, sizeof(vu));
-        else if (t0 + i < s.T && count > 0)
-          std::memcpy(&block[i], from, count * sizeof(T));
+        __builtin_prefetch(from + AHEAD * x.row);
+        block[i] = load_units(from, t0 + i < s.T ? s.D - u * PAIR<T> : 0);
       }
       exchange<1>(block, lanes);
       exchange<2>(block, lanes);
       exchange<4>(block, lanes);
       if constexpr (W == 16) exchange<8>(block, lanes);
-      for (int i = 0; i < W; ++i) std::memcpy(out + (u + i) * NR, &block[i], sizeof(vu));
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) store(reinterpret_cast<uint32_t*>(out) + (u + i) * NR, block[i]);
     }
 }
 
-// Sums in float32 as elements of the result: out[t * row + d] = sums[t][d] * scale.
+// out[d] = sums[d] * scale, in the type of the result.
 template <typename T>
-void write_rows(const float* sums, int64_t t_count, const AttentionShape& s, float scale, T* out, int64_t row) {
-  const int64_t width = round_up(s.D, NR), whole = s.D / W * W;
-  for (int64_t t = 0; t < t_count; ++t, sums += width, out += row) {
-    for (int64_t d = 0; d < whole; d += W) store(out + d, load(sums + d) * scale);
-    for (int64_t d = whole; d < s.D; ++d) out[d] = static_cast<T>(sums[d] * scale);
+TAPELM_INLINE void write_row(const float* sums, int64_t D, float scale, T* out) {
+  int64_t d = 0;
+  for (; d + W <= D; d += W) store(out + d, load(sums + d) * scale);
+  for (; d < D; ++d) out[d] = static_cast<T>(sums[d] * scale);
+}
+
+template <typename T>
+void write_rows(const float* sums, int64_t count, const AttentionShape& s, float scale, T* out, int64_t row) {
+  for (int64_t t = 0; t < count; ++t, sums += round_up(s.D, NR), out += row) {
+    prefetch_row<1>(out + AHEAD * row, s.D);
+    write_row(sums, s.D, scale, out);
   }
 }

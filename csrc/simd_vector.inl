@@ -24,8 +24,12 @@ TAPELM_INLINE vu load(const uint32_t* p) { return (vu)load(reinterpret_cast<cons
 TAPELM_INLINE void store(uint32_t* p, vu x) { store(reinterpret_cast<float*>(p), as_float(x)); }
 
 TAPELM_INLINE vf load(const c10::BFloat16* p) {
+#if defined(TAPELM_AVX512)
+  return as_float((vu)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))) << 16);
+#else
   const vh bits = *reinterpret_cast<const vh_any*>(p);
   return as_float(__builtin_convertvector(bits, vu) << 16);
+#endif
 }
 
 // Round to nearest even; NaN stays NaN. The instruction of avx512bf16 takes denormals for zero.
