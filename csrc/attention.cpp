@@ -1,9 +1,16 @@
 // Attention, forward and backward: causal, grouped queries, document masks, dropout keyed by (seed, element).
 #include "common.h"
 
-#include <memory>
-
 namespace tapelm {
+
+struct Range {
+  int64_t begin, end;
+};
+
+// One of `count` tasks that a head is cut into.
+struct Split {
+  int64_t index, count;
+};
 
 struct AttentionShape {
   int64_t Hq, T, D;
@@ -76,6 +83,19 @@ const int32_t* documents_of(const Tensor& documents, int64_t b) {
   return documents.defined() ? documents.const_data_ptr<int32_t>() + b * documents.stride(0) : nullptr;
 }
 
+// Tasks that each head is cut into, so that the threads get equal shares also of few heads: at most one per block.
+int64_t splits_of(int64_t heads, int64_t blocks) {
+  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  int64_t splits = 1;
+  while (splits < blocks && heads * splits % threads != 0 && heads * splits < 8 * threads) ++splits;
+  return splits;
+}
+
+// Tasks per thread at the least: what takes less than some 50 us is not worth waking another thread.
+int64_t grain_of(const AttentionShape& s, int64_t group, int64_t splits) {
+  return 1 + (int64_t{1} << 22) * splits / (group * s.T * s.T * s.D);
+}
+
 // (B, H, T, D) stored as (B, T, H, D): the layout that the projection after attention reads without a copy.
 Tensor empty_heads(const Tensor& like) {
   return empty({like.size(0), like.size(2), like.size(1), like.size(3)}, like.scalar_type()).transpose(1, 2);
@@ -88,22 +108,23 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& q_, const Tensor& k_,
   const Tensor q = last_contiguous(q_), k = last_contiguous(k_), v = last_contiguous(v_);
   const Tensor documents = document_ids.has_value() ? document_ids->contiguous() : Tensor();
   const AttentionShape s = shape_of(q, causal, scale, dropout_p, seed);
-  const int64_t B = q.size(0), group = k.size(1) ? s.Hq / k.size(1) : 1;
+  const int64_t B = q.size(0), Hkv = k.size(1), group = Hkv ? s.Hq / Hkv : 1;
   Tensor out = empty_heads(q);
   Tensor lse = at::empty({B, s.Hq, s.T}, q.options().dtype(at::kFloat));
   if (out.numel() == 0) return {out, lse.zero_()};
+  const int64_t splits = splits_of(B * Hkv, TAPELM_DISPATCH(attention_forward_blocks(s)));
   with_dtype(q, [&](auto zero) {
     using T = decltype(zero);
     T* out_data = out.mutable_data_ptr<T>();
     float* lse_data = lse.mutable_data_ptr<float>();
-    at::parallel_for(0, B * s.Hq, 1, [&](int64_t first, int64_t last) {
-      const std::unique_ptr<float[]> space(new float[TAPELM_DISPATCH(attention_forward_floats(s))]);
-      for (int64_t head = first; head < last; ++head) {
-        const int64_t b = head / s.Hq, h = head % s.Hq;
-        TAPELM_DISPATCH(attention_forward_head<T>(s, head, documents_of(documents, b), head_of<T>(q, b, h),
-                                                  head_of<T>(k, b, h / group), head_of<T>(v, b, h / group),
-                                                  out_data + (b * s.T * s.Hq + h) * s.D, s.Hq * s.D,
-                                                  lse_data + head * s.T, space.get()));
+    at::parallel_for(0, B * Hkv * splits, grain_of(s, group, splits), [&](int64_t first, int64_t last) {
+      const Scratch space(TAPELM_DISPATCH(attention_forward_floats<T>(s)));
+      for (int64_t task = first; task < last; ++task) {
+        const int64_t b = task / splits / Hkv, kv = task / splits % Hkv, h = kv * group, head = b * s.Hq + h;
+        TAPELM_DISPATCH(attention_forward_group<T>(
+            s, head, group, documents_of(documents, b), {task % splits, splits}, head_of<T>(q, b, h),
+            head_of<T>(k, b, kv), head_of<T>(v, b, kv), out_data + (b * s.T * s.Hq + h) * s.D, s.Hq * s.D,
+            lse_data + head * s.T, space.get()));
       }
     });
   });
@@ -126,23 +147,33 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_, const
   const int64_t B = q.size(0), Hkv = k.size(1), group = Hkv ? s.Hq / Hkv : 1;
   Tensor dq = empty_heads(q), dk = empty_heads(k), dv = empty_heads(v);
   if (q.numel() == 0) return {dq, dk.zero_(), dv.zero_()};
+  const int64_t splits = splits_of(B * Hkv, TAPELM_DISPATCH(attention_backward_blocks(s)));
+  const int64_t size = TAPELM_DISPATCH(attention_sum_floats(s));  // of a head's sums of dq
+  const Scratch dq_sums(splits > 1 ? splits * B * s.Hq * size : 0);
   with_dtype(q, [&](auto zero) {
     using T = decltype(zero);
     T* dq_data = dq.mutable_data_ptr<T>();
     T* dk_data = dk.mutable_data_ptr<T>();
     T* dv_data = dv.mutable_data_ptr<T>();
-    at::parallel_for(0, B * Hkv, 1, [&](int64_t first, int64_t last) {
-      const std::unique_ptr<float[]> space(new float[TAPELM_DISPATCH(attention_backward_floats(s))]);
+    at::parallel_for(0, B * Hkv * splits, grain_of(s, group, splits), [&](int64_t first, int64_t last) {
+      const Scratch space(TAPELM_DISPATCH(attention_backward_floats<T>(s)));
       for (int64_t task = first; task < last; ++task) {
-        const int64_t b = task / Hkv, kv = task % Hkv, h = kv * group, head = b * s.Hq + h;
+        const int64_t b = task / splits / Hkv, kv = task / splits % Hkv, h = kv * group, head = b * s.Hq + h;
         const int64_t kv_start = (b * s.T * Hkv + kv) * s.D;
+        float* const sums = splits > 1 ? dq_sums.get() + (task % splits * B * s.Hq + head) * size : nullptr;
         TAPELM_DISPATCH(attention_backward_group<T>(
-            s, head, group, documents_of(documents, b), head_of<T>(grad, b, h), head_of<T>(q, b, h),
-            head_of<T>(k, b, kv), head_of<T>(v, b, kv), head_of<T>(out, b, h),
+            s, head, group, documents_of(documents, b), {task % splits, splits}, head_of<T>(grad, b, h),
+            head_of<T>(q, b, h), head_of<T>(k, b, kv), head_of<T>(v, b, kv), head_of<T>(out, b, h),
             lse.const_data_ptr<float>() + head * s.T, dq_data + (b * s.T * s.Hq + h) * s.D, s.Hq * s.D,
-            dk_data + kv_start, dv_data + kv_start, Hkv * s.D, space.get()));
+            dk_data + kv_start, dv_data + kv_start, Hkv * s.D, sums, space.get()));
       }
     });
+    if (splits > 1)
+      at::parallel_for(0, B * s.Hq, 1, [&](int64_t first, int64_t last) {
+        for (int64_t head = first; head < last; ++head)
+          TAPELM_DISPATCH(attention_write_dq<T>(s, dq_sums.get() + head * size, splits, B * s.Hq * size,
+                                                dq_data + (head / s.Hq * s.T * s.Hq + head % s.Hq) * s.D, s.Hq * s.D));
+      });
   });
   return {dq, dk, dv};
 }

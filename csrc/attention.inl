@@ -1,242 +1,227 @@
-// Flash attention (Dao et al. 2022) for one instruction set: blocks of queries against blocks of keys, scores never
-// stored beyond a block. All arithmetic is float32 on operands packed once per head:
-//   rows     (T, D) row-major: the left operand of a tile
-//   panels   [D / NR][T][NR]: the right operand when the sum runs over t
-//   columns  [T / NR][D][NR]: the right operand when the sum runs over d (a transpose)
-// Rows and columns beyond T and D are zero.
+// Flash attention (Dao et al. 2022) for one instruction set: queries against keys in squares of NR x NR, scores never
+// stored beyond a block. Scores are computed transposed, [key][query]: the softmax of a query then runs down a lane, and
+// a weight is written once in each order that a product over keys or over queries reads (see attention_pack.inl).
+#include "attention_pack.inl"
 
-constexpr int64_t BQ = 48;  // queries per block, a multiple of every MR
-constexpr int64_t BK = 96;  // keys per block, a multiple of every MR and NR
+constexpr int64_t FORWARD_KEYS = 256;  // keys per block of the forward pass
+constexpr int64_t BACKWARD = 128;      // queries and keys per block of the backward pass; both multiples of NR
+constexpr float LOG2E = 1.44269504088896341f;
 
-TAPELM_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+// Which squares (query chunk, key chunk) of NR x NR are seen; documents are those of one batch row.
+struct Mask {
+  const AttentionShape& s;
+  const int32_t* documents = nullptr;  // [tokens], beyond T the last one
+  const int32_t *lowest = nullptr, *highest = nullptr;  // [tokens / NR]
 
-template <typename T>
-void pack_rows(Strided<T> x, const AttentionShape& s, float scale, float* out) {
-  for (int64_t t = 0; t < s.T; ++t)
-    for (int64_t d = 0; d < s.D; ++d) out[t * s.D + d] = static_cast<float>(x.data[t * x.row + d]) * scale;
-  std::fill(out + s.T * s.D, out + round_up(s.T, BK) * s.D, 0.0f);
-}
+  Mask(const AttentionShape& shape, const int32_t* ids, float* space) : s(shape) {
+    if (ids == nullptr) return;
+    int32_t* copy = reinterpret_cast<int32_t*>(space);
+    const int64_t tokens = round_up(s.T, NR), chunks = tokens / NR;
+    std::memcpy(copy, ids, s.T * sizeof(int32_t));
+    std::fill(copy + s.T, copy + tokens, ids[s.T - 1]);
+    for (int64_t c = 0; c < chunks; ++c) {
+      const auto [low, high] = std::minmax_element(copy + c * NR, copy + (c + 1) * NR);
+      copy[tokens + c] = *low;
+      copy[tokens + chunks + c] = *high;
+    }
+    documents = copy;
+    lowest = copy + tokens;
+    highest = lowest + chunks;
+  }
+  static int64_t floats(const AttentionShape& s) { return 3 * round_up(s.T, NR); }
 
-template <typename T>
-void pack_panels(Strided<T> x, const AttentionShape& s, float scale, float* out) {
-  for (int64_t d0 = 0; d0 < s.D; d0 += NR)
-    for (int64_t t = 0; t < s.T; ++t, out += NR) {
-      const T* in = x.data + t * x.row + d0;
-      const int64_t n = std::min<int64_t>(NR, s.D - d0);
-      if (n == NR) {
-        store(out, load(in) * scale);
-        store(out + W, load(in + W) * scale);
-      } else {
-        for (int64_t i = 0; i < NR; ++i) out[i] = i < n ? static_cast<float>(in[i]) * scale : 0.0f;
+  bool hidden(int64_t q, int64_t k) const {
+    return (s.causal && k > q) || (documents && (highest[q] < lowest[k] || highest[k] < lowest[q]));
+  }
+  bool whole(int64_t q, int64_t k) const {
+    return !(s.causal && k == q) && (k + 1) * NR <= s.T &&
+           (!documents || (lowest[q] == highest[k] && highest[q] == lowest[k]));
+  }
+  Range keys(int64_t q, Range k) const {
+    while (k.begin < k.end && hidden(q, k.begin)) ++k.begin;
+    while (k.begin < k.end && hidden(q, k.end - 1)) --k.end;
+    return k;
+  }
+  Range queries(Range q, int64_t k) const {
+    while (q.begin < q.end && hidden(q.begin, k)) ++q.begin;
+    while (q.begin < q.end && hidden(q.end - 1, k)) --q.end;
+    return q;
+  }
+};
+
+// NR queries of one head as the lanes of two vectors.
+struct Panel {
+  vi last[2], document[2];  // the last key that a query sees; its document
+  vl counter[2][2];         // Philox counters of key 0 of the even and of the odd lanes
+
+  Panel(const Mask& m, int64_t head, int64_t q0) {
+    const int64_t row = round_up(m.s.T, 4) / 4;
+    for (int v = 0; v < 2; ++v)
+      for (int i = 0; i < W; ++i) {
+        const int64_t t = q0 + v * W + i;
+        last[v][i] = static_cast<int32_t>(m.s.causal ? std::min(t, m.s.T - 1) : m.s.T - 1);
+        document[v][i] = m.documents ? m.documents[t] : 0;
+        counter[v][i % 2][i / 2] = static_cast<uint64_t>((head * m.s.T + t) * row);
       }
-    }
+  }
+
+  TAPELM_INLINE vf seen(vf x, const Mask& m, int v, int64_t key) const {
+    vi hidden = vi{} + static_cast<int32_t>(key) > last[v];
+    if (m.documents) hidden |= document[v] != m.documents[key];
+    return hidden ? broadcast(-__builtin_inff()) : x;
+  }
+
+  // Random words of four keys: element index ((b Hq + h) T + t) S4 + key, S4 = T rounded up to 4.
+  TAPELM_INLINE void random(uint64_t seed, int v, int64_t key, vu out[4]) const {
+    vl even[4], odd[4];
+    philox(seed, counter[v][0] + static_cast<uint64_t>(key / 4), even);
+    philox(seed, counter[v][1] + static_cast<uint64_t>(key / 4), odd);
+#pragma GCC unroll 4
+    for (int w = 0; w < 4; ++w) out[w] = interleave_words(even[w], odd[w]);
+  }
+};
+
+TAPELM_INLINE vf dropped(vf x, vu random, uint32_t threshold) { return random >= broadcast(threshold) ? x : vf{}; }
+
+// Rows `even` and `odd` of weights [key][query] as an operand that is summed over keys; `ld` units between its rows.
+TAPELM_INLINE void store_steps(float* to, int64_t ld, vf even, vf odd) {
+  store(to, even);
+  store(to + ld, odd);
 }
+TAPELM_INLINE void store_steps(uint32_t* to, int64_t, vf even, vf odd) { store(to, round_pairs(even, odd)); }
 
 template <typename T>
-void pack_columns(Strided<T> x, const AttentionShape& s, float* out) {
-  for (int64_t t0 = 0; t0 < round_up(s.T, BK); t0 += NR, out += s.D * NR)
-    for (int64_t i = 0; i < NR; ++i) {
-      const T* in = x.data + (t0 + i) * x.row;
-      for (int64_t d = 0; d < s.D; ++d) out[d * NR + i] = t0 + i < s.T ? static_cast<float>(in[d]) : 0.0f;
+struct ForwardSpace {
+  Unit<T>*k_rows, *v_steps, *q_columns, *weights;
+  float *scores, *sums;
+};
+
+// Scores of R keys from `key`, scaled for exp2, masked where the square is mixed; V = 1 leaves out the first vector,
+// all of it hidden. Returns by `top` the largest of each query.
+template <int V, typename U>
+TAPELM_INLINE void score_tile(const Mask& m, const Panel& p, int64_t key, bool mixed, const U* k, int64_t k_row,
+                              int64_t depth, const U* q_columns, float* scores, vf top[2]) {
+  constexpr int first = 2 - V;
+  vf c[R][V];
+  product_tile<V>(depth, k, k_row, 1, q_columns + first * W, NR, c);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    if constexpr (V == 1) store(scores + r * NR, broadcast(-__builtin_inff()));
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+      vf x = c[r][v] * (m.s.scale * LOG2E);
+      if (mixed) x = p.seen(x, m, first + v, key + r);
+      top[first + v] = max(top[first + v], x);
+      store(scores + r * NR + (first + v) * W, x);
     }
-}
-
-// out[rows][columns of NR] (+)= left * right, both multiples of a tile; `panel` is the distance between right panels.
-template <bool ADD>
-TAPELM_INLINE void multiply(int64_t rows, int64_t columns, int64_t depth, const float* left, int64_t row_stride,
-                            int64_t step, const float* right, int64_t panel, float* out, int64_t ld) {
-  for (int64_t j = 0; j < columns; j += NR, right += panel)
-    for (int64_t i = 0; i < rows; i += MR) {
-      vf c[MR][2];
-      tile<MR>(depth, left + i * row_stride, row_stride, step, right, c);
-      float* o = out + i * ld + j;
-#pragma GCC unroll 16
-      for (int r = 0; r < MR; ++r, o += ld) {
-        store(o, ADD ? load(o) + c[r][0] : c[r][0]);
-        store(o + W, ADD ? load(o + W) + c[r][1] : c[r][1]);
-      }
-    }
-}
-
-// Keys that query t may see inside the block [k0, k0 + BK): sets the scores of the others to -inf.
-TAPELM_INLINE void mask_row(float* row, int64_t t, int64_t k0, const AttentionShape& s, const int32_t* documents) {
-  const int64_t end = std::min<int64_t>(s.causal ? t + 1 : s.T, s.T) - k0;
-  for (int64_t i = std::max<int64_t>(end, 0); i < BK; ++i) row[i] = -__builtin_inff();
-  if (documents != nullptr)
-    for (int64_t i = 0; i < std::min(end, BK); ++i)
-      if (documents[k0 + i] != documents[t]) row[i] = -__builtin_inff();
-}
-
-// True when no query of the block shares a document with any key of the block.
-inline bool documents_disjoint(const int32_t* documents, int64_t q0, int64_t nq, int64_t k0, int64_t nk) {
-  if (documents == nullptr) return false;
-  const auto [qmin, qmax] = std::minmax_element(documents + q0, documents + q0 + nq);
-  const auto [kmin, kmax] = std::minmax_element(documents + k0, documents + k0 + nk);
-  return *qmax < *kmin || *kmax < *qmin;
-}
-
-// Dropout factors of BK weights of one query: element index ((b Hq + h) T + t) S4 + key, S4 = T rounded up to 4.
-TAPELM_INLINE void dropout_row(const AttentionShape& s, int64_t head, int64_t t, int64_t k0, float* factors) {
-  const uint64_t first = static_cast<uint64_t>((head * s.T + t) * round_up(s.T, 4) + k0);
-  for (int64_t i = 0; i < BK; i += NR) {
-    vu random[2];
-    philox(s.seed, (first + i) / 4, random);
-    store(factors + i, keep(random[0], s.threshold, s.keep_scale));
-    store(factors + i + W, keep(random[1], s.threshold, s.keep_scale));
   }
 }
 
+// One panel of queries against all its keys. A NaN score may be lost by the maximum but not by the total.
+template <typename T, bool DROPOUT>
+void forward_panel(const Mask& m, int64_t head, int64_t q, const ForwardSpace<T>& w, T* out, int64_t out_row, float* lse) {
+  const AttentionShape& s = m.s;
+  const int64_t q0 = q * NR, width = round_up(s.D, NR), row = width / PAIR<T>, depth = round_up(s.D, PAIR<T>) / PAIR<T>;
+  const int64_t chunks = s.causal ? q + 1 : round_up(s.T, NR) / NR;
+  const Panel p(m, head, q0);
+  for (int64_t t = q0; t < std::min(q0 + NR, s.T); ++t) prefetch_row<1>(out + t * out_row, s.D);
+  const vf none = broadcast(-__builtin_inff());
+  vf top[2] = {none, none}, total[2] = {};
+  std::memset(w.sums, 0, NR * width * sizeof(float));
+  for (int64_t block = 0; block < chunks; block += FORWARD_KEYS / NR) {
+    const Range k = m.keys(q, {block, std::min(chunks, block + FORWARD_KEYS / NR)});
+    if (k.begin == k.end) continue;
+    vf new_top[2] = {top[0], top[1]};
+    for (int64_t c = k.begin; c < k.end; ++c) {
+      float* scores = w.scores + (c - block) * NR * NR;
+      if (m.hidden(q, c)) {
+        std::fill(scores, scores + NR * NR, -__builtin_inff());
+        continue;
+      }
+      const bool mixed = !m.whole(q, c);
+      for (int64_t i = 0; i < NR; i += R) {
+        const int64_t key = c * NR + i;
+        if (s.causal && key >= q0 + W)
+          score_tile<1>(m, p, key, mixed, w.k_rows + key * row, row, depth, w.q_columns, scores + i * NR, new_top);
+        else
+          score_tile<2>(m, p, key, mixed, w.k_rows + key * row, row, depth, w.q_columns, scores + i * NR, new_top);
+      }
+    }
+    const float* scores = w.scores + (k.begin - block) * NR * NR;
+    Unit<T>* weights = w.weights + (k.begin - block) * NR / PAIR<T> * NR;
+    float rescale[NR];
+    for (int v = 0; v < 2; ++v) {
+      const vf shift = new_top[v] == none ? vf{} : new_top[v];  // a query that has seen nothing has weights of 0
+      const vf decay = exp2(top[v] - shift);
+      vf sums = {};
+      for (int64_t i = 0; i < (k.end - k.begin) * NR; i += 4) {
+        vu random[4];
+        vf x[4];
+        if constexpr (DROPOUT) p.random(s.seed, v, k.begin * NR + i, random);
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; ++r) {
+          x[r] = exp2(load(scores + (i + r) * NR + v * W) - shift);
+          sums += x[r];
+          if constexpr (DROPOUT) x[r] = dropped(x[r], random[r], s.threshold);
+        }
+#pragma GCC unroll 2
+        for (int r = 0; r < 4; r += 2) store_steps(weights + (i + r) / PAIR<T> * NR + v * W, NR, x[r], x[r + 1]);
+      }
+      store(rescale + v * W, decay);
+      total[v] = total[v] * decay + sums;
+      top[v] = new_top[v];
+    }
+    if (block > 0)
+      for (int64_t i = 0; i < NR; ++i)
+        if (rescale[i] != 1.0f)
+          for (int64_t d = 0; d < width; d += W) store(w.sums + i * width + d, load(w.sums + i * width + d) * rescale[i]);
+    const auto visible = [&](int64_t i) -> Range {
+      const int64_t end = s.causal ? std::min(k.end * NR, q0 + i + R) : k.end * NR;
+      return {k.begin * NR / PAIR<T>, end / PAIR<T>};
+    };
+    const int64_t start = block * NR / PAIR<T>;
+    add_product(NR, width, visible, w.weights - start * NR, 1, NR, w.v_steps, width, w.sums);
+  }
+  float totals[NR], tops[NR];
+  for (int v = 0; v < 2; ++v) {
+    store(totals + v * W, total[v]);
+    store(tops + v * W, top[v]);
+  }
+  for (int64_t i = 0; i < std::min<int64_t>(NR, s.T - q0); ++i) {
+    write_row(w.sums + i * width, s.D, s.keep_scale / totals[i], out + (q0 + i) * out_row);
+    lse[q0 + i] = (tops[i] + std::log2(totals[i])) / LOG2E;
+  }
+}
+
+int64_t attention_forward_blocks(const AttentionShape& s) { return (s.T + NR - 1) / NR; }
+
+template <typename T>
 int64_t attention_forward_floats(const AttentionShape& s) {
-  const int64_t t = round_up(s.T, BK), d = round_up(s.D, NR);
-  return 2 * t * s.D + t * d + BQ * (BK + d) + 2 * BQ + BK;
+  const int64_t tokens = round_up(s.T, NR), width = round_up(s.D, NR);
+  return 2 * tokens * width / PAIR<T> + 2 * NR * width + 2 * FORWARD_KEYS * NR + Mask::floats(s);
 }
 
+// The query heads of one key/value head; of `splits` tasks, this one takes every splits-th panel of queries.
 template <typename T>
-void attention_forward_head(const AttentionShape& s, int64_t head, const int32_t* documents, Strided<T> q, Strided<T> k,
-                            Strided<T> v, T* out, int64_t out_row, float* lse, float* space) {
-  const int64_t padded = round_up(s.T, BK), width = round_up(s.D, NR);
-  float* rows = space;
-  float* columns = rows + padded * s.D;
-  float* panels = columns + padded * s.D;
-  float* score = panels + padded * width;
-  float* sum_pv = score + BQ * BK;
-  float* top = sum_pv + BQ * width;
-  float* total = top + BQ;
-  float* factors = total + BQ;
-  pack_rows(q, s, s.scale, rows);
-  pack_columns(k, s, columns);
-  pack_panels(v, s, 1.0f, panels);
-
-  for (int64_t q0 = 0; q0 < s.T; q0 += BQ) {
-    const int64_t nq = std::min(BQ, s.T - q0), row_end = round_up(nq, MR);
-    std::fill(sum_pv, sum_pv + BQ * width, 0.0f);
-    std::fill(top, top + BQ, -__builtin_inff());
-    std::fill(total, total + BQ, 0.0f);
-    const int64_t k_end = s.causal ? q0 + nq : s.T;
-    for (int64_t k0 = 0; k0 < k_end; k0 += BK) {
-      const int64_t nk = std::min(BK, k_end - k0);
-      if (documents_disjoint(documents, q0, nq, k0, nk)) continue;
-      multiply<false>(row_end, nk, s.D, rows + q0 * s.D, s.D, 1, columns + k0 * s.D, s.D * NR, score, BK);
-      for (int64_t i = 0; i < nq; ++i) {
-        float* row = score + i * BK;
-        mask_row(row, q0 + i, k0, s, documents);
-        vf highest = load(row);
-        for (int64_t j = W; j < BK; j += W) highest = max(highest, load(row + j));
-        float new_top = std::max(top[i], max(highest));
-        if (new_top == -__builtin_inff()) {
-          // Nothing visible yet, unless it was a NaN that the maximum lost.
-          if (std::none_of(row, row + BK, [](float x) { return x != x; })) {
-            std::fill(row, row + BK, 0.0f);
-            continue;
-          }
-          new_top = __builtin_nanf("");
-        }
-        const float rescale = std::exp(top[i] - new_top);
-        vf weights = {};
-        for (int64_t j = 0; j < BK; j += W) {
-          const vf w = exp(load(row + j) - new_top);
-          weights += w;
-          store(row + j, w);
-        }
-        total[i] = total[i] * rescale + sum(weights);
-        top[i] = new_top;
-        if (rescale != 1.0f)
-          for (int64_t j = 0; j < width; j += W) store(sum_pv + i * width + j, load(sum_pv + i * width + j) * rescale);
-        if (s.dropout) {
-          dropout_row(s, head, q0 + i, k0, factors);
-          for (int64_t j = 0; j < BK; j += W) store(row + j, load(row + j) * load(factors + j));
-        }
-      }
-      multiply<true>(row_end, width, nk, score, BK, 1, panels + k0 * NR, s.T * NR, sum_pv, width);
-    }
-    for (int64_t i = 0; i < nq; ++i) {
-      const float inverse = 1.0f / total[i];
-      T* o = out + (q0 + i) * out_row;
-      for (int64_t d = 0; d < s.D; ++d) o[d] = static_cast<T>(sum_pv[i * width + d] * inverse);
-      lse[q0 + i] = top[i] + std::log(total[i]);
-    }
-  }
-}
-
-int64_t attention_backward_floats(const AttentionShape& s) {
-  const int64_t t = round_up(s.T, BK), d = round_up(s.D, NR);
-  return 4 * t * s.D + 6 * t * d + t + 2 * BQ * BK + BK;
-}
-
-// One key/value head with the `group` query heads that read it, so that dk and dv have a single writer.
-template <typename T>
-void attention_backward_group(const AttentionShape& s, int64_t head, int64_t group, const int32_t* documents,
-                              Strided<T> grad, Strided<T> q, Strided<T> k, Strided<T> v, Strided<T> out,
-                              const float* lse, T* dq, int64_t dq_row, T* dk, T* dv, int64_t dk_row, float* space) {
-  const int64_t padded = round_up(s.T, BK), width = round_up(s.D, NR);
-  float* q_rows = space;
-  float* g_rows = q_rows + padded * s.D;
-  float* k_columns = g_rows + padded * s.D;
-  float* v_columns = k_columns + padded * s.D;
-  float* k_panels = v_columns + padded * s.D;
-  float* q_panels = k_panels + padded * width;
-  float* g_panels = q_panels + padded * width;
-  float* sum_dq = g_panels + padded * width;
-  float* sum_dk = sum_dq + padded * width;
-  float* sum_dv = sum_dk + padded * width;
-  float* delta = sum_dv + padded * width;
-  float* weight = delta + padded;
-  float* dscore = weight + BQ * BK;
-  float* factors = dscore + BQ * BK;
-  pack_columns(k, s, k_columns);
-  pack_columns(v, s, v_columns);
-  pack_panels(k, s, 1.0f, k_panels);
-  std::fill(sum_dk, sum_dk + 2 * padded * width, 0.0f);
-  std::fill(factors, factors + BK, 1.0f);
-
-  for (int64_t g = 0; g < group; ++g) {
-    const Strided<T> qh = q.head_offset(g), gh = grad.head_offset(g), oh = out.head_offset(g);
-    pack_rows(qh, s, s.scale, q_rows);
-    pack_rows(gh, s, 1.0f, g_rows);
-    pack_panels(qh, s, s.scale, q_panels);
-    pack_panels(gh, s, 1.0f, g_panels);
-    std::fill(sum_dq, sum_dq + padded * width, 0.0f);
-    for (int64_t t = 0; t < s.T; ++t) {
-      float d = 0.0f;
-      for (int64_t i = 0; i < s.D; ++i) d += g_rows[t * s.D + i] * static_cast<float>(oh.data[t * oh.row + i]);
-      delta[t] = d;
-    }
-    for (int64_t k0 = 0; k0 < s.T; k0 += BK) {
-      const int64_t nk = std::min(BK, s.T - k0);
-      for (int64_t q0 = s.causal ? k0 / BQ * BQ : 0; q0 < s.T; q0 += BQ) {
-        const int64_t nq = std::min(BQ, s.T - q0), row_end = round_up(nq, MR);
-        const int64_t visible = s.causal ? std::min(nk, q0 + nq - k0) : nk;
-        if (visible <= 0 || documents_disjoint(documents, q0, nq, k0, nk)) continue;
-        multiply<false>(row_end, visible, s.D, q_rows + q0 * s.D, s.D, 1, k_columns + k0 * s.D, s.D * NR, weight, BK);
-        multiply<false>(row_end, visible, s.D, g_rows + q0 * s.D, s.D, 1, v_columns + k0 * s.D, s.D * NR, dscore, BK);
-        for (int64_t i = 0; i < nq; ++i) {
-          float* w = weight + i * BK;
-          float* ds = dscore + i * BK;
-          mask_row(w, q0 + i, k0, s, documents);
-          if (s.dropout) dropout_row(s, head + g, q0 + i, k0, factors);
-          const float shift = lse[g * s.T + q0 + i], center = delta[q0 + i];
-          const int64_t computed = round_up(visible, NR);
-          for (int64_t j = 0; j < computed; j += W) {
-            const vf p = exp(load(w + j) - shift), f = load(factors + j);
-            store(w + j, p * f);
-            store(ds + j, p * (load(ds + j) * f - center));
-          }
-          std::fill(w + computed, w + BK, 0.0f);
-          std::fill(ds + computed, ds + BK, 0.0f);
-        }
-        multiply<true>(row_end, width, visible, dscore, BK, 1, k_panels + k0 * NR, s.T * NR, sum_dq + q0 * width, width);
-        const int64_t key_end = round_up(visible, MR);
-        multiply<true>(key_end, width, nq, weight, 1, BK, g_panels + q0 * NR, s.T * NR, sum_dv + k0 * width, width);
-        multiply<true>(key_end, width, nq, dscore, 1, BK, q_panels + q0 * NR, s.T * NR, sum_dk + k0 * width, width);
-      }
-    }
-    for (int64_t t = 0; t < s.T; ++t)
-      for (int64_t d = 0; d < s.D; ++d)
-        dq[g * s.D + t * dq_row + d] = static_cast<T>(sum_dq[t * width + d] * s.scale);
-  }
-  for (int64_t t = 0; t < s.T; ++t)
-    for (int64_t d = 0; d < s.D; ++d) {
-      dk[t * dk_row + d] = static_cast<T>(sum_dk[t * width + d]);
-      dv[t * dk_row + d] = static_cast<T>(sum_dv[t * width + d]);
+void attention_forward_group(const AttentionShape& s, int64_t head, int64_t group, const int32_t* documents, Split split,
+                             Strided<T> q, Strided<T> k, Strided<T> v, T* out, int64_t out_row, float* lse, float* space) {
+  const int64_t tokens = round_up(s.T, NR), width = round_up(s.D, NR);
+  const Mask mask(s, documents, space);
+  space += Mask::floats(s);
+  ForwardSpace<T> w;
+  w.k_rows = reinterpret_cast<Unit<T>*>(space);
+  w.v_steps = w.k_rows + tokens * width / PAIR<T>;
+  w.q_columns = w.v_steps + tokens * width / PAIR<T>;
+  w.weights = w.q_columns + NR * width;
+  w.scores = reinterpret_cast<float*>(w.weights + FORWARD_KEYS * NR);
+  w.sums = w.scores + FORWARD_KEYS * NR;
+  pack_rows(k, s, w.k_rows);
+  pack_steps(v, s, w.v_steps);
+  for (int64_t g = 0; g < group; ++g)
+    for (int64_t panel = split.index; panel < tokens / NR; panel += split.count) {
+      pack_columns(q.head_offset(g), s, panel * NR, w.q_columns);
+      (s.dropout ? forward_panel<T, true> : forward_panel<T, false>)(mask, head + g, panel, w, out + g * s.D, out_row,
+                                                                     lse + g * s.T);
     }
 }
+#include "attention_backward.inl"

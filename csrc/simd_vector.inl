@@ -20,9 +20,16 @@ TAPELM_INLINE vf as_float(vu x) { return (vf)x; }
 TAPELM_INLINE vf load(const float* p) { return *reinterpret_cast<const vf_any*>(p); }
 TAPELM_INLINE void store(float* p, vf x) { *reinterpret_cast<vf_any*>(p) = x; }
 
+TAPELM_INLINE vu load(const uint32_t* p) { return (vu)load(reinterpret_cast<const float*>(p)); }
+TAPELM_INLINE void store(uint32_t* p, vu x) { store(reinterpret_cast<float*>(p), as_float(x)); }
+
 TAPELM_INLINE vf load(const c10::BFloat16* p) {
+#if defined(TAPELM_AVX512)
+  return as_float((vu)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))) << 16);
+#else
   const vh bits = *reinterpret_cast<const vh_any*>(p);
   return as_float(__builtin_convertvector(bits, vu) << 16);
+#endif
 }
 
 // Round to nearest even; NaN stays NaN. The instruction of avx512bf16 takes denormals for zero.
@@ -44,6 +51,21 @@ TAPELM_INLINE vf dot_pairs(vf sums, vu a, vu b) {
   return (vf)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b);
 #else
   return sums + as_float(a << 16) * as_float(b << 16) + as_float(a & 0xffff0000u) * as_float(b & 0xffff0000u);
+#endif
+}
+
+// Lane i: low[i] and high[i] rounded to bfloat16, an operand of dot_pairs.
+TAPELM_INLINE vu round_pairs(vf low, vf high) {
+#if defined(TAPELM_AVX512BF16)
+  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return (vu)_mm512_permutexvar_epi16(order, halves);
+#else
+  c10::BFloat16 lanes[2][W];
+  store(lanes[0], low);
+  store(lanes[1], high);
+  return ((vu)load(lanes[0]) >> 16) | (vu)load(lanes[1]);
 #endif
 }
 
@@ -104,6 +126,32 @@ TAPELM_INLINE vf exp(vf x) {
   return x < low ? vf{} : (x > high ? inf : y);
 }
 
+// 2^x to 3 ulp: x = n + r with n = floor(x), a degree-5 polynomial in r, n added to the exponent. Below -126 the result
+// may be 0 (a denormal in exact arithmetic), from 128 on it is inf; NaN propagates.
+TAPELM_INLINE vf exp2(vf x) {
+#if defined(TAPELM_AVX512)
+  const vf r = (vf)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+#else
+  const vf low = broadcast(-126.0f), high = broadcast(128.0f);
+  const vf clamped = x < low ? low : (x > high ? high : x);
+  const vf magic = broadcast(12582912.0f);  // 1.5 * 2^23, as in exp; r may be 1 instead of 0
+  const vf shifted = (clamped - 0.5f) + magic;
+  const vf r = clamped - (shifted - magic);
+#endif
+  vf p = r * 1.8775766948238015e-3f + 8.989340625703335e-3f;
+  p = p * r + 5.582631751894951e-2f;
+  p = p * r + 2.4015361070632935e-1f;
+  p = p * r + 6.931530833244324e-1f;
+  p = p * r + 1.0f;
+#if defined(TAPELM_AVX512)
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)x);
+#else
+  const vi n = (vi)shifted - (vi)magic, half = n >> 1;
+  const vf y = p * (vf)((half + 127) << 23) * (vf)((n - half + 127) << 23);
+  return x < low ? vf{} : y;
+#endif
+}
+
 // Low 32 bits of each 64-bit lane of a, times m, as 64 bits.
 TAPELM_INLINE vl multiply_wide(vl a, uint32_t m) {
 #if defined(TAPELM_AVX512)
@@ -115,24 +163,38 @@ TAPELM_INLINE vl multiply_wide(vl a, uint32_t m) {
 #endif
 }
 
-// Philox4x32-10 (Salmon et al. 2011) for W / 2 successive counters: 2 W random words in element order.
-// Element i of the stream comes from counter i / 4, word i % 4; `counter` is that of the first element.
-TAPELM_INLINE void philox(uint64_t seed, uint64_t counter, vu out[2]) {
-  vl c0, c1, c2 = vl{}, c3 = vl{};
-  for (int i = 0; i < W / 2; ++i) c0[i] = counter + i;
-  c1 = c0 >> 32;
+// Philox4x32-10 (Salmon et al. 2011) for W / 2 counters: the four words of each, in the low halves of the lanes.
+TAPELM_INLINE void philox(uint64_t seed, vl counter, vl words[4]) {
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-#pragma GCC unroll 10
-  for (int round = 0; round < 10; ++round) {
+  // The first round, in which the upper half of the counter is 0.
+  vl c0 = (counter >> 32) ^ static_cast<uint64_t>(k0), c1 = vl{}, c3 = multiply_wide(counter, 0xD2511F53u);
+  vl c2 = (c3 >> 32) ^ static_cast<uint64_t>(k1);
+#pragma GCC unroll 9
+  for (int round = 1; round < 10; ++round) {
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
     const vl p0 = multiply_wide(c0, 0xD2511F53u), p1 = multiply_wide(c2, 0xCD9E8D57u);
     c0 = (p1 >> 32) ^ c1 ^ static_cast<uint64_t>(k0);
     c2 = (p0 >> 32) ^ c3 ^ static_cast<uint64_t>(k1);
     c1 = p1;
     c3 = p0;
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
   }
-  const vl even = (c0 & 0xffffffffull) | (c1 << 32), odd = (c2 & 0xffffffffull) | (c3 << 32);
+  words[0] = c0;
+  words[1] = c1;
+  words[2] = c2;
+  words[3] = c3;
+}
+
+// Lane i of both: even[i / 2] or odd[i / 2], low halves.
+TAPELM_INLINE vu interleave_words(vl even, vl odd) { return (vu)((even & 0xffffffffull) | (odd << 32)); }
+
+// The same for W / 2 successive counters from `counter`: 2 W random words in element order. Element i of the stream comes
+// from counter i / 4, word i % 4.
+TAPELM_INLINE void philox(uint64_t seed, uint64_t counter, vu out[2]) {
+  vl counters, words[4];
+  for (int i = 0; i < W / 2; ++i) counters[i] = counter + i;
+  philox(seed, counters, words);
+  const vl even = (vl)interleave_words(words[0], words[1]), odd = (vl)interleave_words(words[2], words[3]);
   vl first, second;
   for (int i = 0; i < W / 4; ++i) {
     first[2 * i] = even[i];

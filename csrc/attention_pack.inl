@@ -1,0 +1,166 @@
+// Operands and products of attention for one instruction set. A product sums over units of 32 bits: one float, or two
+// bfloat16 multiplied by dot_pairs; sums are float32. Layouts of a (T, D) head in units, where tokens and `width`, the
+// rounded D, are multiples of NR and the rest is zero:
+//   rows     [tokens][width / PAIR]             left operand when the sum runs over d
+//   columns  [tokens / NR][width / PAIR][NR]    right operand when the sum runs over d (a transpose)
+//   steps    [tokens / PAIR][width]             either operand when the sum runs over t
+// For float32, steps are rows.
+
+constexpr int R = W == 16 ? 8 : 4;  // rows of a product tile: R x 2 sums hide the latency of the products
+
+template <typename T>
+struct UnitOf { using type = float; };
+template <>
+struct UnitOf<c10::BFloat16> { using type = uint32_t; };
+template <typename T>
+using Unit = typename UnitOf<T>::type;
+template <typename T>
+constexpr int64_t PAIR = 4 / sizeof(T);
+
+TAPELM_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+TAPELM_INLINE vf multiply_add(vf sums, float a, vf b) { return sums + a * b; }
+TAPELM_INLINE vf multiply_add(vf sums, uint32_t a, vu b) { return dot_pairs(sums, broadcast(a), b); }
+
+// c[R][V] = sum over k < depth of a[r * row_stride + k * step] times b[k * ld + v * W ...].
+template <int V, typename U>
+TAPELM_INLINE void product_tile(int64_t depth, const U* a, int64_t row_stride, int64_t step, const U* b, int64_t ld,
+                                vf c[R][V]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) c[r][v] = vf{};
+  for (int64_t k = 0; k < depth; ++k, a += step, b += ld) {
+    const auto b0 = load(b), b1 = load(b + (V - 1) * W);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const U x = a[r * row_stride];
+      c[r][0] = multiply_add(c[r][0], x, b0);
+      if constexpr (V == 2) c[r][1] = multiply_add(c[r][1], x, b1);
+    }
+  }
+}
+
+// out[rows][columns] += left * right. depth(i) is the range of units that the tile of rows i ... i + R - 1 sums over.
+template <typename U, typename Depth>
+TAPELM_INLINE void add_product(int64_t rows, int64_t columns, Depth depth, const U* left, int64_t row_stride,
+                               int64_t step, const U* right, int64_t ld, float* out) {
+  for (int64_t j = 0; j < columns; j += NR)
+    for (int64_t i = 0; i < rows; i += R) {
+      const Range k = depth(i);
+      if (k.begin >= k.end) continue;
+      vf c[R][2];
+      product_tile<2>(k.end - k.begin, left + i * row_stride + k.begin * step, row_stride, step,
+                      right + k.begin * ld + j, ld, c);
+      float* o = out + i * columns + j;
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r, o += columns) {
+        store(o, load(o) + c[r][0]);
+        store(o + W, load(o + W) + c[r][1]);
+      }
+    }
+}
+
+// Rows of one head lie far apart, beyond the hardware's own prefetching: they are asked for this many rows early.
+constexpr int64_t AHEAD = 16;
+
+template <int WRITE, typename T>
+TAPELM_INLINE void prefetch_row(const T* row, int64_t D) {
+  for (int64_t d = 0; d < D; d += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + d, WRITE);
+}
+
+// The first `count` elements of p as W units; the rest is zero.
+template <typename T>
+TAPELM_INLINE vu load_units(const T* p, int64_t count) {
+  vu x = {};
+  if (count >= W * PAIR<T>)
+    x = load(reinterpret_cast<const uint32_t*>(p));
+  else if (count > 0)
+    std::memcpy(&x, p, count * sizeof(T));
+  return x;
+}
+
+template <typename T>
+void pack_rows(Strided<T> x, const AttentionShape& s, Unit<T>* out) {
+  const int64_t row = round_up(s.D, NR) / PAIR<T>;
+  for (int64_t t = 0; t < s.T; ++t) {
+    const T* from = x.data + t * x.row;
+    prefetch_row<0>(from + AHEAD * x.row, s.D);
+    for (int64_t u = 0; u < row; u += W, out += W)
+      store(reinterpret_cast<uint32_t*>(out), load_units(from + u * PAIR<T>, s.D - u * PAIR<T>));
+  }
+  std::memset(out, 0, (round_up(s.T, NR) - s.T) * row * sizeof(float));
+}
+
+template <typename T>
+void pack_steps(Strided<T> x, const AttentionShape& s, Unit<T>* out) {
+  if constexpr (PAIR<T> == 1) {
+    pack_rows(x, s, out);
+  } else {
+    const int64_t width = round_up(s.D, NR), whole = s.D / W * W, tokens = round_up(s.T, NR);
+    for (int64_t t = 0; t < tokens; t += 2, out += width) {
+      const T* low = x.data + t * x.row;
+      const T* high = low + x.row;
+      prefetch_row<0>(low + AHEAD * x.row, s.D);
+      prefetch_row<0>(high + AHEAD * x.row, s.D);
+      int64_t d = 0;
+      if (t + 1 < s.T)
+        for (; d < whole; d += W) store(out + d, ((vu)load(low + d) >> 16) | (vu)load(high + d));
+      for (; d < width; ++d) {
+        const uint32_t a = t < s.T && d < s.D ? low[d].x : 0, b = t + 1 < s.T && d < s.D ? high[d].x : 0;
+        out[d] = a | b << 16;
+      }
+    }
+  }
+}
+
+// One stage of the transpose: swaps the off-diagonal S x S blocks of each 2S x 2S block.
+template <int S, int... I>
+TAPELM_INLINE void exchange(vu x[W], std::integer_sequence<int, I...>) {
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i)
+    if ((i & S) == 0) {
+      const vu a = x[i], b = x[i + S];
+      x[i] = __builtin_shufflevector(a, b, ((I & S) ? W + I - S : I)...);
+      x[i + S] = __builtin_shufflevector(a, b, ((I & S) ? W + I : I + S)...);
+    }
+}
+
+// NR tokens from t0: out[unit][NR], the transpose of W x W units at a time.
+template <typename T>
+void pack_columns(Strided<T> x, const AttentionShape& s, int64_t t0, Unit<T>* out) {
+  constexpr auto lanes = std::make_integer_sequence<int, W>{};
+  const int64_t units = round_up(s.D, NR) / PAIR<T>;
+  for (int64_t half = 0; half < 2; ++half, t0 += W, out += W)
+    for (int64_t u = 0; u < units; u += W) {
+      vu block[W];
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) {
+        const T* from = x.data + (t0 + i) * x.row + u * PAIR<T>;
+        __builtin_prefetch(from + AHEAD * x.row);
+        block[i] = load_units(from, t0 + i < s.T ? s.D - u * PAIR<T> : 0);
+      }
+      exchange<1>(block, lanes);
+      exchange<2>(block, lanes);
+      exchange<4>(block, lanes);
+      if constexpr (W == 16) exchange<8>(block, lanes);
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) store(reinterpret_cast<uint32_t*>(out) + (u + i) * NR, block[i]);
+    }
+}
+
+// out[d] = sums[d] * scale, in the type of the result.
+template <typename T>
+TAPELM_INLINE void write_row(const float* sums, int64_t D, float scale, T* out) {
+  int64_t d = 0;
+  for (; d + W <= D; d += W) store(out + d, load(sums + d) * scale);
+  for (; d < D; ++d) out[d] = static_cast<T>(sums[d] * scale);
+}
+
+template <typename T>
+void write_rows(const float* sums, int64_t count, const AttentionShape& s, float scale, T* out, int64_t row) {
+  for (int64_t t = 0; t < count; ++t, sums += round_up(s.D, NR), out += row) {
+    prefetch_row<1>(out + AHEAD * row, s.D);
+    write_row(sums, s.D, scale, out);
+  }
+}
