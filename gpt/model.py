@@ -60,8 +60,8 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """attention(norm_1(x)), then mlp(norm_2(x)), each added to the stream x after dropout.
 
-    A branch is added where the stream is normalised next, in one op: the block takes the stream x (B, T, C) and the
-    branch (B, T, C) that its predecessor left open, None at the start, and returns both in the same way.
+    A branch is added where the stream is normalised next, in one op: the block takes the stream x (B, T, C)
+    and the branch (B, T, C) that its predecessor left open, None at the start, and returns both alike.
     """
 
     def __init__(self, config: ModelConfig, ops: Ops, layer: int) -> None:
@@ -73,7 +73,9 @@ class Block(nn.Module):
         self.expand = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.contract = nn.Linear(4 * config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, branch: Tensor | None, cache: KVCache | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, branch: Tensor | None, cache: KVCache | None = None
+    ) -> tuple[Tensor, Tensor]:
         ops, dropout = self.ops, self.dropout if self.training else 0.0
         if branch is None:
             normed = ops.layer_norm(x, self.norm_1.weight, self.norm_1.bias, self.norm_1.eps)
@@ -84,7 +86,9 @@ class Block(nn.Module):
         return x, ops.linear(hidden, self.contract.weight, self.contract.bias)
 
 
-def add_norm(ops: Ops, norm: nn.LayerNorm, x: Tensor, branch: Tensor, dropout: float) -> tuple[Tensor, Tensor]:
+def add_norm(
+    ops: Ops, norm: nn.LayerNorm, x: Tensor, branch: Tensor, dropout: float
+) -> tuple[Tensor, Tensor]:
     """(norm(r), r) with r = x + dropout(branch), all (B, T, C)."""
     return ops.add_norm(branch, x, norm.weight, norm.bias, norm.eps, dropout)
 
