@@ -130,12 +130,13 @@ class GPT(nn.Module):
         position = torch.arange(start, start + T, device=ids.device)
         dropout = self.config.dropout if self.training else 0.0
         x = self.ops.dropout(self.tokens(ids) + self.positions(position), dropout)
-        branch = None
+        branch: Tensor | None = None
         for block in self.blocks:
             if self.activation_checkpointing and self.training:
                 x, branch = checkpoint(block, x, branch, use_reentrant=False)
             else:
                 x, branch = block(x, branch, cache)
+        assert branch is not None  # n_layer is at least 1
         return add_norm(self.ops, self.norm, x, branch, dropout)[0]
 
     def forward(self, ids: Tensor, targets: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ class Ops:
     layer_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     """x (..., C), weight (C,), bias (C,), eps -> (..., C)."""
     add_norm: Callable[[Tensor, Tensor, Tensor, Tensor, float, float], tuple[Tensor, Tensor]]
-    """x, residual (..., C), weight (C,), bias (C,), eps, p -> (layer_norm(r), r), r = residual + dropout(x)."""
+    """x, residual (..., C), weight, bias (C,), eps, p -> (layer_norm(r), r), r = residual + dropout(x)."""
     dropout: Callable[[Tensor, float], Tensor]
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     """x (..., in), weight (out, in), bias (out,) -> (..., out)."""
