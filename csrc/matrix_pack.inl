@@ -37,7 +37,6 @@ TAPELM_INLINE v4 load4(const c10::BFloat16* p) {
 }
 TAPELM_INLINE void store4(float* p, v4 x) { *reinterpret_cast<v4_any*>(p) = x; }
 TAPELM_INLINE void store2(float* p, v2 x) { *reinterpret_cast<v2_any*>(p) = x; }
-TAPELM_INLINE vu load(const uint32_t* p) { return *reinterpret_cast<const vu_any*>(p); }
 
 // The unit at depth index u of a line of `depth` elements, `step` apart.
 template <typename T>
