@@ -108,6 +108,18 @@ def _add_norm_backward(make: Make, rows: int, cols: int, variant: str = "") -> t
     return grad, grad_r, r, make((cols,)), mean, make((rows,), FP32), *dropout
 
 
+def _embedding(
+    make: Make, batch: int, time: int, vocabulary: int, width: int, variant: str = ""
+) -> tuple[Any, ...]:
+    dropout = (0.1, make((), torch.int64)) if "dropout" in variant else (0.0, None)
+    ids = make((batch, time), torch.int64) % vocabulary
+    return ids, make((vocabulary, width)), make((time, width)), *dropout
+
+
+def _embedding_backward(make: Make, batch: int, time: int, *rest: Any) -> tuple[Any, ...]:
+    return make((batch, time, rest[1])), *_embedding(make, batch, time, *rest)
+
+
 def _rope(make: Make, batch: int, heads: int, key_heads: int, time: int, width: int) -> tuple[Any, ...]:
     fused = make((batch, time, heads + 2 * key_heads, width)).transpose(1, 2)
     q, k, _ = fused.split([heads, key_heads, key_heads], dim=1)
@@ -133,6 +145,12 @@ ADD_NORM_SHIPPED = (
     (FP32, (4096, 2048, "rms")),
 )
 ADD_NORM_ODD = ((7, 37), (3, 1000, "dropout"), (5, 513, "rms dropout"))
+EMBEDDING_SHIPPED = (
+    (BF16, (8, 256, 10000, 512, "dropout")),
+    (BF16, (16, 1024, 50304, 768)),
+    (FP32, (8, 256, 10000, 512, "dropout")),
+)
+EMBEDDING_ODD = ((1, 1, 1, 1), (2, 9, 3, 37), (3, 5, 7, 1100, "dropout"), (2, 20, 2, 26, "dropout"))
 ELEMENTWISE_SHIPPED = ((BF16, (4096, 2048)), (BF16, (8192, 3072)), (FP32, (4096, 2048)))
 
 
@@ -186,6 +204,9 @@ SUBJECTS = (
         ((1, 1, 1, 1, 2), (2, 4, 2, 7, 6), (1, 3, 1, 5, 80)),
         (1, 4, 4, 64, 64),
     ),
+    # Which rows are read is up to the ids: no minimum to compare with.
+    Subject("embedding_forward", _embedding, EMBEDDING_SHIPPED, EMBEDDING_ODD),
+    Subject("embedding_backward", _embedding_backward, EMBEDDING_SHIPPED, EMBEDDING_ODD),
     Subject(
         "bias_gelu_forward",
         lambda make, rows, cols: (make((rows, cols)), make((cols,))),

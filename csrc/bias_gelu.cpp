@@ -1,4 +1,5 @@
 // gelu(x + bias) over the last dimension, tanh form, forward and backward.
+#include "autograd.h"
 #include "common.h"
 
 #define TAPELM_KERNELS "bias_gelu.inl"
@@ -6,8 +7,6 @@
 
 namespace tapelm {
 namespace {
-
-constexpr int64_t kRowsPerChunk = 128, kMaxChunks = 64;
 
 void check(const Tensor& x, const Tensor& bias) {
   check_dtype(x, "bias_gelu", "x");
@@ -23,7 +22,7 @@ Tensor bias_gelu_forward(const Tensor& x_, const Tensor& bias_) {
   Tensor y = empty_like(x);
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    at::parallel_for(0, rows, std::max<int64_t>(1, 8192 / std::max<int64_t>(C, 1)), [&](int64_t begin, int64_t end) {
+    for_chunks(rows, rows_per_task(C), [&](int64_t begin, int64_t end) {
       TAPELM_DISPATCH(bias_gelu_rows(x.const_data_ptr<T>(), bias.const_data_ptr<T>(), y.mutable_data_ptr<T>(), C, begin,
                                      end));
     });
@@ -37,31 +36,35 @@ std::tuple<Tensor, Tensor> bias_gelu_backward(const Tensor& grad_, const Tensor&
   TORCH_CHECK_VALUE(grad_.sizes() == x_.sizes(), "bias_gelu: grad must have the shape of x");
   const Tensor grad = grad_.contiguous(), x = x_.contiguous(), bias = bias_.contiguous();
   const int64_t C = x.size(-1), rows = C ? x.numel() / C : 0;
-  const int64_t chunks = std::min(kMaxChunks, chunk_count(rows, kRowsPerChunk));
-  Tensor dx = empty_like(x);
-  Tensor partial = at::zeros({std::max<int64_t>(chunks, 1), C}, x.options().dtype(at::kFloat));
+  Tensor dx = empty_like(x), dbias = empty_like(bias);
+  const ColumnSums sums(rows, C, 1);
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    at::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
-      for (int64_t chunk = first; chunk < last; ++chunk)
-        TAPELM_DISPATCH(bias_gelu_backward_rows(
-            grad.const_data_ptr<T>(), x.const_data_ptr<T>(), bias.const_data_ptr<T>(), dx.mutable_data_ptr<T>(),
-            partial.mutable_data_ptr<float>() + chunk * C, C, rows * chunk / chunks, rows * (chunk + 1) / chunks));
+    sums.for_chunks_of_rows([&](int64_t begin, int64_t end, float* partial) {
+      TAPELM_DISPATCH(bias_gelu_backward_rows(grad.const_data_ptr<T>(), x.const_data_ptr<T>(),
+                                              bias.const_data_ptr<T>(), dx.mutable_data_ptr<T>(), partial, C, begin,
+                                              end));
     });
+    TAPELM_DISPATCH(sum_partial(sums.partial(), sums.count(), C, C, dbias.mutable_data_ptr<T>()));
   });
-  return {dx, partial.sum(0).to(x.scalar_type())};
+  return {dx, dbias};
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(tapelm, m) {
-  m.def("bias_gelu_forward(Tensor x, Tensor bias) -> Tensor");
+  m.def("bias_gelu_forward(Tensor x, Tensor bias) -> Tensor y");
   m.def("bias_gelu_backward(Tensor grad, Tensor x, Tensor bias) -> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(tapelm, CPU, m) {
   m.impl("bias_gelu_forward", &bias_gelu_forward);
   m.impl("bias_gelu_backward", &bias_gelu_backward);
+}
+
+TORCH_LIBRARY_IMPL(tapelm, Autograd, m) {
+  m.impl("bias_gelu_forward", derivative("bias_gelu_backward(grad, x, bias) -> x, bias"));
+  m.impl("bias_gelu_backward", no_derivative());
 }
 
 }  // namespace tapelm

@@ -12,6 +12,9 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <atomic>
+
 #include "memory.h"
 
 namespace tapelm {
@@ -46,8 +49,89 @@ inline uint32_t dropout_threshold(double p) {
 
 inline float dropout_scale(double p) { return 1.0f / (1.0f - static_cast<float>(p)); }
 
+// What a kernel needs to know of a dropout that may be off.
+struct Dropout {
+  bool active;
+  uint64_t seed;
+  uint32_t threshold;
+  float scale;
+};
+
+inline Dropout make_dropout(const char* op, double p, const std::optional<Tensor>& seed) {
+  TORCH_CHECK_VALUE(p >= 0.0 && p < 1.0, op, ": dropout_p must be in [0, 1), not ", p);
+  if (p == 0.0) return {false, 0, 0, 1.0f};
+  TORCH_CHECK_TYPE(seed && seed->scalar_type() == at::kLong && seed->numel() == 1, op,
+                   ": dropout needs a seed of one int64");
+  return {true, static_cast<uint64_t>(*seed->const_data_ptr<int64_t>()), dropout_threshold(p), dropout_scale(p)};
+}
+
+// The data of a tensor that may be absent, as a pointer that may be null.
+template <typename T>
+const T* data_or_null(const std::optional<Tensor>& t) {
+  return t ? t->const_data_ptr<T>() : nullptr;
+}
+
+inline std::optional<Tensor> contiguous(const std::optional<Tensor>& t) {
+  return t ? std::optional<Tensor>(t->contiguous()) : t;
+}
+
 // Work is cut into chunks whose number depends on the size alone, so that sums over chunks are the same for every
 // thread count.
 inline int64_t chunk_count(int64_t size, int64_t chunk) { return (size + chunk - 1) / chunk; }
+
+// body(begin, end) for chunks of [0, size). They are handed out one by one: on a shared machine one thread is often
+// slower than the other.
+template <typename Body>
+void for_chunks(int64_t size, int64_t chunk, const Body& body) {
+  if (size <= chunk) {
+    if (size > 0) body(int64_t{0}, size);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
+    for (int64_t begin = chunk * next++; begin < size; begin = chunk * next++)
+      body(begin, std::min(size, begin + chunk));
+  });
+}
+
+constexpr int64_t kTaskElements = 32768;  // enough for a thread to be worth waking, few enough to balance two
+constexpr int64_t kBlockRows = 4;         // rows that kernels take at a time
+
+// How many rows of C elements make a task: whole blocks of rows.
+inline int64_t rows_per_task(int64_t C) {
+  return chunk_count(std::max<int64_t>(1, kTaskElements / std::max<int64_t>(C, 1)), kBlockRows) * kBlockRows;
+}
+
+// Rows of C elements in chunks that each own `sums` float32 rows of partial column sums.
+class ColumnSums {
+ public:
+  ColumnSums(int64_t rows, int64_t C, int64_t sums)
+      : rows_(rows),
+        width_(sums * C),
+        chunk_(std::max(rows_per_task(C), chunk_count(chunk_count(rows, kMaxChunks), kBlockRows) * kBlockRows)),
+        count_(chunk_count(rows, chunk_)),
+        partial_(count_ * width_) {}
+
+  // body(begin, end, sums) for each chunk of rows; its sums are zero before.
+  template <typename Body>
+  void for_chunks_of_rows(const Body& body) const {
+    for_chunks(count_, 1, [&](int64_t first, int64_t last) {
+      for (int64_t chunk = first; chunk < last; ++chunk) {
+        float* const sums = partial_.get() + chunk * width_;
+        std::fill(sums, sums + width_, 0.0f);
+        body(chunk * chunk_, std::min(rows_, (chunk + 1) * chunk_), sums);
+      }
+    });
+  }
+
+  const float* partial() const { return partial_.get(); }
+  int64_t count() const { return count_; }
+  int64_t width() const { return width_; }
+
+ private:
+  static constexpr int64_t kMaxChunks = 32;
+  int64_t rows_, width_, chunk_, count_;
+  Scratch partial_;
+};
 
 }  // namespace tapelm

@@ -1,5 +1,6 @@
 // Dropout with a counter-based generator: the mask is a function of (seed, element), never stored, and the same on
 // every device. The backward is the same operation on the gradient.
+#include "autograd.h"
 #include "common.h"
 
 #define TAPELM_KERNELS "dropout.inl"
@@ -7,8 +8,6 @@
 
 namespace tapelm {
 namespace {
-
-constexpr int64_t kGrain = 32768;  // elements per task; a multiple of every 2 W
 
 Tensor dropout(const Tensor& x_, double p, const Tensor& seed) {
   check_dtype(x_, "dropout", "x");
@@ -22,9 +21,9 @@ Tensor dropout(const Tensor& x_, double p, const Tensor& seed) {
   const float scale = dropout_scale(p);
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    at::parallel_for(0, chunk_count(n, kGrain), 1, [&](int64_t first, int64_t last) {
-      TAPELM_DISPATCH(dropout_range(x.const_data_ptr<T>(), y.mutable_data_ptr<T>(), key, threshold, scale,
-                                    first * kGrain, std::min(n, last * kGrain)));
+    for_chunks(n, kTaskElements, [&](int64_t begin, int64_t end) {
+      TAPELM_DISPATCH(
+          dropout_range(x.const_data_ptr<T>(), y.mutable_data_ptr<T>(), key, threshold, scale, begin, end));
     });
   });
   return y;
@@ -32,8 +31,10 @@ Tensor dropout(const Tensor& x_, double p, const Tensor& seed) {
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(tapelm, m) { m.def("dropout(Tensor x, float p, Tensor seed) -> Tensor"); }
+TORCH_LIBRARY_FRAGMENT(tapelm, m) { m.def("dropout(Tensor x, float p, Tensor seed) -> Tensor y"); }
 
 TORCH_LIBRARY_IMPL(tapelm, CPU, m) { m.impl("dropout", &dropout); }
+
+TORCH_LIBRARY_IMPL(tapelm, Autograd, m) { m.impl("dropout", derivative("dropout(grad, p, seed) -> x")); }
 
 }  // namespace tapelm

@@ -1,5 +1,6 @@
 // Layer normalisation over the last dimension (Ba et al. 2016), forward and backward.
-#include "common.h"
+#include "autograd.h"
+#include "norm.h"
 
 #define TAPELM_KERNELS "layer_norm.inl"
 #include "simd_targets.h"
@@ -7,69 +8,63 @@
 namespace tapelm {
 namespace {
 
-constexpr int64_t kRowsPerChunk = 256;  // at most kMaxChunks partial sums of dweight, dbias
-constexpr int64_t kMaxChunks = 64;
-
-void check(const Tensor& x, const Tensor& weight, const Tensor& other, const char* other_name) {
-  check_dtype(x, "layer_norm", "x");
-  check_same_dtype(weight, x, "layer_norm", "weight");
-  TORCH_CHECK_VALUE(x.dim() >= 1, "layer_norm: x needs at least one dimension");
-  TORCH_CHECK_VALUE(weight.dim() == 1 && weight.size(0) == x.size(-1), "layer_norm: weight must have shape (",
-                    x.size(-1), "), not ", weight.sizes());
-  TORCH_CHECK_VALUE(other.numel() == 0 || other.size(-1) == x.size(-1), "layer_norm: ", other_name,
-                    " does not match x");
-}
+constexpr const char* kOp = "layer_norm";
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& x_, const Tensor& weight_, const Tensor& bias_,
                                                       double eps) {
-  check(x_, weight_, bias_, "bias");
-  check_same_dtype(bias_, x_, "layer_norm", "bias");
+  check_features(x_, kOp);
+  check_vector(weight_, x_, kOp, "weight");
+  check_vector(bias_, x_, kOp, "bias");
   const Tensor x = x_.contiguous(), weight = weight_.contiguous(), bias = bias_.contiguous();
-  const int64_t C = x.size(-1), rows = C ? x.numel() / C : 0;
-  Tensor y = empty_like(x);
-  Tensor mean = at::empty(x.sizes().slice(0, x.dim() - 1), x.options().dtype(at::kFloat));
-  Tensor rstd = empty_like(mean);
+  Tensor y = empty_like(x), mean = empty_statistic(x), rstd = empty_statistic(x);
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    at::parallel_for(0, rows, std::max<int64_t>(1, 16384 / std::max<int64_t>(C, 1)), [&](int64_t begin, int64_t end) {
-      TAPELM_DISPATCH(layer_norm_rows(x.const_data_ptr<T>(), weight.const_data_ptr<T>(), bias.const_data_ptr<T>(),
-                                      y.mutable_data_ptr<T>(), mean.mutable_data_ptr<float>(),
-                                      rstd.mutable_data_ptr<float>(), C, static_cast<float>(eps), begin, end));
-    });
+    const NormForward<T> a{.x = x.const_data_ptr<T>(),
+                           .weight = weight.const_data_ptr<T>(),
+                           .bias = bias.const_data_ptr<T>(),
+                           .y = y.mutable_data_ptr<T>(),
+                           .mean = mean.mutable_data_ptr<float>(),
+                           .rstd = rstd.mutable_data_ptr<float>(),
+                           .C = x.size(-1),
+                           .eps = static_cast<float>(eps)};
+    for_rows(x, [&](int64_t begin, int64_t end) { TAPELM_DISPATCH(layer_norm_rows(a, begin, end)); });
   });
   return {y, mean, rstd};
 }
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_, const Tensor& x_, const Tensor& weight_,
                                                        const Tensor& mean_, const Tensor& rstd_) {
-  check(x_, weight_, grad_, "grad");
-  check_same_dtype(grad_, x_, "layer_norm", "grad");
+  check_features(x_, kOp);
+  check_vector(weight_, x_, kOp, "weight");
+  check_like(grad_, x_, kOp, "grad");
   const Tensor grad = grad_.contiguous(), x = x_.contiguous(), weight = weight_.contiguous();
   const Tensor mean = mean_.contiguous(), rstd = rstd_.contiguous();
-  const int64_t C = x.size(-1), rows = C ? x.numel() / C : 0;
-  const int64_t chunks = std::min(kMaxChunks, chunk_count(rows, kRowsPerChunk));
-  Tensor dx = empty_like(x);
-  Tensor partial = at::zeros({2, std::max<int64_t>(chunks, 1), C}, x.options().dtype(at::kFloat));
-  float* dweight = partial.mutable_data_ptr<float>();
-  float* dbias = dweight + partial.size(1) * C;
+  const int64_t C = x.size(-1);
+  Tensor dx = empty_like(x), dweight = empty_like(weight), dbias = empty_like(weight);
+  const ColumnSums sums(row_count(x), C, 2);
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    at::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
-      for (int64_t chunk = first; chunk < last; ++chunk)
-        TAPELM_DISPATCH(layer_norm_backward_rows(
-            grad.const_data_ptr<T>(), x.const_data_ptr<T>(), weight.const_data_ptr<T>(), mean.const_data_ptr<float>(),
-            rstd.const_data_ptr<float>(), dx.mutable_data_ptr<T>(), dweight + chunk * C, dbias + chunk * C, C,
-            rows * chunk / chunks, rows * (chunk + 1) / chunks));
+    const NormBackward<T> a{.grad = grad.const_data_ptr<T>(),
+                            .x = x.const_data_ptr<T>(),
+                            .weight = weight.const_data_ptr<T>(),
+                            .mean = mean.const_data_ptr<float>(),
+                            .rstd = rstd.const_data_ptr<float>(),
+                            .dx = dx.mutable_data_ptr<T>(),
+                            .C = C};
+    sums.for_chunks_of_rows([&](int64_t begin, int64_t end, float* partial) {
+      TAPELM_DISPATCH(layer_norm_backward_rows(a, begin, end, partial, partial + C));
     });
+    TAPELM_DISPATCH(sum_partial(sums.partial(), sums.count(), 2 * C, C, dweight.mutable_data_ptr<T>()));
+    TAPELM_DISPATCH(sum_partial(sums.partial() + C, sums.count(), 2 * C, C, dbias.mutable_data_ptr<T>()));
   });
-  const Tensor sums = partial.sum(1).to(x.scalar_type());
-  return {dx, sums[0].clone(), sums[1].clone()};
+  return {dx, dweight, dbias};
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(tapelm, m) {
-  m.def("layer_norm_forward(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "layer_norm_forward(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)");
   m.def(
       "layer_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor mean, Tensor rstd) -> (Tensor, Tensor, "
       "Tensor)");
@@ -78,6 +73,11 @@ TORCH_LIBRARY_FRAGMENT(tapelm, m) {
 TORCH_LIBRARY_IMPL(tapelm, CPU, m) {
   m.impl("layer_norm_forward", &layer_norm_forward);
   m.impl("layer_norm_backward", &layer_norm_backward);
+}
+
+TORCH_LIBRARY_IMPL(tapelm, Autograd, m) {
+  m.impl("layer_norm_forward", derivative("layer_norm_backward(grad, x, weight, mean, rstd) -> x, weight, bias"));
+  m.impl("layer_norm_backward", no_derivative());
 }
 
 }  // namespace tapelm

@@ -1,5 +1,6 @@
 // Root-mean-square normalisation over the last dimension (Zhang and Sennrich 2019), forward and backward.
-#include "common.h"
+#include "autograd.h"
+#include "norm.h"
 
 #define TAPELM_KERNELS "rms_norm.inl"
 #include "simd_targets.h"
@@ -7,67 +8,67 @@
 namespace tapelm {
 namespace {
 
-constexpr int64_t kRowsPerChunk = 256;  // at most kMaxChunks partial sums of dweight
-constexpr int64_t kMaxChunks = 64;
-
-void check(const Tensor& x, const Tensor& weight) {
-  check_dtype(x, "rms_norm", "x");
-  check_same_dtype(weight, x, "rms_norm", "weight");
-  TORCH_CHECK_VALUE(x.dim() >= 1, "rms_norm: x needs at least one dimension");
-  TORCH_CHECK_VALUE(weight.dim() == 1 && weight.size(0) == x.size(-1), "rms_norm: weight must have shape (", x.size(-1),
-                    "), not ", weight.sizes());
-}
+constexpr const char* kOp = "rms_norm";
 
 std::tuple<Tensor, Tensor> rms_norm_forward(const Tensor& x_, const Tensor& weight_, double eps) {
-  check(x_, weight_);
+  check_features(x_, kOp);
+  check_vector(weight_, x_, kOp, "weight");
   const Tensor x = x_.contiguous(), weight = weight_.contiguous();
-  const int64_t C = x.size(-1), rows = C ? x.numel() / C : 0;
-  Tensor y = empty_like(x);
-  Tensor rstd = at::empty(x.sizes().slice(0, x.dim() - 1), x.options().dtype(at::kFloat));
+  Tensor y = empty_like(x), rstd = empty_statistic(x);
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    at::parallel_for(0, rows, std::max<int64_t>(1, 16384 / std::max<int64_t>(C, 1)), [&](int64_t begin, int64_t end) {
-      TAPELM_DISPATCH(rms_norm_rows(x.const_data_ptr<T>(), weight.const_data_ptr<T>(), y.mutable_data_ptr<T>(),
-                                    rstd.mutable_data_ptr<float>(), C, static_cast<float>(eps), begin, end));
-    });
+    const NormForward<T> a{.x = x.const_data_ptr<T>(),
+                           .weight = weight.const_data_ptr<T>(),
+                           .y = y.mutable_data_ptr<T>(),
+                           .rstd = rstd.mutable_data_ptr<float>(),
+                           .C = x.size(-1),
+                           .eps = static_cast<float>(eps)};
+    for_rows(x, [&](int64_t begin, int64_t end) { TAPELM_DISPATCH(rms_norm_rows(a, begin, end)); });
   });
   return {y, rstd};
 }
 
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_, const Tensor& x_, const Tensor& weight_,
                                              const Tensor& rstd_) {
-  check(x_, weight_);
-  check_same_dtype(grad_, x_, "rms_norm", "grad");
-  TORCH_CHECK_VALUE(grad_.sizes() == x_.sizes(), "rms_norm: grad must have the shape of x");
+  check_features(x_, kOp);
+  check_vector(weight_, x_, kOp, "weight");
+  check_like(grad_, x_, kOp, "grad");
   const Tensor grad = grad_.contiguous(), x = x_.contiguous(), weight = weight_.contiguous();
   const Tensor rstd = rstd_.contiguous();
-  const int64_t C = x.size(-1), rows = C ? x.numel() / C : 0;
-  const int64_t chunks = std::min(kMaxChunks, chunk_count(rows, kRowsPerChunk));
-  Tensor dx = empty_like(x);
-  Tensor partial = at::zeros({std::max<int64_t>(chunks, 1), C}, x.options().dtype(at::kFloat));
+  const int64_t C = x.size(-1);
+  Tensor dx = empty_like(x), dweight = empty_like(weight);
+  const ColumnSums sums(row_count(x), C, 1);
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    at::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
-      for (int64_t chunk = first; chunk < last; ++chunk)
-        TAPELM_DISPATCH(rms_norm_backward_rows(
-            grad.const_data_ptr<T>(), x.const_data_ptr<T>(), weight.const_data_ptr<T>(), rstd.const_data_ptr<float>(),
-            dx.mutable_data_ptr<T>(), partial.mutable_data_ptr<float>() + chunk * C, C, rows * chunk / chunks,
-            rows * (chunk + 1) / chunks));
+    const NormBackward<T> a{.grad = grad.const_data_ptr<T>(),
+                            .x = x.const_data_ptr<T>(),
+                            .weight = weight.const_data_ptr<T>(),
+                            .rstd = rstd.const_data_ptr<float>(),
+                            .dx = dx.mutable_data_ptr<T>(),
+                            .C = C};
+    sums.for_chunks_of_rows([&](int64_t begin, int64_t end, float* partial) {
+      TAPELM_DISPATCH(rms_norm_backward_rows(a, begin, end, partial));
     });
+    TAPELM_DISPATCH(sum_partial(sums.partial(), sums.count(), C, C, dweight.mutable_data_ptr<T>()));
   });
-  return {dx, partial.sum(0).to(x.scalar_type())};
+  return {dx, dweight};
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(tapelm, m) {
-  m.def("rms_norm_forward(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)");
+  m.def("rms_norm_forward(Tensor x, Tensor weight, float eps) -> (Tensor y, Tensor rstd)");
   m.def("rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor rstd) -> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(tapelm, CPU, m) {
   m.impl("rms_norm_forward", &rms_norm_forward);
   m.impl("rms_norm_backward", &rms_norm_backward);
+}
+
+TORCH_LIBRARY_IMPL(tapelm, Autograd, m) {
+  m.impl("rms_norm_forward", derivative("rms_norm_backward(grad, x, weight, rstd) -> x, weight"));
+  m.impl("rms_norm_backward", no_derivative());
 }
 
 }  // namespace tapelm

@@ -1,4 +1,5 @@
 // Rotary position embedding (Su et al. 2021) of queries and keys in the rotate-half layout of Llama.
+#include "autograd.h"
 #include "common.h"
 
 #define TAPELM_KERNELS "rope.inl"
@@ -61,9 +62,13 @@ std::tuple<Tensor, Tensor> rope(const Tensor& q_, const Tensor& k_, const Tensor
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(tapelm, m) {
-  m.def("rope(Tensor q, Tensor k, Tensor cos, Tensor sin, bool inverse) -> (Tensor, Tensor)");
+  m.def("rope(Tensor q, Tensor k, Tensor cos, Tensor sin, bool inverse) -> (Tensor q_out, Tensor k_out)");
 }
 
 TORCH_LIBRARY_IMPL(tapelm, CPU, m) { m.impl("rope", &rope); }
+
+TORCH_LIBRARY_IMPL(tapelm, Autograd, m) {
+  m.impl("rope", derivative("rope(grad, grad_k_out, cos, sin, not inverse) -> q, k"));
+}
 
 }  // namespace tapelm

@@ -16,19 +16,20 @@ TAPELM_INLINE void put(T* p, vf x, int n) { store_part(p, x, n); }
 constexpr int kSums = 4;
 TAPELM_INLINE float sum(const vf (&partial)[kSums]) { return sum((partial[0] + partial[1]) + (partial[2] + partial[3])); }
 
-// body(i, n, s) for the vectors at i of a row of C elements; s < kSums says which sum is to take it.
-template <typename Body>
+// body(i, n, s) for the vectors at i of a row of C elements; s < UNROLL says which sum is to take it.
+template <int UNROLL = kSums, typename Body>
 TAPELM_INLINE void for_vectors(int64_t C, Body body) {
   int64_t i = 0;
-  for (; i + kSums * W <= C; i += kSums * W) {
+  for (; i + UNROLL * W <= C; i += UNROLL * W) {
 #pragma GCC unroll 4
-    for (int s = 0; s < kSums; ++s) body(i + s * W, Whole{}, s);
+    for (int s = 0; s < UNROLL; ++s) body(i + s * W, Whole{}, s);
   }
   for (; i + W <= C; i += W) body(i, Whole{}, 0);
   if (i < C) body(i, static_cast<int>(C - i), 0);
 }
 
-// body(i, n, random) for the vectors of a row whose element i has index first + i in the random stream.
+// body(i, n, s, random) for the vectors of a row whose element i has index first + i in the random stream; s as in
+// for_vectors.
 template <typename Body>
 TAPELM_INLINE void for_random_vectors(int64_t C, uint64_t seed, int64_t first, Body body) {
   vu random[2];
@@ -39,21 +40,40 @@ TAPELM_INLINE void for_random_vectors(int64_t C, uint64_t seed, int64_t first, B
     vu shifted = {};
     for (int j = lane; j < 4; ++j) shifted[j - lane] = random[0][j];
     i = std::min<int64_t>(C, 4 - lane);
-    body(int64_t{0}, static_cast<int>(i), shifted);
+    body(int64_t{0}, static_cast<int>(i), 0, shifted);
+  }
+  for (; i + kSums * W <= C; i += kSums * W) {
+    vu next[2];
+    philox(seed, static_cast<uint64_t>(first + i) / 4, random);
+    philox(seed, static_cast<uint64_t>(first + i + 2 * W) / 4, next);
+    body(i, Whole{}, 0, random[0]);
+    body(i + W, Whole{}, 1, random[1]);
+    body(i + 2 * W, Whole{}, 2, next[0]);
+    body(i + 3 * W, Whole{}, 3, next[1]);
   }
   for (; i + 2 * W <= C; i += 2 * W) {
     philox(seed, static_cast<uint64_t>(first + i) / 4, random);
-    body(i, Whole{}, random[0]);
-    body(i + W, Whole{}, random[1]);
+    body(i, Whole{}, 0, random[0]);
+    body(i + W, Whole{}, 0, random[1]);
   }
   if (i < C) {
     philox(seed, static_cast<uint64_t>(first + i) / 4, random);
-    body(i, static_cast<int>(std::min<int64_t>(W, C - i)), random[0]);
-    if (i + W < C) body(i + W, static_cast<int>(C - i - W), random[1]);
+    body(i, static_cast<int>(std::min<int64_t>(W, C - i)), 0, random[0]);
+    if (i + W < C) body(i + W, static_cast<int>(C - i - W), 0, random[1]);
   }
 }
 
 // A choice, not a product with 0: a dropped inf or NaN is 0.
 TAPELM_INLINE vf dropped(vf x, vu random, uint32_t threshold, float scale) {
   return random >= broadcast(threshold) ? x * scale : vf{};
+}
+
+// `out` = the sum of `count` rows of partial sums, each C of every `width` floats.
+template <typename T>
+void sum_partial(const float* partial, int64_t count, int64_t width, int64_t C, T* out) {
+  for_vectors<1>(C, [&](int64_t i, auto n, int) __attribute__((always_inline)) {
+    vf total = {};
+    for (int64_t row = 0; row < count; ++row) total += get(partial + row * width + i, n);
+    put(out + i, total, n);
+  });
 }

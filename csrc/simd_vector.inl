@@ -23,25 +23,41 @@ TAPELM_INLINE void store(float* p, vf x) { *reinterpret_cast<vf_any*>(p) = x; }
 TAPELM_INLINE vu load(const uint32_t* p) { return (vu)load(reinterpret_cast<const float*>(p)); }
 TAPELM_INLINE void store(uint32_t* p, vu x) { store(reinterpret_cast<float*>(p), as_float(x)); }
 
-TAPELM_INLINE vf load(const c10::BFloat16* p) {
-#if defined(TAPELM_AVX512)
-  return as_float((vu)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))) << 16);
+// Round to nearest even; NaN stays NaN. The instruction of avx512bf16 takes denormals for zero.
+TAPELM_INLINE vh narrow(vf x) {
+#if defined(TAPELM_AVX512BF16)
+  return (vh)_mm512_cvtneps_pbh((__m512)x);
 #else
-  const vh bits = *reinterpret_cast<const vh_any*>(p);
+  const vu bits = (vu)x;
+  const vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const vu nan = (vu)(x != x), result = (rounded & ~nan) | (nan & 0x7fc0u);
+#if defined(TAPELM_AVX512)
+  return (vh)_mm512_cvtepi32_epi16((__m512i)result);
+#else
+  return __builtin_convertvector(result, vh);
+#endif
+#endif
+}
+
+// The compiler's own conversion takes vectors apart and puts them together again.
+TAPELM_INLINE vf widen(vh bits) {
+#if defined(TAPELM_AVX512)
+  return as_float((vu)_mm512_cvtepu16_epi32((__m256i)bits) << 16);
+#elif defined(TAPELM_AVX2)
+  return as_float((vu)_mm256_cvtepu16_epi32((__m128i)bits) << 16);
+#else
   return as_float(__builtin_convertvector(bits, vu) << 16);
 #endif
 }
 
-// Round to nearest even; NaN stays NaN. The instruction of avx512bf16 takes denormals for zero.
-TAPELM_INLINE void store(c10::BFloat16* p, vf x) {
-#if defined(TAPELM_AVX512BF16)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh((__m512)x));
-#else
-  const vu bits = (vu)x;
-  const vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const vu nan = (vu)(x != x);
-  *reinterpret_cast<vh_any*>(p) = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0u), vh);
-#endif
+TAPELM_INLINE vf load(const c10::BFloat16* p) { return widen(*reinterpret_cast<const vh_any*>(p)); }
+TAPELM_INLINE void store(c10::BFloat16* p, vf x) { *reinterpret_cast<vh_any*>(p) = narrow(x); }
+
+// x as it will be read back after a store to T.
+template <typename T>
+TAPELM_INLINE vf rounded(vf x) {
+  if constexpr (std::is_same_v<T, c10::BFloat16>) return widen(narrow(x));
+  return x;
 }
 
 // sums + a * b over W pairs of bfloat16: lane i gains the two products of the pairs in lane i (even elements in the low
@@ -70,6 +86,20 @@ TAPELM_INLINE vu round_pairs(vf low, vf high) {
 }
 
 // The first n < W elements; the rest of the vector is `fill`.
+#if defined(TAPELM_AVX512)
+TAPELM_INLINE __mmask16 first_lanes(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+TAPELM_INLINE vf load_part(const float* p, int n, float fill = 0.0f) {
+  return (vf)_mm512_mask_loadu_ps((__m512)broadcast(fill), first_lanes(n), p);
+}
+TAPELM_INLINE vf load_part(const c10::BFloat16* p, int n, float fill = 0.0f) {
+  const vf x = widen((vh)_mm256_maskz_loadu_epi16(first_lanes(n), p));
+  return (vf)_mm512_mask_mov_ps((__m512)broadcast(fill), first_lanes(n), (__m512)x);
+}
+TAPELM_INLINE void store_part(float* p, vf x, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), (__m512)x); }
+TAPELM_INLINE void store_part(c10::BFloat16* p, vf x, int n) {
+  _mm256_mask_storeu_epi16(p, first_lanes(n), (__m256i)narrow(x));
+}
+#else
 template <typename T>
 TAPELM_INLINE vf load_part(const T* p, int n, float fill = 0.0f) {
   float lanes[W];
@@ -82,16 +112,21 @@ TAPELM_INLINE void store_part(T* p, vf x, int n) {
   store(lanes, x);
   for (int i = 0; i < n; ++i) p[i] = lanes[i];
 }
+#endif
 
 // max(NaN, b) is b and max(a, NaN) is NaN: callers that must propagate NaN put the data second.
 TAPELM_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
 
 TAPELM_INLINE float sum(vf x) {
+#if defined(TAPELM_AVX512)
+  return _mm512_reduce_add_ps((__m512)x);
+#else
   float lanes[W];
   store(lanes, x);
   for (int n = W / 2; n > 0; n /= 2)
     for (int i = 0; i < n; ++i) lanes[i] += lanes[i + n];
   return lanes[0];
+#endif
 }
 TAPELM_INLINE float max(vf x) {
   float lanes[W];
@@ -104,11 +139,17 @@ TAPELM_INLINE float max(vf x) {
 // e^x to 2 ulp: x = k ln2 + r with |r| <= ln2 / 2, a degree-6 polynomial in r, k added to the exponent.
 // Below -87.3 the result is 0 (a denormal in exact arithmetic), above 88.7 it is inf; NaN propagates.
 TAPELM_INLINE vf exp(vf x) {
-  const vf low = broadcast(-87.3365f), high = broadcast(88.7228f);
+  const vf low = broadcast(-87.3365f);
+#if defined(TAPELM_AVX512)
+  const vf clamped = (vf)_mm512_min_ps((__m512)broadcast(89.0f), (__m512)x);
+  const vf k = (vf)_mm512_roundscale_ps((__m512)(clamped * 1.44269504088896341f), _MM_FROUND_NO_EXC);
+#else
+  const vf high = broadcast(88.7228f);
   const vf clamped = x < low ? low : (x > high ? high : x);
   const vf magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
   const vf shifted = clamped * 1.44269504088896341f + magic;
   const vf k = shifted - magic;
+#endif
   vf r = clamped - k * 0.693359375f;
   r = r + k * 2.12194440e-4f;
   vf p = broadcast(1.9875691500e-4f);
@@ -117,13 +158,41 @@ TAPELM_INLINE vf exp(vf x) {
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
+  p = p * (r * r) + (r + 1.0f);
+#if defined(TAPELM_AVX512)
+  const __mmask16 kept = _mm512_cmp_ps_mask((__m512)x, (__m512)low, _CMP_NLT_UQ);
+  return (vf)_mm512_maskz_scalef_ps(kept, (__m512)p, (__m512)k);
+#else
   // Two halves of the power of two, so that 2^128 does not overflow before the product is formed.
   const vi n = (vi)shifted - (vi)magic;
   const vi half = n >> 1;
   const vf y = p * (vf)((half + 127) << 23) * (vf)((n - half + 127) << 23);
   const vf inf = broadcast(__builtin_inff());
   return x < low ? vf{} : (x > high ? inf : y);
+#endif
+}
+
+// 1 / (1 + e^-x) for results of type T: to 3 ulp, or, where AVX-512 can be quicker and T is bfloat16, to 2^-12. A NaN
+// stays one.
+template <typename T>
+TAPELM_INLINE vf sigmoid(vf x) {
+#if defined(TAPELM_AVX512)
+  if constexpr (std::is_same_v<T, c10::BFloat16>) {
+    // 2^t = 2^k 2^f with |f| <= 1/2 and a cubic in f; the reciprocal has 14 bits.
+    const __m512 t = (__m512)(x * -1.44269504088896341f);
+    const __m512 f = _mm512_reduce_ps(t, _MM_FROUND_NO_EXC), k = t - f;
+    const vf g = (vf)f;
+    const vf p = ((g * 0.05500893f + 0.24221097f) * g + 0.69328293f) * g + 1.0f;
+    return (vf)_mm512_rcp14_ps((__m512)(1.0f + (vf)_mm512_scalef_ps((__m512)p, k)));
+  }
+  // One Newton step from 14 bits is as exact as the division. Below -87 the step would meet inf * 0: the result is 0.
+  const vf d = 1.0f + exp(-x);
+  const vf y = (vf)_mm512_rcp14_ps((__m512)d);
+  const __mmask16 kept = _mm512_cmp_ps_mask((__m512)x, (__m512)broadcast(-87.0f), _CMP_NLT_UQ);
+  return (vf)_mm512_maskz_fmadd_ps(kept, (__m512)y, (__m512)(1.0f - d * y), (__m512)y);
+#else
+  return 1.0f / (1.0f + exp(-x));
+#endif
 }
 
 // 2^x to 3 ulp: x = n + r with n = floor(x), a degree-5 polynomial in r, n added to the exponent. Below -126 the result
@@ -163,7 +232,8 @@ TAPELM_INLINE vl multiply_wide(vl a, uint32_t m) {
 #endif
 }
 
-// Philox4x32-10 (Salmon et al. 2011) for W / 2 counters: the four words of each, in the low halves of the lanes.
+// Philox4x32-10 (Salmon et al. 2011) for W / 2 counters: the four words of each, in the low halves of the lanes; what the
+// high halves hold is whatever is cheapest.
 TAPELM_INLINE void philox(uint64_t seed, vl counter, vl words[4]) {
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
   // The first round, in which the upper half of the counter is 0.
@@ -191,19 +261,22 @@ TAPELM_INLINE vu interleave_words(vl even, vl odd) { return (vu)((even & 0xfffff
 // The same for W / 2 successive counters from `counter`: 2 W random words in element order. Element i of the stream comes
 // from counter i / 4, word i % 4.
 TAPELM_INLINE void philox(uint64_t seed, uint64_t counter, vu out[2]) {
-  vl counters, words[4];
-  for (int i = 0; i < W / 2; ++i) counters[i] = counter + i;
+  // Lane 2 j has counter j and lane 2 j + 1 counter W / 4 + j, so that one unpacking of pairs restores the order.
+#if TAPELM_WIDTH == 16
+  const vl counters = counter + vl{0, 4, 1, 5, 2, 6, 3, 7};
+#else
+  const vl counters = counter + vl{0, 2, 1, 3};
+#endif
+  vl words[4];
   philox(seed, counters, words);
   const vl even = (vl)interleave_words(words[0], words[1]), odd = (vl)interleave_words(words[2], words[3]);
-  vl first, second;
-  for (int i = 0; i < W / 4; ++i) {
-    first[2 * i] = even[i];
-    first[2 * i + 1] = odd[i];
-    second[2 * i] = even[W / 4 + i];
-    second[2 * i + 1] = odd[W / 4 + i];
-  }
-  out[0] = (vu)first;
-  out[1] = (vu)second;
+#if TAPELM_WIDTH == 16
+  out[0] = (vu)__builtin_shufflevector(even, odd, 0, 8, 2, 10, 4, 12, 6, 14);
+  out[1] = (vu)__builtin_shufflevector(even, odd, 1, 9, 3, 11, 5, 13, 7, 15);
+#else
+  out[0] = (vu)__builtin_shufflevector(even, odd, 0, 4, 2, 6);
+  out[1] = (vu)__builtin_shufflevector(even, odd, 1, 5, 3, 7);
+#endif
 }
 
 // What a dropout multiplies with: 0 below the threshold, `scale` from it on.

@@ -1,4 +1,5 @@
 // SwiGLU without its matrix products (Shazeer 2020): silu(gate) * up, forward and backward.
+#include "autograd.h"
 #include "common.h"
 
 #define TAPELM_KERNELS "swiglu.inl"
@@ -6,8 +7,6 @@
 
 namespace tapelm {
 namespace {
-
-constexpr int64_t kGrain = 8192;  // elements per task
 
 void check_like(const Tensor& t, const Tensor& gate, const char* name) {
   check_same_dtype(t, gate, "swiglu", name);
@@ -21,7 +20,7 @@ Tensor swiglu_forward(const Tensor& gate_, const Tensor& up_) {
   Tensor y = empty_like(gate);
   with_dtype(gate, [&](auto zero) {
     using T = decltype(zero);
-    at::parallel_for(0, gate.numel(), kGrain, [&](int64_t begin, int64_t end) {
+    for_chunks(gate.numel(), kTaskElements, [&](int64_t begin, int64_t end) {
       TAPELM_DISPATCH(swiglu_range(gate.const_data_ptr<T>() + begin, up.const_data_ptr<T>() + begin,
                                    y.mutable_data_ptr<T>() + begin, end - begin));
     });
@@ -37,7 +36,7 @@ std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& grad_, const Tensor& ga
   Tensor dgate = empty_like(gate), dup = empty_like(gate);
   with_dtype(gate, [&](auto zero) {
     using T = decltype(zero);
-    at::parallel_for(0, gate.numel(), kGrain, [&](int64_t begin, int64_t end) {
+    for_chunks(gate.numel(), kTaskElements, [&](int64_t begin, int64_t end) {
       TAPELM_DISPATCH(swiglu_backward_range(grad.const_data_ptr<T>() + begin, gate.const_data_ptr<T>() + begin,
                                             up.const_data_ptr<T>() + begin, dgate.mutable_data_ptr<T>() + begin,
                                             dup.mutable_data_ptr<T>() + begin, end - begin));
@@ -49,13 +48,18 @@ std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& grad_, const Tensor& ga
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(tapelm, m) {
-  m.def("swiglu_forward(Tensor gate, Tensor up) -> Tensor");
+  m.def("swiglu_forward(Tensor gate, Tensor up) -> Tensor y");
   m.def("swiglu_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(tapelm, CPU, m) {
   m.impl("swiglu_forward", &swiglu_forward);
   m.impl("swiglu_backward", &swiglu_backward);
+}
+
+TORCH_LIBRARY_IMPL(tapelm, Autograd, m) {
+  m.impl("swiglu_forward", derivative("swiglu_backward(grad, gate, up) -> gate, up"));
+  m.impl("swiglu_backward", no_derivative());
 }
 
 }  // namespace tapelm

@@ -5,7 +5,7 @@ template <typename T>
 void swiglu_range(const T* gate, const T* up, T* y, int64_t count) {
   for_vectors(count, [&](int64_t i, auto n, int) __attribute__((always_inline)) {
     const vf a = get(gate + i, n);
-    put(y + i, a / (1.0f + exp(-a)) * get(up + i, n), n);
+    put(y + i, a * sigmoid<T>(a) * get(up + i, n), n);
   });
 }
 
@@ -13,8 +13,8 @@ void swiglu_range(const T* gate, const T* up, T* y, int64_t count) {
 template <typename T>
 void swiglu_backward_range(const T* grad, const T* gate, const T* up, T* dgate, T* dup, int64_t count) {
   for_vectors(count, [&](int64_t i, auto n, int) __attribute__((always_inline)) {
-    const vf g = get(grad + i, n), a = get(gate + i, n), s = 1.0f / (1.0f + exp(-a));
-    put(dgate + i, g * get(up + i, n) * s * (1.0f + a * (1.0f - s)), n);
-    put(dup + i, g * a * s, n);
+    const vf g = get(grad + i, n), a = get(gate + i, n), s = sigmoid<T>(a), gs = g * s;
+    put(dgate + i, gs * get(up + i, n) * (1.0f + (a - a * s)), n);
+    put(dup + i, gs * a, n);
   });
 }

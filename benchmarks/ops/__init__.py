@@ -10,7 +10,7 @@ import torch
 from benchmarks.harness import Case
 
 NAMES = (
-    "attention", "layer_norm", "rms_norm", "add_norm", "dropout", "bias_gelu", "swiglu", "rope",
+    "attention", "layer_norm", "rms_norm", "add_norm", "dropout", "bias_gelu", "swiglu", "rope", "embedding",
     "linear", "linear_cross_entropy", "adamw",
 )  # fmt: skip
 

@@ -6,6 +6,7 @@ from .add_norm import add_rms_norm as add_rms_norm
 from .attention import attention as attention
 from .bias_gelu import bias_gelu as bias_gelu
 from .dropout import dropout as dropout
+from .embedding import embedding as embedding
 from .layer_norm import layer_norm as layer_norm
 from .linear import linear as linear
 from .linear_cross_entropy import linear_cross_entropy as linear_cross_entropy

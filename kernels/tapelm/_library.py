@@ -83,20 +83,23 @@ def check_tensors(op: str, **tensors: Tensor | None) -> None:
         TypeError: a dtype that the device's kernels do not compute in, or dtypes that differ.
         ValueError: an unsupported device, or devices that differ.
     """
-    first_name, first = next((name, tensor) for name, tensor in tensors.items() if tensor is not None)
-    supported = SUPPORTED_DTYPES.get(first.device.type)
-    if supported is None:
-        raise ValueError(f"{op}: {first_name} is on {first.device}; move it to cpu or cuda.")
-    for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        if tensor.device != first.device:
-            raise ValueError(f"{op}: {name} is on {tensor.device} but {first_name} is on {first.device}.")
+    present = [tensor for tensor in tensors.values() if tensor is not None]
+    device, dtype = present[0].device, present[0].dtype
+    supported = SUPPORTED_DTYPES.get(device.type, ())
+    if dtype in supported and all(each.dtype == dtype and each.device == device for each in present):
+        return
+    named = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    first_name = next(iter(named))
+    if not supported:
+        raise ValueError(f"{op}: {first_name} is on {device}; move it to cpu or cuda.")
+    for name, tensor in named.items():
+        if tensor.device != device:
+            raise ValueError(f"{op}: {name} is on {tensor.device} but {first_name} is on {device}.")
         if tensor.dtype not in supported:
-            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in supported)
-            raise TypeError(f"{op}: {name} is {tensor.dtype}; on {first.device.type} use one of {names}.")
-        if tensor.dtype != first.dtype:
-            raise TypeError(f"{op}: {name} is {tensor.dtype} but {first_name} is {first.dtype}; cast one.")
+            names = ", ".join(str(each).removeprefix("torch.") for each in supported)
+            raise TypeError(f"{op}: {name} is {tensor.dtype}; on {device.type} use one of {names}.")
+        if tensor.dtype != dtype:
+            raise TypeError(f"{op}: {name} is {tensor.dtype} but {first_name} is {dtype}; cast one.")
 
 
 def check_probability(op: str, name: str, p: float) -> None:

@@ -25,7 +25,7 @@ WEIGHTS = {"BLOCK_R": 4, "BLOCK_C": 512, "num_warps": 4}
 
 
 @triton.jit
-def _drop(x, seed_ptr, row, first, cols, threshold, scale, BLOCK_C: tl.constexpr, ALIGNED: tl.constexpr):
+def drop(x, seed_ptr, row, first, cols, threshold, scale, BLOCK_C: tl.constexpr, ALIGNED: tl.constexpr):
     """x (R, BLOCK_C), columns from ``first`` (a multiple of four) of rows ``row``, after dropout."""
     seed = tl.load(seed_ptr)
     if ALIGNED:
@@ -44,7 +44,7 @@ def _sum_with_residual(
 ):  # fmt: skip
     """Stores residual + dropout(x) and returns it as it was rounded."""
     if seed_ptr is not None:
-        x = _drop(x, seed_ptr, row, first, cols, threshold, scale, BLOCK_C, ALIGNED)
+        x = drop(x, seed_ptr, row, first, cols, threshold, scale, BLOCK_C, ALIGNED)
     total = (tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32) + x).to(
         sum_ptr.dtype.element_ty
     )
@@ -112,7 +112,7 @@ def norm_backward_kernel(
             dx += tl.load(grad_sum_ptr + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
         if seed_ptr is not None:
-            dx = _drop(dx, seed_ptr, row, 0, cols, threshold, scale, BLOCK_C, ALIGNED)
+            dx = drop(dx, seed_ptr, row, 0, cols, threshold, scale, BLOCK_C, ALIGNED)
             tl.store(dropped_ptr + at, dx.to(dropped_ptr.dtype.element_ty), mask=inside)
     at = program * cols + col
     tl.store(dweight_ptr + at, tl.sum(dweight, axis=0), mask=col < cols)
@@ -194,7 +194,7 @@ def wide_norm_backward_kernel(
             dx += tl.load(grad_sum_ptr + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
         if seed_ptr is not None:
-            dx = _drop(dx, seed_ptr, row, start, cols, threshold, scale, BLOCK_C, ALIGNED)
+            dx = drop(dx, seed_ptr, row, start, cols, threshold, scale, BLOCK_C, ALIGNED)
             tl.store(dropped_ptr + at, dx.to(dropped_ptr.dtype.element_ty), mask=inside)
 
 

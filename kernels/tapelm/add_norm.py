@@ -14,8 +14,6 @@ _norm_kernels.py.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -23,8 +21,6 @@ from ._library import (
     check_probability,
     check_tensors,
     draw_seed,
-    forbid_second_derivative,
-    register_autograd,
     register_cuda,
     register_fake,
 )
@@ -100,35 +96,6 @@ def _(
     return r.new_empty(r.shape), dx, weight.new_empty(weight.shape), dbias
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, _, weight, bias, _, ctx.dropout_p, seed = inputs
-    _, r, mean, rstd = output
-    ctx.save_for_backward(r, weight, None if bias is None else mean, rstd, seed)
-    ctx.set_materialize_grads(False)  # the last norm of a model has no gradient of r
-
-
-def _backward(ctx: Any, grad: Tensor | None, grad_r: Tensor | None, *unused: Tensor) -> tuple[Any, ...]:
-    r, weight, mean, rstd, seed = ctx.saved_tensors
-    if grad is None:
-        grad = torch.zeros_like(r)
-    dresidual, dx, dweight, dbias = torch.ops.tapelm.add_norm_backward(
-        grad, grad_r, r, weight, mean, rstd, ctx.dropout_p, seed
-    )
-    return (
-        dx if ctx.dropout_p else dresidual,
-        dresidual,
-        dweight,
-        None if mean is None else dbias,
-        None,
-        None,
-        None,
-    )
-
-
-register_autograd("add_norm_forward", _setup, _backward)
-forbid_second_derivative("add_norm_backward")
-
-
 def _add_norm(
     op: str, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dropout_p: float
 ) -> tuple[Tensor, Tensor]:
@@ -151,7 +118,7 @@ def _add_norm(
         raise ValueError(f"{op}: eps is {eps}; it must be positive.")
     check_probability(op, "dropout_p", dropout_p)
     seed = draw_seed(x.device) if dropout_p else None
-    return torch.ops.tapelm.add_norm_forward(x, residual, weight, bias, eps, dropout_p, seed)[:2]
+    return torch.ops.tapelm.add_norm_forward.default(x, residual, weight, bias, eps, dropout_p, seed)[:2]
 
 
 def add_layer_norm(

@@ -13,8 +13,6 @@ Shapes: x, y, grad, dx (..., N); bias, dbias (N,); all of one dtype. Arithmetic 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -23,9 +21,7 @@ from torch import Tensor
 from ._library import (
     autocast,
     check_tensors,
-    forbid_second_derivative,
     processors,
-    register_autograd,
     register_cuda,
     register_fake,
 )
@@ -123,18 +119,6 @@ def _(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), bias.new_empty(bias.shape)
 
 
-def _setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.ops.tapelm.bias_gelu_backward(grad, *ctx.saved_tensors)
-
-
-register_autograd("bias_gelu_forward", _setup, _backward)
-forbid_second_derivative("bias_gelu_backward")
-
-
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     """GELU (tanh form) of ``x + bias``.
 
@@ -155,4 +139,4 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
         raise ValueError(
             f"bias_gelu: bias is {tuple(bias.shape)}; x {tuple(x.shape)} needs bias of its last dimension."
         )
-    return torch.ops.tapelm.bias_gelu_forward(x, bias)
+    return torch.ops.tapelm.bias_gelu_forward.default(x, bias)

@@ -14,8 +14,6 @@ Shapes: x and y (...), float32 / bfloat16 (float16 on CUDA); seed (), int64.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 import triton
@@ -26,7 +24,6 @@ from ._library import (
     check_probability,
     check_tensors,
     draw_seed,
-    register_autograd,
     register_cuda,
     register_fake,
 )
@@ -117,18 +114,6 @@ def _(x: Tensor, p: float, seed: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, ctx.p, seed = inputs
-    ctx.save_for_backward(seed)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    return torch.ops.tapelm.dropout(grad, ctx.p, *ctx.saved_tensors), None, None
-
-
-register_autograd("dropout", _setup, _backward)
-
-
 def dropout(x: Tensor, p: float) -> Tensor:
     """Zeroes each element with probability ``p`` and scales the others by 1 / (1 - p).
 
@@ -145,4 +130,4 @@ def dropout(x: Tensor, p: float) -> Tensor:
     """
     check_tensors("dropout", x=x)
     check_probability("dropout", "p", p)
-    return torch.ops.tapelm.dropout(x, p, draw_seed(x.device)) if p else x
+    return torch.ops.tapelm.dropout.default(x, p, draw_seed(x.device)) if p else x

@@ -12,15 +12,11 @@ float32. Statistics and sums over rows are in float32. The Triton kernels are in
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ._library import (
     check_tensors,
-    forbid_second_derivative,
-    register_autograd,
     register_cuda,
     register_fake,
 )
@@ -63,20 +59,6 @@ def _(grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -> tu
     return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, weight, _, _ = inputs
-    _, mean, rstd = output
-    ctx.save_for_backward(x, weight, mean, rstd)
-
-
-def _backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-    return *torch.ops.tapelm.layer_norm_backward(grad, *ctx.saved_tensors), None
-
-
-register_autograd("layer_norm_forward", _setup, _backward)
-forbid_second_derivative("layer_norm_backward")
-
-
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
     """Normalises each row of the last dimension to mean 0 and variance 1, then scales and shifts it.
 
@@ -104,4 +86,4 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
             )
     if not eps > 0:
         raise ValueError(f"layer_norm: eps is {eps}; it must be positive.")
-    return torch.ops.tapelm.layer_norm_forward(x, weight, bias, eps)[0]
+    return torch.ops.tapelm.layer_norm_forward.default(x, weight, bias, eps)[0]

@@ -11,15 +11,11 @@ sums over rows are in float32. The Triton kernels are in _norm_kernels.py.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ._library import (
     check_tensors,
-    forbid_second_derivative,
-    register_autograd,
     register_cuda,
     register_fake,
 )
@@ -55,19 +51,6 @@ def _(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Te
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, _ = inputs
-    ctx.save_for_backward(x, weight, output[1])
-
-
-def _backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor, Tensor, None]:
-    return *torch.ops.tapelm.rms_norm_backward(grad, *ctx.saved_tensors), None
-
-
-register_autograd("rms_norm_forward", _setup, _backward)
-forbid_second_derivative("rms_norm_backward")
-
-
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     """Divides each row of the last dimension by its root mean square, then scales it.
 
@@ -94,4 +77,4 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
         )
     if not eps > 0:
         raise ValueError(f"rms_norm: eps is {eps}; it must be positive.")
-    return torch.ops.tapelm.rms_norm_forward(x, weight, eps)[0]
+    return torch.ops.tapelm.rms_norm_forward.default(x, weight, eps)[0]

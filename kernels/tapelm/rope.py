@@ -18,14 +18,12 @@ projection do; other layouts are copied first.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._library import check_tensors, register_autograd, register_cuda, register_fake
+from ._library import check_tensors, register_cuda, register_fake
 
 
 def rope_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,18 +105,6 @@ def _(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Te
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, _, cos, sin, ctx.inverse = inputs
-    ctx.save_for_backward(cos, sin)
-
-
-def _backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-    return *torch.ops.tapelm.rope(grad_q, grad_k, *ctx.saved_tensors, not ctx.inverse), None, None, None
-
-
-register_autograd("rope", _setup, _backward)
-
-
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Rotates queries and keys by the angles of their positions.
 
@@ -155,4 +141,4 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
             raise ValueError(f"rope: {name} is on {table.device} but q is on {q.device}.")
         if table.requires_grad:
             raise ValueError(f"rope: {name} requires a gradient, which is not computed; detach it.")
-    return torch.ops.tapelm.rope(q, k, cos, sin, False)
+    return torch.ops.tapelm.rope.default(q, k, cos, sin, False)

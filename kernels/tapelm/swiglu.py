@@ -13,8 +13,6 @@ Shapes: gate, up, y, grad, dgate, dup (...), all of one dtype. Arithmetic is in 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -23,8 +21,6 @@ from torch import Tensor
 from ._library import (
     autocast,
     check_tensors,
-    forbid_second_derivative,
-    register_autograd,
     register_cuda,
     register_fake,
 )
@@ -90,18 +86,6 @@ def _(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
 
 
-def _setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.ops.tapelm.swiglu_backward(grad, *ctx.saved_tensors)
-
-
-register_autograd("swiglu_forward", _setup, _backward)
-forbid_second_derivative("swiglu_backward")
-
-
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up.
 
@@ -120,4 +104,4 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     check_tensors("swiglu", gate=gate, up=up)
     if gate.shape != up.shape:
         raise ValueError(f"swiglu: up is {tuple(up.shape)}; it needs the shape of gate, {tuple(gate.shape)}.")
-    return torch.ops.tapelm.swiglu_forward(gate, up)
+    return torch.ops.tapelm.swiglu_forward.default(gate, up)

@@ -1,0 +1,128 @@
+// Rows of LayerNorm (CENTRED) and RMSNorm, of x or (ADD) of r = residual + dropout(x); included by the norms' .inl.
+#include "simd_loop.inl"
+
+// mean and (variance + eps)^-1/2 of a row, from the sums of x - shift and of its square: one reading of the row unless
+// the mean is so far from shift that the difference of the two would lose more than four bits.
+template <bool CENTRED, typename T>
+TAPELM_INLINE void row_statistics(const T* x, int64_t C, float eps, float shift, const vf (&sums)[kSums],
+                                  const vf (&squares)[kSums], float& mean, float& rstd) {
+  float square = sum(squares) / static_cast<float>(C);
+  mean = 0.0f;
+  if constexpr (CENTRED) {
+    const float distance = sum(sums) / static_cast<float>(C);
+    mean = shift + distance;
+    square -= distance * distance;
+    if (square * 16.0f < distance * distance) {
+      vf deviations[kSums] = {};
+      for_vectors(C, [&](int64_t i, auto n, int s) __attribute__((always_inline)) {
+        const vf d = get(x + i, n, mean) - mean;
+        deviations[s] += d * d;
+      });
+      square = sum(deviations) / static_cast<float>(C);
+    }
+  }
+  rstd = 1.0f / std::sqrt(square + eps);
+}
+
+// Rows are taken in blocks: while the sums of one become its statistics the next ones are read, and all are read
+// again from the cache.
+template <bool CENTRED, bool ADD, typename T>
+void norm_rows(const NormForward<T>& a, int64_t begin, int64_t end) {
+  const int64_t C = a.C;
+  for (int64_t first = begin; first < end; first += kBlockRows) {
+    const int64_t last = std::min(first + kBlockRows, end);
+    float means[kBlockRows], rstds[kBlockRows];
+    for (int64_t row = first; row < last; ++row) {
+      const T* const in = a.x + row * C;
+      const float shift = CENTRED && C > 0 ? static_cast<float>((ADD ? a.residual : a.x)[row * C]) : 0.0f;
+      vf sums[kSums] = {}, squares[kSums] = {};
+      const auto add = [&](vf v, int s) __attribute__((always_inline)) {
+        const vf d = v - shift;
+        if constexpr (CENTRED) sums[s] += d;
+        squares[s] += d * d;
+      };
+      if constexpr (ADD) {
+        // The statistics are those of r as it is rounded when stored. Lanes beyond the row hold shift.
+        const T* const base = a.residual + row * C;
+        T* const total = a.r + row * C;
+        if (a.dropout.active) {
+          for_random_vectors(C, a.dropout.seed, row * C,
+                             [&](int64_t i, auto n, int s, vu random) __attribute__((always_inline)) {
+            const vf x = dropped(get(in + i, n), random, a.dropout.threshold, a.dropout.scale);
+            const vf v = rounded<T>(get(base + i, n, shift) + x);
+            put(total + i, v, n);
+            add(v, s);
+          });
+        } else {
+          for_vectors(C, [&](int64_t i, auto n, int s) __attribute__((always_inline)) {
+            const vf v = rounded<T>(get(base + i, n, shift) + get(in + i, n));
+            put(total + i, v, n);
+            add(v, s);
+          });
+        }
+      } else {
+        for_vectors(C, [&](int64_t i, auto n, int s) __attribute__((always_inline)) { add(get(in + i, n, shift), s); });
+      }
+      float &mean = means[row - first], &rstd = rstds[row - first];
+      row_statistics<CENTRED>((ADD ? a.r : a.x) + row * C, C, a.eps, shift, sums, squares, mean, rstd);
+      if constexpr (CENTRED) a.mean[row] = mean;
+      a.rstd[row] = rstd;
+    }
+    for (int64_t row = first; row < last; ++row) {
+      const T* const from = (ADD ? a.r : a.x) + row * C;
+      const float mean = means[row - first], rstd = rstds[row - first];
+      for_vectors(C, [&](int64_t i, auto n, int) __attribute__((always_inline)) {
+        vf y = (get(from + i, n) - mean) * rstd * get(a.weight + i, n);
+        if constexpr (CENTRED) y += get(a.bias + i, n);
+        put(a.y + row * C + i, y, n);
+      });
+    }
+  }
+}
+
+// d = rstd * (g w - mean(g w) - h mean(g w h)) + grad_r, the middle term only when CENTRED, is dx; `dropped` is d where
+// the dropout kept x. dweight and, when CENTRED, dbias are added to the float32 sums. Blocks of rows as above.
+template <bool CENTRED, bool ADD, typename T>
+void norm_backward_rows(const NormBackward<T>& a, int64_t begin, int64_t end, float* dweight, float* dbias) {
+  const int64_t C = a.C;
+  for (int64_t first = begin; first < end; first += kBlockRows) {
+    const int64_t last = std::min(first + kBlockRows, end);
+    float of_g[kBlockRows], of_gh[kBlockRows];
+    for (int64_t row = first; row < last; ++row) {
+      const T *const grad = a.grad + row * C, *const x = a.x + row * C;
+      const float mean = CENTRED ? a.mean[row] : 0.0f, rstd = a.rstd[row];
+      vf sums[kSums] = {}, products[kSums] = {};
+      for_vectors(C, [&](int64_t i, auto n, int s) __attribute__((always_inline)) {
+        const vf g = get(grad + i, n) * get(a.weight + i, n);
+        products[s] += g * ((get(x + i, n) - mean) * rstd);
+        if constexpr (CENTRED) sums[s] += g;
+      });
+      of_g[row - first] = CENTRED ? sum(sums) / static_cast<float>(C) * rstd : 0.0f;
+      of_gh[row - first] = sum(products) / static_cast<float>(C) * rstd;
+    }
+    for (int64_t row = first; row < last; ++row) {
+      const T *const grad = a.grad + row * C, *const x = a.x + row * C;
+      const float mean = CENTRED ? a.mean[row] : 0.0f, rstd = a.rstd[row];
+      const float mean_g = of_g[row - first], mean_gh = of_gh[row - first];
+      const auto derivative = [&](int64_t i, auto n) __attribute__((always_inline)) {
+        const vf g = get(grad + i, n), h = (get(x + i, n) - mean) * rstd;
+        put(dweight + i, get(dweight + i, n) + g * h, n);
+        if constexpr (CENTRED) put(dbias + i, get(dbias + i, n) + g, n);
+        vf d = g * get(a.weight + i, n) * rstd - h * mean_gh;
+        if constexpr (CENTRED) d -= mean_g;
+        if constexpr (ADD)
+          if (a.grad_r != nullptr) d += get(a.grad_r + row * C + i, n);
+        put(a.dx + row * C + i, d, n);
+        return d;
+      };
+      if (ADD && a.dropout.active)
+        for_random_vectors(C, a.dropout.seed, row * C,
+                           [&](int64_t i, auto n, int, vu random) __attribute__((always_inline)) {
+          const vf d = dropped(derivative(i, n), random, a.dropout.threshold, a.dropout.scale);
+          put(a.dropped + row * C + i, d, n);
+        });
+      else
+        for_vectors(C, [&](int64_t i, auto n, int) __attribute__((always_inline)) { derivative(i, n); });
+    }
+  }
+}
