@@ -220,6 +220,11 @@ void attention_forward_group(const AttentionShape& s, int64_t head, int64_t grou
   for (int64_t g = 0; g < group; ++g)
     for (int64_t panel = split.index; panel < tokens / NR; panel += split.count) {
       pack_columns(q.head_offset(g), s, panel * NR, w.q_columns);
+      prefetch_next_head(q.head_offset(g), s, panel * NR, NR);
+      if (g == 0) {
+        prefetch_next_head(k, s, panel * NR, NR);
+        prefetch_next_head(v, s, panel * NR, NR);
+      }
       (s.dropout ? forward_panel<T, true> : forward_panel<T, false>)(mask, head + g, panel, w, out + g * s.D, out_row,
                                                                      lse + g * s.T);
     }

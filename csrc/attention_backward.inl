@@ -200,10 +200,14 @@ void attention_backward_group(const AttentionShape& s, int64_t head, int64_t gro
     pack_steps(gh, s, w.g_steps);
     row_products(gh, out.head_offset(g), s, s.keep_scale, w.delta);
     for (int64_t t = 0; t < s.T; ++t) w.lse[t] = lse[g * s.T + t] * LOG2E;
-    for (int64_t kb = split.index * block; kb < chunks; kb += split.count * block)
+    for (int64_t kb = split.index * block; kb < chunks; kb += split.count * block) {
+      for (const Strided<T> x : {qh, gh, out.head_offset(g)}) prefetch_next_head(x, s, kb * NR, BACKWARD);
+      if (g == 0)
+        for (const Strided<T> x : {k, v}) prefetch_next_head(x, s, kb * NR, BACKWARD);
       for (int64_t qb = s.causal ? kb : 0; qb < chunks; qb += block)
         (s.dropout ? backward_block<T, true> : backward_block<T, false>)(
             mask, head + g, {qb, std::min(chunks, qb + block)}, {kb, std::min(chunks, kb + block)}, w);
+    }
     if (!dq_sums) attention_write_dq(s, w.dq, 1, 0, dq + g * s.D, dq_row);
   }
   for (int64_t t = split.index * BACKWARD; t < s.T; t += split.count * BACKWARD) {

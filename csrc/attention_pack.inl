@@ -69,6 +69,14 @@ TAPELM_INLINE void prefetch_row(const T* row, int64_t D) {
   for (int64_t d = 0; d < D; d += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + d, WRITE);
 }
 
+// The same rows of the next head, needed when this one is done: into the second-level cache.
+template <typename T>
+TAPELM_INLINE void prefetch_next_head(Strided<T> x, const AttentionShape& s, int64_t t, int64_t count) {
+  const T* row = x.head_offset(1).data + t * x.row;
+  for (int64_t end = std::min(s.T, t + count); t < end; ++t, row += x.row)
+    for (int64_t d = 0; d < s.D; d += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + d, 0, 2);
+}
+
 // The first `count` elements of p as W units; the rest is zero.
 template <typename T>
 TAPELM_INLINE vu load_units(const T* p, int64_t count) {

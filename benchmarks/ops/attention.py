@@ -1,44 +1,104 @@
-"""Causal attention, forward and backward, against the plain masked softmax and PyTorch's SDPA."""
+"""Attention, forward and backward, against SDPA; `python -m benchmarks.ops.attention` measures its grid.
+
+A shape is BxHxTxD, causal unless it says "full". SDPA runs without dropout also where we run with it, as with
+dropout it would leave its fused kernel.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import tapelm
+from benchmarks import harness
 from benchmarks.harness import Case, close
-from gpt.ops import causal_attention
-
-SHAPES = ((16, 8, 256, 64), (4, 8, 1024, 64), (1, 8, 4096, 64), (4, 4, 512, 128))
 
 
-def cases(device: torch.device) -> list[Callable[[], Case]]:
-    return [partial(case, device, shape) for shape in SHAPES]
+@dataclass(frozen=True)
+class Setting:
+    """One line of the table."""
+
+    B: int
+    H: int
+    T: int
+    D: int
+    dtype: torch.dtype = torch.bfloat16
+    causal: bool = True
+    dropout_p: float = 0.0
+
+    def __str__(self) -> str:
+        extra = ("" if self.causal else " full") + (f" p={self.dropout_p}" if self.dropout_p else "")
+        return f"{self.B}x{self.H}x{self.T}x{self.D}{extra}"
 
 
-def case(device: torch.device, shape: tuple[int, int, int, int]) -> Case:
-    B, H, T, D = shape
+SETTINGS = (
+    Setting(16, 8, 256, 64, dropout_p=0.1),  # the `seed` preset
+    Setting(16, 8, 256, 64),
+    Setting(4, 8, 1024, 64),
+    Setting(1, 8, 4096, 64),
+    Setting(4, 4, 512, 128),
+    Setting(8, 8, 64, 32),
+    Setting(1, 1, 2048, 64),
+    Setting(4, 8, 512, 64, causal=False),
+    Setting(16, 8, 256, 64, torch.float32),
+    Setting(4, 8, 1024, 64, torch.float32),
+    Setting(1, 8, 4096, 64, torch.float32),
+)
+GRID = tuple(
+    Setting(max(1, 1024 // T), 4, T, D, dtype, causal)
+    for dtype in (torch.bfloat16, torch.float32)
+    for causal in (True, False)
+    for T in (64, 128, 256, 512, 1024, 2048, 4096, 8192)
+    for D in (32, 64, 96, 128)
+)
+
+
+def cases(device: torch.device, settings: Sequence[Setting] = SETTINGS) -> list[Callable[[], Case]]:
+    return [partial(case, device, setting) for setting in settings]
+
+
+def agree(dropout_p: float, dtype: torch.dtype) -> Callable[[Sequence[Tensor], Sequence[Tensor]], None]:
+    """With dropout the results differ at random; tests/kernels/test_attention.py knows the mask."""
+    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
+    return (lambda ours, expected: None) if dropout_p else close(tolerance, tolerance)
+
+
+def case(device: torch.device, setting: Setting) -> Case:
+    B, H, T, D = setting.B, setting.H, setting.T, setting.D
     generator = torch.Generator().manual_seed(0)
-    q, k, v, grad = (torch.randn(shape, generator=generator).to(device) for _ in range(4))
+    # (B, T, H, D) in memory, as the projections of a model leave it.
+    q, k, v, grad = (
+        torch.randn(B, T, H, D, generator=generator).to(device, setting.dtype).transpose(1, 2)
+        for _ in range(4)
+    )
 
-    def run(function: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
+    def run(function: Callable[..., Tensor]) -> list[Tensor]:
         inputs = [x.detach().requires_grad_() for x in (q, k, v)]
         out = function(*inputs)
         return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
 
+    ours = partial(tapelm.attention, causal=setting.causal, dropout_p=setting.dropout_p)
     return Case(
         subject="attention fwd+bwd",
-        shape="x".join(map(str, shape)),
-        dtype=torch.float32,
+        shape=str(setting),
+        dtype=setting.dtype,
         variants={
-            "plain": partial(run, causal_attention),
-            "sdpa": partial(run, partial(F.scaled_dot_product_attention, is_causal=True)),
-            "tapelm": partial(run, tapelm.attention),
+            "sdpa": partial(run, partial(F.scaled_dot_product_attention, is_causal=setting.causal)),
+            "tapelm": partial(run, ours),
         },
         bound="gemm",
-        work=7 * B * H * T * T * D,  # 2 + 5 products of T x T/2 x D, two flops each
-        agree=close(1e-4, 1e-4),
+        # 2 + 5 products of T x T x D (half of it when causal), two flops each
+        work=(7 if setting.causal else 14) * B * H * T * T * D,
+        agree=agree(setting.dropout_p, setting.dtype),
     )
+
+
+if __name__ == "__main__":
+    device = torch.device("cpu")
+    rows = harness.measure_all(cases(device, GRID), device, rounds=5)
+    harness.report("python -m benchmarks.ops.attention", rows, device, None)

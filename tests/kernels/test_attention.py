@@ -24,6 +24,8 @@ LARGER_CASES = [
     (1, 3, 3, 200, 64, True, 0.1, False),
     (1, 4, 2, 260, 80, True, 0.0, True),
     (1, 4, 1, 130, 96, False, 0.2, True),
+    (1, 1, 1, 521, 67, True, 0.1, False),
+    (1, 2, 1, 300, 32, False, 0.1, False),
 ]
 
 
@@ -57,6 +59,57 @@ def test_values_and_gradients(b, hq, hkv, t, d, causal, p, documents, dtype, dev
 @pytest.mark.parametrize("device", ["cpu"])
 def test_values_and_gradients_of_many_tiles(b, hq, hkv, t, d, causal, p, documents, dtype, device, check):
     test_values_and_gradients(b, hq, hkv, t, d, causal, p, documents, dtype, device, check)
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads, which goes back to what it was."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("hq,hkv", [(1, 1), (3, 3), (4, 1)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_few_heads_are_shared_by_threads(hq, hkv, causal, dtype, threads):
+    """One head is cut into tasks; only the sums of dq depend on how many there are."""
+    inputs = [x.requires_grad_() for x in make(1, hq, hkv, 517, 48, dtype, "cpu")]
+    grad, seed = torch.randn(1, hq, 517, 48).to(dtype), torch.tensor(SEED)
+
+    def run(count):
+        threads(count)
+        out = torch.ops.tapelm.attention_forward(*inputs, causal, 0.2, 0.1, seed, None)[0]
+        return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
+
+    one = run(1)
+    for count in (2, 3):
+        several = run(count)
+        for index, (a, b, again) in enumerate(zip(one, several, run(count), strict=True)):
+            assert torch.equal(b, again)
+            if index == 1:
+                torch.testing.assert_close(a, b)
+            else:
+                assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("order", ["sorted", "shuffled"])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("device", ["cpu"])
+def test_documents_of_whole_blocks(order, causal, dtype, device, check):
+    """Squares of keys and queries that are hidden, that need no mask and that need one."""
+    T = 400
+    ids = torch.repeat_interleave(torch.arange(8), torch.tensor([5, 128, 60, 67, 30, 33, 64, 13]))
+    if order == "shuffled":
+        ids = torch.cat([ids[200:264], ids[:128], ids[300:], ids[128:200], ids[264:300]])
+    ids = ids.int()[None]
+
+    def op(q, k, v):
+        return torch.ops.tapelm.attention_forward(q, k, v, causal, 0.2, 0.0, None, ids)[0]
+
+    def reference(q, k, v):
+        return attention_reference(q, k, v, causal=causal, scale=0.2, document_ids=ids)
+
+    check(op, reference, *make(1, 2, 1, T, 32, dtype, device))
 
 
 def test_log_sum_exp(device):
@@ -188,3 +241,10 @@ def test_a_nan_key_reaches_every_row_that_sees_it() -> None:
     documents = (torch.arange(T) >= first).int()[None]
     out = tapelm.attention(q, k, v, document_ids=documents)
     assert out.isnan().any(-1).sum().item() == T - first
+
+
+def test_a_query_with_scores_of_minus_infinity_has_no_weights() -> None:
+    """As in PyTorch's softmax the result is NaN, in this row alone."""
+    q, k, v = (torch.rand(1, 1, 40, 16) + 0.1 for _ in range(3))
+    q[0, 0, 21] = -float("inf")
+    assert tapelm.attention(q, k, v).isnan().any(-1).nonzero()[:, -1].tolist() == [21]
