@@ -21,10 +21,9 @@ import sys
 import time
 from pathlib import Path
 
-import tyro
 from rich.console import Console
 
-from gpt.cli import UserError, run_program, write_atomically
+from gpt.cli import UserError, parse_options, run_program, write_atomically
 from gpt.config import PRESETS
 
 
@@ -185,7 +184,7 @@ def stages_after_data(config: DemoConfig, data: Path) -> list[Stage]:
 
 
 def main(arguments: list[str]) -> int:
-    config = tyro.cli(DemoConfig, args=arguments, prog="python -m gpt.demo")
+    config = parse_options(DemoConfig, arguments, prog="python -m gpt.demo")
     if config.preset not in PRESETS:
         raise UserError(f"unknown preset {config.preset!r}; choose one of: {', '.join(PRESETS)}")
     for name in ("threads", "max_new_tokens", "evaluate_bytes"):

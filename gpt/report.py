@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import tyro
 from rich.table import Table
 
-from gpt.cli import UserError, run_program, wide_console, write_atomically
+from gpt.cli import UserError, parse_options, run_program, wide_console, write_atomically
 
 RUNS = ("plain", "optimized")
 COLOURS = {"plain": "#9aa0a8", "optimized": "#1668b8"}
@@ -263,7 +262,7 @@ def write_report(config: ReportConfig) -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> int:
-    config = tyro.cli(ReportConfig, args=arguments, prog="python -m gpt.report")
+    config = parse_options(ReportConfig, arguments, prog="python -m gpt.report")
     print_report(write_report(config))
     return 0
 
