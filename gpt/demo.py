@@ -39,7 +39,7 @@ class DemoConfig:
     """Steps of both trainings; None takes the preset's."""
     prompt: str = "The economy"
     max_new_tokens: int = 120
-    evaluate_bytes: int = 100_000
+    evaluate_bytes: int = 50_000
     """Text evaluated in each domain, in bytes; 0 takes the whole validation split."""
     device: str = "auto"
     threads: int = 0
