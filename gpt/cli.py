@@ -54,7 +54,12 @@ def _complain(message: str, status: int) -> int:
 
 
 def parse_options(
-    kind: type[Options], arguments: list[str], *, prog: str, default: Any = None, description: str | None = None
+    kind: type[Options],
+    arguments: list[str],
+    *,
+    prog: str,
+    default: Options | None = None,
+    description: str | None = None,
 ) -> Options:
     """tyro's reading of `arguments`, its box about a wrong one turned into a UserError of one line."""
     said = io.StringIO()
@@ -72,8 +77,8 @@ def _without_box(message: str) -> str:
     plain = re.sub(r"\x1b\[[0-9;]*m", "", message)
     lines = [line.strip("│ ") for line in plain.splitlines() if not line.startswith(("╭", "╰"))]
     sections = re.split(r"\n─+\n", "\n".join(lines))
-    kept = [text.split("\n\n")[0] for text in sections if not text.startswith(("For full help", "Argument help"))]
-    return " ".join("; ".join(kept).split()).rstrip(".")
+    told = [text for text in sections if not text.startswith(("For full help", "Argument help"))]
+    return " ".join("; ".join(text.split("\n\n")[0] for text in told).split()).rstrip(".")
 
 
 class StopRequest:

@@ -58,7 +58,7 @@ def test_upstream_gradient_scales(device):
 
 
 def test_second_derivative_is_refused(device):
-    """The gradients leave with the loss, so that nothing but this error keeps them from counting as constants."""
+    """The gradients leave with the loss: but for this error they would count as constants."""
     hidden, weight, bias, targets = make(20, 8, 40, torch.float32, device)
     for leaf in (hidden, weight, bias):
         leaf.requires_grad_()
