@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -114,6 +115,27 @@ def prepare_output(path: Path) -> None:
         raise UserError(f"cannot write {path}: {error.filename} is not a directory") from error
     if path.is_dir():
         raise UserError(f"cannot write {path}: it is a directory")
+
+
+@contextlib.contextmanager
+def only_writer(directory: Path) -> Iterator[None]:
+    """Create `directory` and keep other processes from writing a run into it; leave no empty one behind.
+
+    The lock is the kernel's and ends with the process. Raises UserError when another one holds it.
+    """
+    created = not directory.exists()
+    directory.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise UserError(f"another training is writing to {directory}: choose another --out") from error
+    finally:
+        os.close(descriptor)
+        if created:
+            with contextlib.suppress(OSError):  # not empty
+                directory.rmdir()
 
 
 def write_atomically(path: Path, text: str) -> None:
