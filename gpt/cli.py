@@ -59,7 +59,7 @@ def parse_options(
     arguments: list[str],
     *,
     prog: str,
-    default: Options | None = None,
+    default: Any = None,
     description: str | None = None,
 ) -> Options:
     """tyro's reading of `arguments`, its box about a wrong one turned into a UserError of one line."""
