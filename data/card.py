@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -163,7 +164,7 @@ def check_sizes(counts: Counts, min_block: int, *, encoded: bool = False) -> Non
     # By hash, 90 documents leave a 5% split empty once in a hundred times; twice the mean allows for chance.
     tokens = sum(counts.total(split, "tokens") for split in SPLITS) or size / 3
     needed = max(90 * size / documents, 40 * (min_block + 1) * size / tokens)
-    advice = f"the corpus has {size / 1e6:.3g} MB, about {needed / 1e6:.2g} MB are needed"
+    advice = f"the corpus has {size / 1e3:,.3f} kB, about {math.ceil(needed / 1e3):,} kB are needed"
     if size >= needed:
         advice = "move --validation-from, --test-from or --until"
     for split in SPLITS:

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import numpy as np
-import tyro
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -41,6 +40,7 @@ from data.documents import (
 from data.sources.files import Columns, find_files, read_files
 from data.sources.packages import DEFAULT_DATES, read_packages
 from data.sources.wheels import default_cache, fetch_packages
+from gpt.cli import UserError, parse_options
 from tapelm import Tokenizer, write_shards
 
 ENCODE_BATCH = 256
@@ -282,12 +282,16 @@ def _publish(staging: Path, out: Path) -> None:
 
 def _progress() -> Progress:
     columns = (SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=Console(stderr=True))
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, disable=not console.is_terminal)
 
 
 def main() -> None:
     """Command line: exits 2 with one line for the user's mistakes and for full disks."""
-    config = tyro.cli(Config, prog="python -m data.prepare", description=__doc__)
+    try:
+        config = parse_options(Config, sys.argv[1:], prog="python -m data.prepare", description=__doc__)
+    except UserError as error:
+        _fail(str(error))
     try:
         card.print_table(prepare(config))
     except DataError as error:

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import io
 import os
+import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
+import tyro
 from rich.console import Console
+
+Options = TypeVar("Options")
+# What PyTorch's RuntimeErrors say: on CPUs, on GPUs, and of sizes that no memory has.
+OUT_OF_MEMORY = r"can't allocate memory|out of memory|[Ss]torage size calculation overflowed"
 
 
 class UserError(Exception):
@@ -21,7 +30,8 @@ def run_program(main: Callable[[list[str]], int]) -> None:
     """Run `main(argv)` and exit with its status.
 
     UserError exits 2 and an operating-system error (a full disk, a missing file) exits 1, each with one
-    `error:` line; Ctrl-C outside a training step exits 130. Anything else is a bug and keeps its traceback.
+    `error:` line, as does memory that cannot be had; Ctrl-C outside a training step exits 130. Anything else
+    is a bug and keeps its traceback.
     """
     try:
         status = main(sys.argv[1:])
@@ -30,6 +40,10 @@ def run_program(main: Callable[[list[str]], int]) -> None:
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
         status = _complain(f"{error.strerror or error}{where}", 1)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search(OUT_OF_MEMORY, str(error)):
+            raise
+        status = _complain(f"out of memory, make the model or the batch smaller: {str(error)[:200]}", 1)
     except KeyboardInterrupt:
         status = _complain("interrupted", 130)
     sys.exit(status)
@@ -38,6 +52,34 @@ def run_program(main: Callable[[list[str]], int]) -> None:
 def _complain(message: str, status: int) -> int:
     print("error: " + " ".join(message.split()), file=sys.stderr)
     return status
+
+
+def parse_options(
+    kind: type[Options],
+    arguments: list[str],
+    *,
+    prog: str,
+    default: Any = None,
+    description: str | None = None,
+) -> Options:
+    """tyro's reading of `arguments`, its box about a wrong one turned into a UserError of one line."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(kind, args=arguments, prog=prog, default=default, description=description)
+    except SystemExit as ended:
+        if not ended.code:
+            raise
+        raise UserError(f"{_without_box(said.getvalue())}; for all options: {prog} --help") from None
+
+
+def _without_box(message: str) -> str:
+    """The text in a box that tyro draws, without explanations of an option, up to the first blank line."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", message)
+    lines = [line.strip("│ ") for line in plain.splitlines() if not line.startswith(("╭", "╰"))]
+    sections = re.split(r"\n─+\n", "\n".join(lines))
+    told = [text for text in sections if not text.startswith(("For full help", "Argument help"))]
+    return " ".join("; ".join(text.split("\n\n")[0] for text in told).split()).rstrip(".")
 
 
 class StopRequest:
@@ -73,6 +115,27 @@ def prepare_output(path: Path) -> None:
         raise UserError(f"cannot write {path}: {error.filename} is not a directory") from error
     if path.is_dir():
         raise UserError(f"cannot write {path}: it is a directory")
+
+
+@contextlib.contextmanager
+def only_writer(directory: Path) -> Iterator[None]:
+    """Create `directory` and keep other processes from writing a run into it; leave no empty one behind.
+
+    The lock is the kernel's and ends with the process. Raises UserError when another one holds it.
+    """
+    created = not directory.exists()
+    directory.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise UserError(f"another training is writing to {directory}: choose another --out") from error
+    finally:
+        os.close(descriptor)
+        if created:
+            with contextlib.suppress(OSError):  # not empty
+                directory.rmdir()
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import tyro
 
-from gpt.cli import UserError
+from gpt.cli import UserError, parse_options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,10 +125,11 @@ class TrainConfig:
             "min_learning_rate_ratio",
             "threads",
             "vocab_size",
-            "seed",
         ):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"seed must be in [0, 2**63), got {self.seed}")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} must be in [0, 1), got {getattr(self, name)}")
@@ -214,7 +215,8 @@ def preset(name: str, *, data: Path, out: Path, **overrides: Any) -> TrainConfig
 def parse_command_line(arguments: list[str]) -> TrainConfig:
     """Two passes: find --preset, then let tyro override its values option by option."""
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--preset", default="demo")
+    # Without a value, which tyro then complains about, any preset will do.
+    finder.add_argument("--preset", nargs="?", default="demo", const="demo")
     name = finder.parse_known_args(arguments)[0].preset
     defaults = preset(name, data=tyro.MISSING, out=tyro.MISSING)
-    return tyro.cli(TrainConfig, default=defaults, args=arguments, prog="python -m gpt.train")
+    return parse_options(TrainConfig, arguments, prog="python -m gpt.train", default=defaults)

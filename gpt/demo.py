@@ -21,10 +21,9 @@ import sys
 import time
 from pathlib import Path
 
-import tyro
 from rich.console import Console
 
-from gpt.cli import UserError, run_program, write_atomically
+from gpt.cli import UserError, parse_options, run_program, write_atomically
 from gpt.config import PRESETS
 
 
@@ -40,7 +39,7 @@ class DemoConfig:
     """Steps of both trainings; None takes the preset's."""
     prompt: str = "The economy"
     max_new_tokens: int = 120
-    evaluate_bytes: int = 100_000
+    evaluate_bytes: int = 50_000
     """Text evaluated in each domain, in bytes; 0 takes the whole validation split."""
     device: str = "auto"
     threads: int = 0
@@ -185,7 +184,7 @@ def stages_after_data(config: DemoConfig, data: Path) -> list[Stage]:
 
 
 def main(arguments: list[str]) -> int:
-    config = tyro.cli(DemoConfig, args=arguments, prog="python -m gpt.demo")
+    config = parse_options(DemoConfig, arguments, prog="python -m gpt.demo")
     if config.preset not in PRESETS:
         raise UserError(f"unknown preset {config.preset!r}; choose one of: {', '.join(PRESETS)}")
     for name in ("threads", "max_new_tokens", "evaluate_bytes"):

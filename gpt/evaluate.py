@@ -17,12 +17,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
 from rich.table import Table
 
 import tapelm
 from gpt.checkpoint import load_model, sha256_of
-from gpt.cli import UserError, prepare_output, run_program, wide_console, write_atomically
+from gpt.cli import UserError, parse_options, prepare_output, run_program, wide_console, write_atomically
 from gpt.corpus import END_OF_TEXT, open_tokenizer, read_domains, training_counts
 from gpt.hardware import device_name, pick_device, set_threads, versions
 from gpt.model import GPT
@@ -167,7 +166,7 @@ def print_table(result: dict[str, Any]) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    config = tyro.cli(EvaluateConfig, args=arguments, prog="python -m gpt.evaluate")
+    config = parse_options(EvaluateConfig, arguments, prog="python -m gpt.evaluate")
     set_threads(config.threads)
     prepare_output(config.json)
     result = evaluate(config)

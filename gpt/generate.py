@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
 from torch import Tensor
 
 from gpt.checkpoint import load_model
-from gpt.cli import UserError, prepare_output, run_program, write_atomically
+from gpt.cli import UserError, parse_options, prepare_output, run_program, write_atomically
 from gpt.corpus import END_OF_TEXT, open_tokenizer
 from gpt.hardware import pick_device, set_threads, synchronize
 from gpt.model import GPT, KVCache
@@ -118,7 +117,7 @@ def generate(
 
 
 def main(arguments: list[str]) -> int:
-    config = tyro.cli(GenerateConfig, args=arguments, prog="python -m gpt.generate")
+    config = parse_options(GenerateConfig, arguments, prog="python -m gpt.generate")
     set_threads(config.threads)
     if config.json is not None:
         prepare_output(config.json)

@@ -15,6 +15,8 @@ import torch
 from gpt.cli import UserError
 from gpt.config import TrainConfig
 
+MOST_THREADS = 1024  # where OpenMP cannot start all it is told to, it ends the process
+
 
 def pick_device(name: str) -> torch.device:
     """ "auto" is CUDA when there is one, else the CPU. Raises UserError for a device that is not there."""
@@ -30,9 +32,11 @@ def pick_device(name: str) -> torch.device:
 
 
 def set_threads(threads: int) -> None:
-    """Pin the CPU threads of this process; 0 leaves PyTorch's default. Raises UserError below that."""
+    """Pin the CPU threads of this process; 0 leaves PyTorch's default. Raises UserError out of range."""
     if threads < 0:
         raise UserError(f"--threads must not be negative, got {threads}")
+    if threads > MOST_THREADS:
+        raise UserError(f"--threads must be at most {MOST_THREADS}, got {threads}")
     if threads:
         torch.set_num_threads(threads)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import datetime
 import html
 import io
 import json
@@ -17,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import tyro
 from rich.table import Table
 
-from gpt.cli import UserError, run_program, wide_console, write_atomically
+from gpt.cli import UserError, parse_options, run_program, wide_console, write_atomically
 
 RUNS = ("plain", "optimized")
 COLOURS = {"plain": "#9aa0a8", "optimized": "#1668b8"}
@@ -109,6 +109,7 @@ def build(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "batches_sha256": {name: summaries[name]["batches_sha256"] for name in RUNS},
         "precision": {name: summaries[name]["precision"] for name in RUNS},
         "speedup": summaries["optimized"]["tokens_per_second"] / summaries["plain"]["tokens_per_second"],
+        "val_loss_apart": abs(summaries["optimized"]["val_loss"] / summaries["plain"]["val_loss"] - 1),
         "table": table,
         "runs": {
             name: {key: runs[name][key] for key in ("summary", "evaluation", "sample")} for name in RUNS
@@ -120,11 +121,13 @@ def shown_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
     """(metric, plain, optimized, ratio) as printed, numbers formatted, with the device last."""
     rows: list[tuple[str, ...]] = []
     for row, values in zip(ROWS, report["table"], strict=True):
-        ratio = "" if values["ratio"] is None else f"{values['ratio']:.3g}×"
+        ratio = "" if values["ratio"] is None else f"{values['ratio']:.3f}×"
         rows.append((row.label, row.show(values["plain"]), row.show(values["optimized"]), ratio))
     devices = [report["runs"][name]["summary"]["device"] for name in RUNS]
     precisions = [report["precision"][name] for name in RUNS]
-    dates = [report["dates"][name] for name in RUNS]
+    dates = [
+        datetime.datetime.fromisoformat(report["dates"][name]).strftime("%Y-%m-%d %H:%M UTC") for name in RUNS
+    ]
     return [*rows, ("precision", *precisions, ""), ("device", *devices, ""), ("trained", *dates, "")]
 
 
@@ -178,7 +181,7 @@ def plot(runs: dict[str, dict[str, Any]], x: str, x_label: str) -> bytes:
 
 SEQUENTIAL = (
     "The trainings ran one after the other, so that the machine's own drift is in the ratio; "
-    "for one measured in turn: python -m benchmarks train."
+    "for one measured in turn: .venv/bin/python -m benchmarks train."
 )
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c1f24; }
@@ -214,7 +217,8 @@ def to_html(report: dict[str, Any], runs: dict[str, dict[str, Any]]) -> str:
 <body>
 <h1>The optimized GPT ({optimized}) trains {report["speedup"]:.2f}× as fast as the plain one ({plain})</h1>
 <p>Same model, same initial weights; both runs saw {batches}
-(SHA-256 {html.escape(report["batches_sha256"]["plain"][:16])}…). {SEQUENTIAL}</p>
+(SHA-256 {html.escape(report["batches_sha256"]["plain"][:16])}…). Their validation losses ended
+{report["val_loss_apart"]:.2%} apart. {SEQUENTIAL}</p>
 <p class="note">{html.escape(notes)}</p>
 {_html_table(("", *RUNS, "ratio"), shown_rows(report))}
 <h2>Training</h2>{"".join(images)}
@@ -249,7 +253,8 @@ def print_report(report: dict[str, Any]) -> None:
     for row in domain_rows(report):
         domains.add_row(*row)
     console.print(comparison)
-    console.print(SEQUENTIAL, "\n", highlight=False)
+    apart = f"The validation losses ended {report['val_loss_apart']:.2%} apart."
+    console.print(apart, SEQUENTIAL, "\n", highlight=False)
     console.print(domains)
 
 
@@ -263,7 +268,7 @@ def write_report(config: ReportConfig) -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> int:
-    config = tyro.cli(ReportConfig, args=arguments, prog="python -m gpt.report")
+    config = parse_options(ReportConfig, arguments, prog="python -m gpt.report")
     print_report(write_report(config))
     return 0
 

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gpt import checkpoint
-from gpt.cli import StopRequest, UserError, run_program, write_atomically
+from gpt.cli import StopRequest, UserError, only_writer, run_program, write_atomically
 from gpt.config import ModelConfig, TrainConfig, parse_command_line
 from gpt.corpus import check_shards, fixed_batches, open_loader, open_tokenizer, text_bytes
 from gpt.hardware import (
@@ -49,6 +49,11 @@ def train(config: TrainConfig, arguments: list[str] | None = None) -> int:
 
     Raises UserError for input that cannot be trained on, OSError when the disk is full.
     """
+    with only_writer(config.out):
+        return _train(config, arguments)
+
+
+def _train(config: TrainConfig, arguments: list[str] | None) -> int:
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     set_threads(config.threads)
     torch.manual_seed(config.seed)
@@ -93,7 +98,6 @@ def train(config: TrainConfig, arguments: list[str] | None = None) -> int:
                 "the last bits of the result will differ",
             )
     metrics_path = config.out / "metrics.jsonl"
-    config.out.mkdir(parents=True, exist_ok=True)
     keep_up_to(metrics_path, step)
 
     step_tokens = config.batch_size * config.accumulation_steps * config.block_size

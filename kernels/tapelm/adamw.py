@@ -17,6 +17,7 @@ Shapes: param, grad, m, v, master alike and contiguous; norm and clip factor () 
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -178,8 +179,8 @@ class AdamW(torch.optim.Optimizer):
         state_bits: bits of the stored moments; 32 is the only choice.
 
     ``state[p]`` holds ``step``, ``exp_avg``, ``exp_avg_sq`` and, for half-precision parameters, the float32
-    ``master``. With ``max_grad_norm`` set, ``grad_norm`` is the norm before clipping at the last step, a 0-d
-    tensor on the device.
+    ``master``. With ``max_grad_norm`` set, ``grad_norm`` is a 0-d tensor on the device of the first parameter
+    that every step overwrites with the norm before clipping; NaN before the first.
 
     Raises:
         ValueError: hyperparameters out of range, state_bits other than 32, parameters not contiguous.
@@ -198,8 +199,10 @@ class AdamW(torch.optim.Optimizer):
                 f"AdamW: max_grad_norm is {max_grad_norm}; it must be positive, or None for no clipping."
             )
         self.max_grad_norm = max_grad_norm
-        self.grad_norm: Tensor | None = None
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        # Written in place: torch.compile drops what a traced step assigns to attributes of an optimizer.
+        device = next((p.device for group in self.param_groups for p in group["params"]), None)
+        self.grad_norm = None if max_grad_norm is None else torch.full((), math.nan, device=device)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group after checking its hyperparameters and tensors."""
@@ -269,7 +272,8 @@ class AdamW(torch.optim.Optimizer):
             return {device: torch.ones((), device=device) for device in by_device}
         norms = [torch.ops.tapelm.grad_norm(grads) for grads in by_device.values()]
         norm = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
-        self.grad_norm = norm
+        if self.grad_norm is not None:
+            self.grad_norm.copy_(norm)
         scale = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         return {device: scale.to(device) for device in by_device}
 

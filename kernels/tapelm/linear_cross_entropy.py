@@ -137,9 +137,15 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
     *_, bias, _, ctx.need_grad = inputs
     ctx.has_bias = bias is not None
     ctx.save_for_backward(*output[1:])
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, *of_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    # The gradients are outputs of the forward op: what reaches them is a second derivative.
+    if any(given is not None for given in of_gradients):
+        raise NotImplementedError("linear_cross_entropy: second derivatives are not supported.")
+    if grad is None:
+        return (None,) * 6
     if not ctx.need_grad:
         raise RuntimeError(
             "linear_cross_entropy: the loss was computed without gradients; call it with grad enabled."

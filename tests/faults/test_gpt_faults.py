@@ -183,6 +183,9 @@ def test_missing_data_names_the_command_that_makes_it(
         (["--device", "nonsense"], "unknown device 'nonsense'"),
         (["--resume", "nowhere"], "nowhere"),
         (["--threads", "-1"], "threads must not be negative"),
+        (["--seed", str(2**63)], "seed must be in [0, 2**63)"),
+        (["--preset"], "'--preset'"),
+        (["--max-step", "3"], "--max-step"),
         (["--learning-rate", "1e30", "--warmup-steps", "0", "--max-steps", "3"], "became"),
     ],
 )

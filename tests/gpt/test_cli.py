@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
+import torch
 
-from gpt.cli import UserError, prepare_output, run_program, write_atomically
+from gpt.cli import UserError, parse_options, prepare_output, run_program, write_atomically
 from gpt.hardware import pick_device, set_threads
 
 
@@ -26,6 +29,7 @@ def raising(error: BaseException) -> Callable[[list[str]], int]:
         (UserError("wrong\n thing"), 2, "error: wrong thing\n"),
         (OSError(errno.ENOSPC, "No space left on device", "a/b"), 1, "error: No space left on device: a/b\n"),
         (KeyboardInterrupt(), 130, "error: interrupted\n"),
+        (MemoryError("2 TB"), 1, "error: out of memory, make the model or the batch smaller: 2 TB\n"),
     ],
 )
 def test_expected_errors_are_one_line(
@@ -36,9 +40,62 @@ def test_expected_errors_are_one_line(
     assert ended.value.code == status and capsys.readouterr().err == line
 
 
-def test_bugs_keep_their_traceback() -> None:
-    with pytest.raises(ZeroDivisionError):
-        run_program(raising(ZeroDivisionError()))
+@pytest.mark.parametrize("bug", (ZeroDivisionError(), RuntimeError("shapes differ")))
+def test_bugs_keep_their_traceback(bug: Exception) -> None:
+    with pytest.raises(type(bug)):
+        run_program(raising(bug))
+
+
+def test_memory_that_pytorch_cannot_have_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def main(arguments: list[str]) -> int:
+        torch.empty(1 << 50)
+        return 0
+
+    with pytest.raises(SystemExit) as ended:
+        run_program(main)
+    said = capsys.readouterr().err
+    assert ended.value.code == 1 and said.startswith("error: out of memory") and said.count("\n") == 1
+
+
+@dataclasses.dataclass
+class Program:
+    """A program."""
+
+    out: Path
+    """Where the result goes, in so many words that tyro breaks the line where the terminal is narrow."""
+    steps: int | None = None
+    kind: Literal["plain", "optimized"] = "plain"
+
+
+@pytest.mark.parametrize("columns", ("40", "200"))
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--out PATH"),
+        (["--out"], "'--out'"),
+        (["--out", "o", "--nonsense", "3"], "--nonsense"),
+        (["--out", "o", "--step", "3"], "--step"),
+        (["--out", "o", "stray"], "stray"),
+        (["--out", "o", "--steps", "3a"], "3a"),
+        (["--out", "o", "--kind", "x"], "'plain', 'optimized'"),
+    ],
+)
+def test_wrong_options_are_one_line(
+    arguments: list[str], message: str, columns: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    with pytest.raises(UserError) as raised:
+        parse_options(Program, arguments, prog="python -m program")
+    said = str(raised.value)
+    assert message in said and said.endswith("; for all options: python -m program --help")
+    assert said.isascii() and "\n" not in said and "  " not in said
+
+
+def test_right_options_and_help_are_tyros(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse_options(Program, ["--out", "o", "--steps", "3"], prog="p") == Program(Path("o"), 3)
+    with pytest.raises(SystemExit) as ended:
+        parse_options(Program, ["--help"], prog="p")
+    assert ended.value.code == 0 and "Where the result goes" in capsys.readouterr().out
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,6 +129,8 @@ def test_devices_that_are_not_there_are_refused(name: str) -> None:
         pick_device(name)
 
 
-def test_negative_threads_are_refused() -> None:
+def test_threads_out_of_range_are_refused() -> None:
     with pytest.raises(UserError, match="--threads must not be negative, got -1"):
         set_threads(-1)
+    with pytest.raises(UserError, match="--threads must be at most 1024, got 1025"):
+        set_threads(1025)

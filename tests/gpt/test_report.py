@@ -25,7 +25,7 @@ def write_run(directory: Path, *, speed: float, batches: str) -> None:
         "mfu": 0.5,
         "date": "2020-02-03T04:05:06+00:00",
         "train_loss": 2.5,
-        "val_loss": 2.6,
+        "val_loss": 2.613 if speed > 2000 else 2.6,
         "peak_memory_bytes": 3e8,
         "model_bytes": 1e7,
         "seconds": 60.0,
@@ -71,12 +71,13 @@ def test_report_holds_both_runs_and_is_self_contained(
     assert "The &lt;economy&gt; grew." in page and "news &amp; more" in page and "a &lt;CPU&gt;" in page
     assert ("DIFFERENT batches" in page) == (batches != "aa11")
     assert "The optimized GPT (bf16) trains 2.50× as fast as the plain one (fp32)" in page
-    assert "<td>2020-02-03T04:05:06+00:00</td>" in page and "<td>12.50 ms</td>" in page
+    assert "<td>2020-02-03 04:05 UTC</td>" in page and "<td>12.50 ms</td>" in page
     assert "one after the other" in page and "python -m benchmarks train" in page
+    assert report["val_loss_apart"] == pytest.approx(0.005) and "ended\n0.50% apart" in page
     assert "Bits per byte on the first 1,000 bytes of each domain of the val split" in page
     shown = capsys.readouterr().out
     assert "first 1,000 bytes of each domain" in shown and "one after the other" in shown
-    assert "2.5×" in shown and ("DIFFERENT" in shown) == (batches != "aa11")
+    assert "2.500×" in shown and "0.50% apart" in shown and ("DIFFERENT" in shown) == (batches != "aa11")
 
 
 def test_runs_scored_on_different_text_are_not_compared(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from gpt import checkpoint
 from gpt.checkpoint import sha256_of
-from gpt.cli import UserError
+from gpt.cli import UserError, only_writer
 from gpt.config import TrainConfig, preset
 from gpt.train import train
 
@@ -169,6 +169,16 @@ def test_a_new_run_does_not_bury_an_old_one(tiny_data: Path, tmp_path: Path) -> 
     train(tiny(tiny_data, tmp_path, stop_after=1))
     with pytest.raises(UserError, match="already holds a run: continue it with --resume auto"):
         train(tiny(tiny_data, tmp_path))
+
+
+def test_two_trainings_do_not_write_into_one_directory(tiny_data: Path, tmp_path: Path) -> None:
+    with only_writer(tmp_path / "run"):
+        for resume in ("none", "auto"):
+            with pytest.raises(UserError, match="another training is writing to"):
+                train(tiny(tiny_data, tmp_path / "run", resume=resume))
+        assert list((tmp_path / "run").iterdir()) == []
+    assert not (tmp_path / "run").exists()
+    assert train(tiny(tiny_data, tmp_path / "run", max_steps=1)) == 0
 
 
 @pytest.mark.parametrize(

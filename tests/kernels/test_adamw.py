@@ -214,6 +214,29 @@ def test_registration():
     )
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_step_is_the_same(dtype, backend):
+    """One graph; each new learning rate compiles another, as with torch.optim while it is a float."""
+    torch._dynamo.reset()
+    ours = parameters(dtype, "cpu")
+    theirs = copy.deepcopy(ours)
+    compiled, eager = (tapelm.AdamW(params, **SETTINGS, max_grad_norm=0.5) for params in (ours, theirs))
+    step = torch.compile(compiled.step, backend=backend, fullgraph=True)
+    for lr in (1e-2, 1e-2, 1e-2, 3e-3):
+        set_gradients(ours)
+        for a, b in zip(ours, theirs, strict=True):
+            b.grad = a.grad.clone()
+        for optimizer in (compiled, eager):
+            optimizer.param_groups[0]["lr"] = lr
+        step()
+        eager.step()
+    assert torch.equal(compiled.grad_norm, eager.grad_norm)
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a, b)
+        for name, value in compiled.state[a].items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(eager.state[b][name])), name
+
+
 @pytest.mark.parametrize(
     "arguments,error,match",
     [

@@ -57,6 +57,18 @@ def test_upstream_gradient_scales(device):
     assert torch.equal(one / 2, half)
 
 
+def test_second_derivative_is_refused(device):
+    """The gradients leave with the loss: but for this error they would count as constants."""
+    hidden, weight, bias, targets = make(20, 8, 40, torch.float32, device)
+    for leaf in (hidden, weight, bias):
+        leaf.requires_grad_()
+        loss = tapelm.linear_cross_entropy(hidden, weight, targets, bias=bias)
+        (gradient,) = torch.autograd.grad(loss**2, leaf, create_graph=True)
+        with pytest.raises(NotImplementedError, match="second derivatives"):
+            gradient.sum().backward()
+        leaf.requires_grad_(False)
+
+
 def test_leading_dimensions(device):
     hidden, weight, bias, targets = make(24, 8, 40, torch.float32, device)
     flat = tapelm.linear_cross_entropy(hidden, weight, targets, bias=bias)
