@@ -81,7 +81,7 @@ uint32_t* Bpe::encode_words_anywhere(const Words& words, EncoderState& state, ui
     const uint32_t group_begin = begin;
     for (size_t i = 0; i < group; ++i) {
       const uint32_t length = ends[i] - begin;
-      keys[i] = (length <= kShortKey) & (begin <= readable) ? load_key(words.text + begin, length) : kNoKey;
+      keys[i] = ((length <= kShortKey) & (begin <= readable)) ? load_key(words.text + begin, length) : kNoKey;
       begin = ends[i];
       hashes[i] = hash_key(keys[i]);
       __builtin_prefetch(&homes[hashes[i]]);

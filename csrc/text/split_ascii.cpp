@@ -13,8 +13,12 @@ namespace tapelm::text {
 
 #ifdef TAPELM_TEXT_AVX2
 
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,bmi,bmi2,lzcnt,popcnt"))), apply_to = function)
+#else
 #pragma GCC push_options
 #pragma GCC target("avx2,bmi,bmi2,lzcnt,popcnt")
+#endif
 namespace avx2 {
 namespace {
 
@@ -133,7 +137,11 @@ size_t split_gpt2(const uint8_t* begin, const uint8_t* end, const uint8_t* base,
 
 }  // namespace
 }  // namespace avx2
+#ifdef __clang__
+#pragma clang attribute pop
+#else
 #pragma GCC pop_options
+#endif
 
 AsciiSplitter gpt2_ascii_splitter() { return use_avx2() ? avx2::split_gpt2 : nullptr; }
 

@@ -67,7 +67,7 @@ class ShortWords {
     // The place of `key`, or 2. Both are compared, as which of them it is cannot be predicted.
     unsigned place_of(const Key& key) const {
       const unsigned second = keys[1] == key;
-      return second | keys[0] == key ? second : 2;
+      return (second | (keys[0] == key)) ? second : 2;
     }
   };
 
