@@ -90,72 +90,17 @@ void Bpe::merge_word(std::string_view word, EncoderState& state) const {
   merger_->encode(word, state.merge, state.word);
 }
 
-// A word that is not in the first bucket of the short words. There must be room for as many ids as bytes.
-[[gnu::noinline]] uint32_t* Bpe::encode_rare_word(std::string_view word, EncoderState& state, uint32_t* write) const {
-  Key key;
-  uint64_t hash = 0, long_hash = 0;
-  const bool is_short = word.size() <= kShortKey;
-  if (is_short) {
-    uint8_t padded[kKeyOverread] = {};
-    std::copy(word.begin(), word.end(), padded);
-    key = load_key(padded, word.size());
-    hash = hash_key(key);
-    if (const auto* slot = state.short_words.find(key, hash)) return std::copy_n(slot->ids, slot->count(), write);
-  }
-  if (word.size() <= kLongKey) {
-    long_hash = LongWords::hash(word);
-    const auto ids = state.long_words.find(word, long_hash);
-    if (!ids.empty()) return std::copy(ids.begin(), ids.end(), write);
-  }
-  merge_word(word, state);
-  const auto ids = state.word.from(0);
-  if (is_short && ids.size() <= kShortIds) {
-    state.short_words.insert(key, hash, ids);
-  } else if (word.size() <= kLongKey) {
-    state.long_words.insert(word, long_hash, ids);
-  }
-  return std::copy(ids.begin(), ids.end(), write);
-}
-
-// Words are looked up in groups: first all their buckets are asked for, then, when they have arrived, read.
 void Bpe::encode_plain(std::string_view text, EncoderState& state, IdBuffer& out) const {
   constexpr size_t kWords = 2048;
-  constexpr size_t kGroup = 32;
   uint32_t ends[kWords];
-  Key keys[kGroup];
-  uint64_t hashes[kGroup];
   const auto* p = reinterpret_cast<const uint8_t*>(text.data());
   const auto* const text_end = p + text.size();
   while (p < text_end) {
     const size_t count = split_words(model_.pretokenizer, p, text_end, ends, kWords);
     const size_t bytes = ends[count - 1];
     // One store of 16 bytes, of which only the first ids count: hence the room for some more.
-    uint32_t* write = out.reserve(bytes + sizeof(ShortWords::Slot::ids) / sizeof(uint32_t));
-    uint32_t begin = 0;
-    for (size_t first = 0; first < count; first += kGroup) {
-      const size_t group = std::min(kGroup, count - first);
-      for (size_t i = 0; i < group; ++i) {
-        const uint32_t length = ends[first + i] - begin;
-        const uint8_t* word = p + begin;
-        begin = ends[first + i];
-        keys[i] = length <= kShortKey && text_end - word >= kKeyOverread ? load_key(word, length) : kNoKey;
-        hashes[i] = hash_key(keys[i]);
-        __builtin_prefetch(&state.short_words.home(hashes[i]));
-      }
-      for (size_t i = 0; i < group; ++i) {
-        const auto& slots = state.short_words.home(hashes[i]).slots;
-        const bool second = slots[1].key == keys[i];
-        if (second | (slots[0].key == keys[i])) [[likely]] {
-          const auto& slot = slots[second];
-          std::memcpy(write, slot.ids, sizeof slot.ids);
-          write += slot.count();
-        } else {
-          const uint32_t word = first + i > 0 ? ends[first + i - 1] : 0;
-          write = encode_rare_word({reinterpret_cast<const char*>(p) + word, ends[first + i] - word}, state, write);
-        }
-      }
-    }
-    out.commit(write);
+    uint32_t* write = out.reserve(bytes + sizeof(ShortWords::Ids) / sizeof(uint32_t));
+    out.commit(encode_words({p, text_end, ends, count}, state, write));
     p += bytes;
   }
 }

@@ -61,6 +61,16 @@ class Bpe {
   size_t vocab_size() const { return model_.tokens.size(); }
 
  private:
+  // Words of a text: word i ends at text + ends[i], where the next one begins.
+  struct Words {
+    const uint8_t* text;
+    const uint8_t* text_end;
+    const uint32_t* ends;
+    size_t count;
+    std::string_view word(uint32_t from, uint32_t to) const {
+      return {reinterpret_cast<const char*>(text) + from, to - from};
+    }
+  };
   struct Piece;
   class Batch;
 
@@ -68,6 +78,10 @@ class Bpe {
   void seed();
   void encode_text(std::string_view text, size_t offset, bool allow_special, EncoderState& state, IdBuffer& out) const;
   void encode_plain(std::string_view text, EncoderState& state, IdBuffer& out) const;
+  // These write ids and return where they end. There must be room for as many ids as bytes, and for kShortIds more.
+  uint32_t* encode_words(const Words& words, EncoderState& state, uint32_t* write) const;
+  uint32_t* encode_words_avx2(const Words& words, EncoderState& state, uint32_t* write) const;
+  uint32_t* encode_words_anywhere(const Words& words, EncoderState& state, uint32_t* write) const;
   uint32_t* encode_rare_word(std::string_view word, EncoderState& state, uint32_t* write) const;
   void merge_word(std::string_view word, EncoderState& state) const;
   size_t find_special(std::string_view text, size_t from, uint32_t& id) const;

@@ -1,6 +1,7 @@
 // Bpe::encode_batch: texts cut into pieces, pieces taken in turn by the threads, ids put together in order.
 #include <algorithm>
 #include <exception>
+#include <shared_mutex>
 #include <thread>
 
 #include "bpe.h"
@@ -106,16 +107,33 @@ class Bpe::Batch {
     return buffer;
   }
 
-  // Appends the chunk's ids once all those before it are there, and those after it that were waiting.
+  // Once all chunks before this one have their place in ids_, gives it its own, and those after it that were waiting.
+  // Only that is done one thread at a time: copying takes most of the time, first of all the pages that it touches.
   void finish(size_t chunk, IdBuffer&& ids) {
+    size_t at, from, to;
+    {
+      const std::lock_guard lock(mutex_);
+      finished_[chunk] = std::move(ids);
+      is_finished_[chunk] = true;
+      at = ids_.size();
+      from = appended_;
+      size_t added = 0;
+      for (; appended_ < chunks() && is_finished_[appended_]; ++appended_) added += finished_[appended_].size();
+      to = appended_;
+      if (added > ids_.room()) {
+        const std::lock_guard nobody_copies(in_place_);
+        ids_.reserve(added);
+      }
+      ids_.commit(ids_.data() + at + added);
+      in_place_.lock_shared();
+    }
+    uint32_t* write = ids_.data() + at;
+    for (size_t i = from; i < to; ++i) write = std::copy_n(finished_[i].data(), finished_[i].size(), write);
+    in_place_.unlock_shared();
     const std::lock_guard lock(mutex_);
-    finished_[chunk] = std::move(ids);
-    is_finished_[chunk] = true;
-    for (; appended_ < chunks() && is_finished_[appended_]; ++appended_) {
-      IdBuffer& ready = finished_[appended_];
-      ids_.commit(std::copy_n(ready.data(), ready.size(), ids_.reserve(ready.size())));
-      ready.clear();
-      spare_.push_back(std::move(ready));
+    for (size_t i = from; i < to; ++i) {
+      finished_[i].clear();
+      spare_.push_back(std::move(finished_[i]));
     }
   }
 
@@ -125,6 +143,7 @@ class Bpe::Batch {
   std::vector<Piece>& pieces_;
   std::vector<size_t> chunks_;  // pieces chunks_[i] .. chunks_[i + 1] are chunk i
   std::mutex mutex_;
+  std::shared_mutex in_place_;  // held by those who copy to ids_, and by who moves it
   size_t next_ = 0;
   size_t appended_ = 0;
   IdBuffer ids_;

@@ -39,7 +39,9 @@ class IdBuffer {
     if (size_ < capacity_) resize(size_);
   }
 
+  uint32_t* data() { return data_; }
   const uint32_t* data() const { return data_; }
+  size_t room() const { return capacity_ - size_; }
   size_t size() const { return size_; }
   std::span<const uint32_t> from(size_t begin) const { return {data_ + begin, size_ - begin}; }
 

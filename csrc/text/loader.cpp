@@ -89,6 +89,18 @@ std::vector<uint64_t> Loader::window_indices(uint64_t step, LoaderCursor& cursor
   return indices;
 }
 
+// The windows of a step. Shuffled ones are far apart, and each would wait for memory in turn: it is asked for one step
+// before.
+std::vector<uint64_t> Loader::asked_windows(uint64_t step, LoaderCursor& cursor) const {
+  if (options_.order != Order::kShuffled) return window_indices(step, cursor);
+  std::vector<uint64_t> indices =
+      cursor.asked_step == step ? std::move(cursor.asked) : window_indices(step, cursor);
+  cursor.asked_step = step + 1;
+  cursor.asked = window_indices(step + 1, cursor);
+  for (const uint64_t index : cursor.asked) shards_.prefetch(index * options_.seq_len, options_.seq_len + 1);
+  return indices;
+}
+
 // Copies the tokens of a window into `row` and returns how many of them are inputs.
 uint32_t Loader::copy_window(uint64_t index, LoaderCursor& cursor, uint8_t* row) const {
   const size_t width = shards_.token_bytes();
@@ -157,11 +169,7 @@ void Loader::assemble(const uint8_t* row, size_t length, int64_t* inputs, int64_
 void Loader::fill(uint64_t step, LoaderCursor& cursor, int64_t* inputs, int64_t* targets,
                   int32_t* document_ids) const {
   cursor.row.resize((options_.seq_len + 1) * shards_.token_bytes());
-  const std::vector<uint64_t> indices = window_indices(step, cursor);
-  if (options_.order == Order::kShuffled) {  // far apart, so that each would wait for memory in turn
-    for (const uint64_t index : indices) shards_.prefetch(index * options_.seq_len);
-  }
-  for (const uint64_t index : indices) {
+  for (const uint64_t index : asked_windows(step, cursor)) {
     const uint32_t length = copy_window(index, cursor, cursor.row.data());
     if (shards_.token_bytes() == 2) {
       assemble<uint16_t>(cursor.row.data(), length, inputs, targets, document_ids);
@@ -175,7 +183,7 @@ void Loader::fill(uint64_t step, LoaderCursor& cursor, int64_t* inputs, int64_t*
 }
 
 void Loader::fill_rows(uint64_t step, LoaderCursor& cursor, uint8_t* rows, uint32_t* lengths) const {
-  for (const uint64_t index : window_indices(step, cursor)) {
+  for (const uint64_t index : asked_windows(step, cursor)) {
     *lengths++ = copy_window(index, cursor, rows);
     rows += (options_.seq_len + 1) * shards_.token_bytes();
   }

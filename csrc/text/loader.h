@@ -43,6 +43,8 @@ struct LoaderCursor {
   uint64_t group = ~0ull;
   PackedGroup plan;                    // of `group`
   std::vector<uint8_t> row;            // T + 1 stored tokens
+  uint64_t asked_step = ~0ull;         // shuffled: the step whose windows the memory was asked for ahead
+  std::vector<uint64_t> asked;         // these windows
 };
 
 // Window w is tokens [wT, wT + T) with targets one token later, or with Order::kPacked the pieces of documents that
@@ -74,6 +76,7 @@ class Loader {
 
  private:
   void enter_epoch(uint64_t epoch, LoaderCursor& cursor) const;
+  std::vector<uint64_t> asked_windows(uint64_t step, LoaderCursor& cursor) const;
   uint32_t copy_window(uint64_t index, LoaderCursor& cursor, uint8_t* row) const;
   template <typename Token>
   void assemble(const uint8_t* row, size_t length, int64_t* inputs, int64_t* targets, int32_t* document_ids) const;

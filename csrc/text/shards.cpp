@@ -106,10 +106,11 @@ void ShardSet::copy(uint64_t begin, size_t count, uint8_t* out) const {
   }
 }
 
-void ShardSet::prefetch(uint64_t begin) const {
+void ShardSet::prefetch(uint64_t begin, size_t count) const {
   const auto shard = static_cast<size_t>(std::upper_bound(starts_.begin(), starts_.end(), begin) - starts_.begin()) - 1;
   const uint8_t* at = mappings_[shard].address + sizeof(ShardHeader) + (begin - starts_[shard]) * token_bytes();
-  for (int line = 0; line < 8; ++line) __builtin_prefetch(at + 64 * line);  // past the end it does nothing
+  const size_t bytes = std::min<size_t>(count * token_bytes(), 640);
+  for (size_t offset = 0; offset < bytes + 63; offset += 64) __builtin_prefetch(at + offset);  // past the end: nothing
 }
 
 uint64_t ShardSet::document_begin(uint64_t document) const {

@@ -48,8 +48,9 @@ class ShardSet {
   // Copies tokens [begin, begin + count), which must exist, as they are stored.
   void copy(uint64_t begin, size_t count, uint8_t* out) const;
 
-  // Asks for the memory at a token, without waiting for it.
-  void prefetch(uint64_t begin) const;
+  // Asks for the memory of tokens [begin, begin + count), which must exist, without waiting for it; of the
+  // first, if there are many, as the CPU itself reads ahead of a long copy.
+  void prefetch(uint64_t begin, size_t count) const;
 
   uint64_t documents() const { return document_starts_.back(); }
 

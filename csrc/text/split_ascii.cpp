@@ -3,17 +3,22 @@
 #include <bit>
 #include <cstring>
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#include "isa.h"
+
+#ifdef TAPELM_TEXT_AVX2
 #include <immintrin.h>
-#define TAPELM_SPLIT_AVX2 1
 #endif
 
 namespace tapelm::text {
 
-#ifdef TAPELM_SPLIT_AVX2
+#ifdef TAPELM_TEXT_AVX2
 
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,bmi,bmi2,lzcnt,popcnt"))), apply_to = function)
+#else
 #pragma GCC push_options
 #pragma GCC target("avx2,bmi,bmi2,lzcnt,popcnt")
+#endif
 namespace avx2 {
 namespace {
 
@@ -132,13 +137,13 @@ size_t split_gpt2(const uint8_t* begin, const uint8_t* end, const uint8_t* base,
 
 }  // namespace
 }  // namespace avx2
+#ifdef __clang__
+#pragma clang attribute pop
+#else
 #pragma GCC pop_options
+#endif
 
-AsciiSplitter gpt2_ascii_splitter() {
-  const bool supported = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") &&
-                         __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("lzcnt");
-  return supported ? avx2::split_gpt2 : nullptr;
-}
+AsciiSplitter gpt2_ascii_splitter() { return use_avx2() ? avx2::split_gpt2 : nullptr; }
 
 #else
 

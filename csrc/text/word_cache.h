@@ -20,21 +20,22 @@ inline constexpr size_t kLongKey = 128;    // longer words are rare and not wort
 inline constexpr ptrdiff_t kKeyOverread = 16;  // bytes that must be readable from the beginning of a word
 
 // A word of at most 15 bytes as two integers: its bytes, zeros, and its length in the last byte.
-struct Key {
+struct alignas(16) Key {
   uint64_t low;
   uint64_t high;
-  // One comparison: which of two slots holds a word cannot be predicted, so that a branch each would cost more.
   bool operator==(const Key& other) const { return ((low ^ other.low) | (high ^ other.high)) == 0; }
 };
 
 inline constexpr Key kNoKey{~0ull, ~0ull};  // that of no word
 
-inline constexpr struct KeyMasks {
-  uint64_t low[16]{}, high[16]{};
+constexpr struct KeyMasks {
+  Key bytes[kShortKey + 1]{};  // ones where a word of this length has bytes
+  Key length[kShortKey + 1]{};
   constexpr KeyMasks() {
-    for (uint32_t n = 0; n < 16; ++n) {
-      low[n] = n >= 8 ? ~0ull : (1ull << 8 * n) - 1;
-      high[n] = n <= 8 ? 0 : (1ull << 8 * (n - 8)) - 1;
+    for (uint32_t n = 0; n <= kShortKey; ++n) {
+      bytes[n].low = n >= 8 ? ~0ull : (1ull << 8 * n) - 1;
+      bytes[n].high = n <= 8 ? 0 : (1ull << 8 * (n - 8)) - 1;
+      length[n].high = uint64_t{n} << 56;
     }
   }
 } kKeyMasks;
@@ -43,8 +44,8 @@ inline constexpr struct KeyMasks {
 inline Key load_key(const uint8_t* word, size_t length) {
   Key key;
   std::memcpy(&key, word, sizeof key);
-  key.low &= kKeyMasks.low[length];
-  key.high = (key.high & kKeyMasks.high[length]) | static_cast<uint64_t>(length) << 56;
+  key.low &= kKeyMasks.bytes[length].low;
+  key.high = (key.high & kKeyMasks.bytes[length].high) | kKeyMasks.length[length].high;
   return key;
 }
 
@@ -53,40 +54,50 @@ inline uint64_t hash_key(Key key) { return (key.low ^ key.high * 0xD6E8FEB86659F
 
 class ShortWords {
  public:
-  struct Slot {
-    Key key{};
-    // The ids and, last, their number, so that 16 bytes can be copied in one go. Number 0: free; the length in the
-    // key of a word is never 0, so a free slot matches no word.
-    uint32_t ids[kShortIds + 1]{};
-
-    uint32_t count() const { return ids[kShortIds]; }
+  // The ids of a word and, last, their number, so that 16 bytes can be copied in one go.
+  struct alignas(16) Ids {
+    uint32_t values[kShortIds + 1]{};
+    uint32_t count() const { return values[kShortIds]; }
   };
+  // Two words. The length in the key of a word is never 0, so that a free place, of key and count 0, matches no word.
   struct alignas(64) Bucket {
-    Slot slots[2];
+    Key keys[2]{};
+    Ids ids[2]{};
+
+    // The place of `key`, or 2. Both are compared, as which of them it is cannot be predicted.
+    unsigned place_of(const Key& key) const {
+      const unsigned second = keys[1] == key;
+      return (second | (keys[0] == key)) ? second : 2;
+    }
   };
 
-  // The first bucket a word may be in: nearly always the one.
-  const Bucket& home(uint64_t hash) const { return buckets_[hash >> shift_]; }
+  // Where the first bucket of a word is, in which it is nearly always found. Not valid after `insert`.
+  struct Homes {
+    const Bucket* buckets;
+    unsigned shift;
+    const Bucket& operator[](uint64_t hash) const { return buckets[hash >> shift]; }
+  };
+  Homes homes() const { return {buckets_.data(), shift_}; }
 
-  // The slot of `key`, or nullptr.
-  const Slot* find(Key key, uint64_t hash) const {
-    for (const Bucket* bucket = &home(hash), *end = bucket + kProbes; bucket != end; ++bucket) {
-      for (const Slot& slot : bucket->slots) {
-        if (slot.key == key) return &slot;
-      }
+  // The ids of `key`, or nullptr.
+  const Ids* find(const Key& key, uint64_t hash) const {
+    for (const Bucket* bucket = &homes()[hash], *end = bucket + kProbes; bucket != end; ++bucket) {
+      if (const unsigned place = bucket->place_of(key); place < 2) return &bucket->ids[place];
     }
     return nullptr;
   }
 
   // `key` must be absent.
-  void insert(Key key, uint64_t hash, std::span<const uint32_t> ids) {
-    if (4 * (size_ + 1) > 2 * kSlotsPerBucket * bucket_count() && bucket_count() < kMaxBuckets) grow();
-    Slot slot{key, {}};
-    std::copy(ids.begin(), ids.end(), slot.ids);
-    slot.ids[kShortIds] = static_cast<uint32_t>(ids.size());
-    while (!place(slot, hash)) {
+  void insert(const Key& key, uint64_t hash, std::span<const uint32_t> ids) {
+    if (2 * (size_ + 1) > kPlaces * bucket_count() && bucket_count() < kMaxBuckets) grow();
+    Ids packed;
+    std::copy(ids.begin(), ids.end(), packed.values);
+    packed.values[kShortIds] = static_cast<uint32_t>(ids.size());
+    while (!place(key, hash, packed)) {
       if (bucket_count() >= kMaxBuckets) {
-        buckets_[hash >> shift_].slots[hash >> 5 & 1] = slot;
+        Bucket& bucket = buckets_[hash >> shift_];
+        bucket.keys[hash >> 5 & 1] = key;
+        bucket.ids[hash >> 5 & 1] = packed;
         return;
       }
       grow();
@@ -96,20 +107,20 @@ class ShortWords {
 
  private:
   using Buckets = std::vector<Bucket, HugePageAllocator<Bucket>>;
-  static constexpr size_t kSlotsPerBucket = 2;
+  static constexpr size_t kPlaces = 2;  // in a bucket
   static constexpr size_t kProbes = 4;
   static constexpr unsigned kFirstBits = 10;
   static constexpr size_t kMaxBuckets = 1u << 19;  // 32 MiB
 
   size_t bucket_count() const { return size_t{1} << (64 - shift_); }
 
-  bool place(const Slot& slot, uint64_t hash) {
+  bool place(const Key& key, uint64_t hash, const Ids& ids) {
     for (Bucket* bucket = &buckets_[hash >> shift_], *end = bucket + kProbes; bucket != end; ++bucket) {
-      for (Slot& free : bucket->slots) {
-        if (free.count() == 0) {
-          free = slot;
-          return true;
-        }
+      for (size_t i = 0; i < kPlaces; ++i) {
+        if (bucket->ids[i].count() != 0) continue;
+        bucket->keys[i] = key;
+        bucket->ids[i] = ids;
+        return true;
       }
     }
     return false;
@@ -122,8 +133,8 @@ class ShortWords {
     --shift_;
     size_ = 0;
     for (const Bucket& bucket : old) {
-      for (const Slot& slot : bucket.slots) {
-        if (slot.count() != 0) size_ += place(slot, hash_key(slot.key));
+      for (size_t i = 0; i < kPlaces; ++i) {
+        if (bucket.ids[i].count() != 0) size_ += place(bucket.keys[i], hash_key(bucket.keys[i]), bucket.ids[i]);
       }
     }
   }

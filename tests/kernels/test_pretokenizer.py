@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import random
+import subprocess
+import sys
 import unicodedata
 from itertools import accumulate, pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -144,3 +149,28 @@ def test_many_different_words_overflow_no_cache() -> None:
     again = tokenizer.encode_batch(pieces, threads=1)
     assert all(np.array_equal(a, b) for a, b in zip(once, again, strict=True))
     assert tokenizer.decode(np.concatenate(again)) == "".join(pieces)
+
+
+def test_every_instruction_set_gives_the_same_ids(tmp_path: Path) -> None:
+    """This process uses what the CPU has, the other one nothing beyond the compiler's baseline."""
+    texts = [*strings(10, 3000), " ".join(strings(11, 2000)), *("word " * n for n in range(1, 40))]
+    Tokenizer.train(texts, 700).save(tmp_path / "tokenizer.json")
+    (tmp_path / "texts").write_bytes(b"\xff".join(text.encode() for text in texts))
+    code = """
+import hashlib, pathlib, sys
+from tapelm.tokenizer import Tokenizer
+tokenizer = Tokenizer.load(sys.argv[1] + "/tokenizer.json")
+for text in pathlib.Path(sys.argv[1], "texts").read_bytes().split(b"\\xff"):
+    print(hashlib.sha256(tokenizer.encode(text, allow_special=True)).hexdigest())
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"TAPELM_ISA": "generic", "PYTHONPATH": str(Path(_text.__file__).parents[1])},
+        timeout=120,
+        check=True,
+    )
+    tokenizer = Tokenizer.load(tmp_path / "tokenizer.json")
+    ids = [tokenizer.encode(text, allow_special=True) for text in texts]
+    assert run.stdout.split() == [hashlib.sha256(one).hexdigest() for one in ids]

@@ -141,6 +141,21 @@ def test_a_million_repeats(peers: Peers, unit: str) -> None:
     peers.check([unit * 20_000, unit * 99, unit * 100, unit * 101])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("unit", ["a", " ", "9", "!", "é"])
+def test_a_million_repeats_have_the_ids_of_peers(peers: Peers, unit: str) -> None:
+    text = unit * 1_000_000
+    ids = peers.ours.encode(text).tolist()
+    assert ids == peers.hugging_face.encode(text).ids
+    try:
+        theirs = peers.tiktoken.encode_ordinary(text)
+    except BaseException as error:
+        # The stack of its engine overflows on white space, which is no Exception but a panic of Rust.
+        assert type(error).__name__ == "PanicException" and unit == " "
+    else:
+        assert ids == theirs
+
+
 def test_empty(peers: Peers) -> None:
     peers.check(["", ""])
     assert peers.ours.encode(b"").tolist() == []

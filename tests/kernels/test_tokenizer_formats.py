@@ -96,6 +96,25 @@ def test_rank_files_become_a_tokenizer_json(tmp_path: Path, tokens: list[bytes],
     assert theirs.decode(ids, skip_special_tokens=False) == text
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("pretokenizer", PRE_TOKENIZERS)
+def test_transformers_loads_and_saves_our_file(
+    tmp_path: Path, tokens: list[bytes], pretokenizer: str
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "x.tiktoken").write_bytes(rank_file(tokens))
+    special = {END: len(tokens)}
+    ours = Tokenizer.load(tmp_path / "x.tiktoken", pretokenizer=pretokenizer, special_tokens=special)
+    ours.save(tmp_path / "tokenizer.json")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ids = ours.encode(TEXT + END, allow_special=True).tolist()
+    assert theirs(TEXT + END)["input_ids"] == ids and len(theirs) == ours.vocab_size
+    assert theirs.decode(ids) == TEXT + END
+    theirs.save_pretrained(tmp_path / "again")
+    again = Tokenizer.load(tmp_path / "again")
+    assert again.encode(TEXT + END, allow_special=True).tolist() == ids
+
+
 @pytest.mark.parametrize("suffix", [".tiktoken", ".model"])
 def test_saving_ranks(tmp_path: Path, tokenizer: Tokenizer, tokens: list[bytes], suffix: str) -> None:
     path = tmp_path / f"tokenizer{suffix}"
