@@ -1,4 +1,5 @@
-"""Tiles, warps and pipeline stages of the attention kernels, proven by ``benchmarks static``."""
+"""Tiles, warps and pipeline stages of the attention kernels, proven by ``benchmarks static``; which operands
+they get as tensor descriptors."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ from typing import Any
 
 import torch
 import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._library import architecture
 
@@ -59,23 +62,79 @@ BY_ARCHITECTURE: dict[tuple[str, str], Configs] = {
     },
 }  # fmt: skip
 
+# With tensor descriptors addresses take no registers, which leaves room for tiles twice as large.
+DESCRIBED: dict[tuple[str, str], Configs] = {
+    ("sm_90", "forward"): {
+        (2, 128, False): (128, 128, 8, 2), (2, 128, True): (128, 64, 8, 2), (2, 256, False): (128, 64, 8, 2),
+    },
+    ("sm_90", "keys"): {
+        (2, 64, False): (64, 128, 8, 2), (2, 128, False): (64, 64, 8, 2), (2, 128, True): (64, 64, 8, 2),
+    },
+    ("sm_90", "queries"): {
+        (2, 64, False): (128, 64, 8, 2), (2, 128, False): (128, 64, 8, 2), (2, 256, False): (64, 32, 8, 2),
+    },
+    ("sm_100", "forward"): {
+        (2, 64, False): (128, 128, 8, 2), (2, 64, True): (128, 64, 8, 3), (2, 128, False): (128, 128, 8, 2),
+        (2, 128, True): (128, 64, 8, 2), (2, 256, False): (128, 64, 8, 2),
+    },
+    ("sm_100", "keys"): {
+        (2, 64, False): (64, 128, 8, 2), (2, 128, False): (64, 64, 8, 2), (2, 128, True): (64, 64, 8, 2),
+        (2, 256, False): (32, 64, 8, 1),
+    },
+    ("sm_100", "queries"): {
+        (2, 64, False): (128, 64, 8, 2), (2, 128, False): (128, 64, 8, 2), (2, 128, True): (128, 64, 8, 2),
+        (2, 256, False): (64, 32, 8, 2),
+    },
+}  # fmt: skip
+
 
 def launch_config(
-    kernel: str, device: torch.device, itemsize: int, width: int, masked: bool
+    kernel: str, device: torch.device, itemsize: int, width: int, masked: bool, described: bool
 ) -> dict[str, Any]:
     """Keyword arguments of a launch of ``kernel`` ("forward", "keys", "queries") for heads of ``width``.
 
-    ``masked``: with dropout or document ids.
+    ``masked``: with dropout or document ids; ``described``: with tensor descriptors.
     """
     block_d = max(16, triton.next_power_of_2(width))
     tile = max(64, block_d)
     name = architecture(device)
     configs = TABLES[kernel] | BY_ARCHITECTURE.get((name, kernel), {})
+    if described:
+        configs |= DESCRIBED.get((name, kernel), {})
     block_m, block_n, warps, stages = configs.get((itemsize, tile, masked), configs[itemsize, tile, False])
     # float32 products are three TensorFloat-32 ones; the wide backward has no registers for that and
     # multiplies plainly, as AMD does, which has float32 matrix instructions.
     plain = itemsize == 2 or name.startswith("gfx") or (tile == 256 and kernel != "forward")
     return {
         "D": width, "BLOCK_D": block_d, "BLOCK_M": block_m, "BLOCK_N": block_n,
-        "PRECISION": "ieee" if plain else "tf32x3", "num_warps": warps, "num_stages": stages,
+        "PRECISION": "ieee" if plain else "tf32x3", "DESCRIPTORS": described,
+        "num_warps": warps, "num_stages": stages,
     }  # fmt: skip
+
+
+def describable(*tensors: Tensor) -> bool:
+    """Whether the copy engine of sm_90 and later can fetch tiles of all (B, H, T, D): half precision, every
+    row aligned to 16 bytes."""
+    name = architecture(tensors[0].device)
+    if not name.startswith("sm_") or int(name.removeprefix("sm_")) < 90:
+        return False
+    strides = [s for x in tensors for size, s in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1]
+    aligned = all(stride > 0 and stride % 8 == 0 for stride in strides)
+    return aligned and all(x.itemsize == 2 and x.data_ptr() % 16 == 0 for x in tensors)
+
+
+def operands(config: dict[str, Any], *tiles: tuple[Tensor, str]) -> list[Any]:
+    """Each tensor, or its descriptor if ``config`` asks for one; "BLOCK_M" or "BLOCK_N" cuts its rows."""
+    if not config["DESCRIPTORS"]:
+        return [x for x, _ in tiles]
+    return [
+        # The stride of a dimension of size 1 is arbitrary; the engine wants a valid one.
+        TensorDescriptor(
+            x,
+            list(x.shape),
+            [stride if size > 1 else 8 for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)]
+            + [1],
+            [1, 1, config[block], config["BLOCK_D"]],
+        )
+        for x, block in tiles
+    ]
