@@ -15,13 +15,13 @@ from ._library import architecture
 Config = tuple[int, int, int, int]
 Configs = dict[tuple[int, int, bool], Config]
 
-# (bytes per element, BLOCK_D, with dropout or documents) -> (BLOCK_M, BLOCK_N, num_warps, num_stages), the
+# (bytes per element, BLOCK_D, masked) -> (BLOCK_M, BLOCK_N, num_warps, num_stages), the
 # largest tiles that do not spill on sm_80 and sm_90. D below 64 uses the tile of 64; without a True entry the
 # False one serves both. Other architectures override entries in BY_ARCHITECTURE.
 FORWARD = {
     (2, 64, False): (128, 64, 8, 3), (2, 128, False): (128, 64, 8, 3), (2, 256, False): (64, 32, 8, 2),
     (4, 64, False): (64, 32, 8, 2), (4, 128, False): (32, 32, 8, 2), (4, 256, False): (16, 16, 8, 2),
-    (2, 128, True): (128, 32, 8, 3),
+    (2, 128, True): (128, 32, 8, 3), (4, 128, True): (32, 16, 8, 2),
 }  # fmt: skip
 KEYS = {
     (2, 64, False): (32, 64, 8, 2), (2, 128, False): (32, 64, 8, 2), (2, 256, False): (32, 32, 8, 1),
@@ -38,10 +38,14 @@ TABLES = {"forward": FORWARD, "keys": KEYS, "queries": QUERIES}
 # AMD's 64-wide warps take twice the registers a program has, and 64 KiB of shared memory no second stage.
 BY_ARCHITECTURE: dict[tuple[str, str], Configs] = {
     ("sm_80", "forward"): {(2, 128, False): (128, 64, 8, 2)},
+    ("sm_80", "queries"): {(2, 64, True): (64, 32, 8, 2)},
+    ("sm_86", "queries"): {(2, 64, True): (64, 32, 8, 2)},
+    ("sm_89", "queries"): {(2, 64, True): (64, 32, 8, 2)},
     ("sm_86", "forward"): {(2, 128, False): (128, 64, 8, 2), (2, 128, True): (64, 32, 8, 2)},
     ("sm_89", "forward"): {(2, 128, False): (128, 64, 8, 2), (2, 128, True): (64, 32, 8, 2)},
     # Tiles of 64 keys, the least that these matrix instructions take.
     ("sm_90", "keys"): {(2, 128, True): (32, 64, 8, 1)},
+    ("sm_90", "queries"): {(2, 128, True): (64, 32, 8, 2)},
     ("sm_100", "keys"): {(2, 128, False): (64, 64, 8, 1), (2, 128, True): (64, 64, 8, 1)},
     ("sm_100", "queries"): {
         (2, 128, False): (64, 64, 8, 1), (2, 128, True): (64, 64, 8, 2), (2, 256, False): (64, 32, 8, 1),
@@ -49,7 +53,8 @@ BY_ARCHITECTURE: dict[tuple[str, str], Configs] = {
     ("gfx942", "forward"): {
         (2, 64, False): (128, 64, 4, 1), (2, 64, True): (128, 32, 4, 1),
         (2, 128, False): (128, 32, 4, 1), (2, 128, True): (64, 32, 4, 1), (2, 256, False): (64, 16, 4, 1),
-        (4, 64, False): (64, 32, 4, 1), (4, 128, False): (32, 16, 4, 1), (4, 256, False): (16, 16, 4, 1),
+        (4, 64, False): (64, 32, 4, 1), (4, 128, False): (32, 16, 4, 1), (4, 128, True): (32, 16, 4, 1),
+        (4, 256, False): (16, 16, 4, 1),
     },
     ("gfx942", "keys"): {
         (2, 64, False): (32, 64, 4, 1), (2, 128, False): (16, 32, 4, 1), (2, 128, True): (16, 32, 4, 1),
@@ -66,20 +71,22 @@ BY_ARCHITECTURE: dict[tuple[str, str], Configs] = {
 DESCRIBED: dict[tuple[str, str], Configs] = {
     ("sm_90", "forward"): {
         (2, 128, False): (128, 128, 8, 2), (2, 128, True): (128, 64, 8, 2), (2, 256, False): (128, 64, 8, 2),
+        (2, 256, True): (64, 64, 8, 2),
     },
     ("sm_90", "keys"): {
         (2, 64, False): (64, 128, 8, 2), (2, 128, False): (64, 64, 8, 2), (2, 128, True): (64, 64, 8, 2),
     },
     ("sm_90", "queries"): {
-        (2, 64, False): (128, 64, 8, 2), (2, 128, False): (128, 64, 8, 2), (2, 256, False): (64, 32, 8, 2),
+        (2, 64, False): (128, 64, 8, 2), (2, 128, False): (128, 64, 8, 2), (2, 128, True): (128, 64, 8, 2),
+        (2, 256, False): (64, 32, 8, 2), (2, 256, True): (64, 16, 8, 2),
     },
     ("sm_100", "forward"): {
         (2, 64, False): (128, 128, 8, 2), (2, 64, True): (128, 64, 8, 3), (2, 128, False): (128, 128, 8, 2),
-        (2, 128, True): (128, 64, 8, 2), (2, 256, False): (128, 64, 8, 2),
+        (2, 128, True): (128, 64, 8, 2), (2, 256, False): (128, 64, 8, 2), (2, 256, True): (64, 64, 8, 2),
     },
     ("sm_100", "keys"): {
         (2, 64, False): (64, 128, 8, 2), (2, 128, False): (64, 64, 8, 2), (2, 128, True): (64, 64, 8, 2),
-        (2, 256, False): (32, 64, 8, 1),
+        (2, 256, False): (32, 64, 8, 1), (2, 256, True): (16, 64, 8, 1),
     },
     ("sm_100", "queries"): {
         (2, 64, False): (128, 64, 8, 2), (2, 128, False): (128, 64, 8, 2), (2, 128, True): (128, 64, 8, 2),
@@ -87,20 +94,27 @@ DESCRIBED: dict[tuple[str, str], Configs] = {
     },
 }  # fmt: skip
 
+# No tile with 64 keys fits the registers here; with fewer, pointers spill less than descriptors.
+SPILL_DESCRIBED = {("sm_90", "keys"): ((2, 256),)}
+
 
 def launch_config(
     kernel: str, device: torch.device, itemsize: int, width: int, masked: bool, described: bool
 ) -> dict[str, Any]:
     """Keyword arguments of a launch of ``kernel`` ("forward", "keys", "queries") for heads of ``width``.
 
-    ``masked``: with dropout or document ids; ``described``: with tensor descriptors.
+    ``masked``: with dropout or document ids; ``described``: with tensor descriptors. Rows that are no
+    multiple of 16 bytes take more registers for their addresses and count as masked.
     """
     block_d = max(16, triton.next_power_of_2(width))
     tile = max(64, block_d)
     name = architecture(device)
     configs = TABLES[kernel] | BY_ARCHITECTURE.get((name, kernel), {})
-    if described:
+    masked = masked or width * itemsize % 16 != 0
+    if described and (itemsize, tile) not in SPILL_DESCRIBED.get((name, kernel), ()):
         configs |= DESCRIBED.get((name, kernel), {})
+    else:
+        described = False
     block_m, block_n, warps, stages = configs.get((itemsize, tile, masked), configs[itemsize, tile, False])
     # float32 products are three TensorFloat-32 ones; the wide backward has no registers for that and
     # multiplies plainly, as AMD does, which has float32 matrix instructions.

@@ -21,7 +21,7 @@ from .dropout import keep_elements, keep_mask, keep_scale, keep_threshold
 
 NARROW_WIDTH = 8192  # widest row a program holds in registers without spilling
 WIDE = {"BLOCK_C": 4096, "num_warps": 8}
-WEIGHTS = {"BLOCK_R": 4, "BLOCK_C": 512, "num_warps": 4}
+WEIGHTS = {"BLOCK_R": 8, "BLOCK_C": 256, "num_warps": 4}
 
 
 @triton.jit

@@ -109,8 +109,8 @@ def launch_attention_forward(
         config = launch_config("forward", q.device, q.itemsize, width, masked, describable(q, k, v))
         attention_forward_kernel[(batch * heads, triton.cdiv(time, config["BLOCK_M"]))](
             *operands(config, (q, "BLOCK_M"), (k, "BLOCK_N"), (v, "BLOCK_N")),
-            out, lse, *_documents(document_ids), seed, q.stride()[:3], k.stride()[:3], v.stride()[:3],
-            out.stride()[:3], heads, heads // k.shape[1], time, scale, keep_threshold(dropout_p), keep_scale(dropout_p),
+            out, lse, *_documents(document_ids), seed, *(x.stride()[:3] for x in (q, k, v, out)),
+            heads, heads // k.shape[1], time, scale, keep_threshold(dropout_p), keep_scale(dropout_p),
             CAUSAL=causal, **config,
         )  # fmt: skip
     return out, lse
