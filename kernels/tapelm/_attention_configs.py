@@ -11,6 +11,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._library import architecture
+from ._tuning import choose
 
 Config = tuple[int, int, int, int]
 Configs = dict[tuple[int, int, bool], Config]
@@ -94,6 +95,9 @@ DESCRIBED: dict[tuple[str, str], Configs] = {
     },
 }  # fmt: skip
 
+# GPUs without entries of their own take those of the one whose registers, shared memory and instructions they
+# share.
+RELATIVES = {"sm_87": "sm_86", "sm_103": "sm_100", "sm_120": "sm_89", "sm_121": "sm_89"}
 # No tile with 64 keys fits the registers here; with fewer, pointers spill less than descriptors.
 SPILL_DESCRIBED = {("sm_90", "keys"): ((2, 256),)}
 
@@ -109,20 +113,27 @@ def launch_config(
     block_d = max(16, triton.next_power_of_2(width))
     tile = max(64, block_d)
     name = architecture(device)
+    name = RELATIVES.get(name, name)
     configs = TABLES[kernel] | BY_ARCHITECTURE.get((name, kernel), {})
     masked = masked or width * itemsize % 16 != 0
     if described and (itemsize, tile) not in SPILL_DESCRIBED.get((name, kernel), ()):
         configs |= DESCRIBED.get((name, kernel), {})
     else:
         described = False
-    block_m, block_n, warps, stages = configs.get((itemsize, tile, masked), configs[itemsize, tile, False])
+    names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+    shipped = configs.get((itemsize, tile, masked), configs[itemsize, tile, False])
+    tuned = choose(
+        f"attention_{kernel}",
+        device,
+        (itemsize, tile, masked, described),
+        dict(zip(names, shipped, strict=True)),
+    )
     # float32 products are three TensorFloat-32 ones; the wide backward has no registers for that and
     # multiplies plainly, as AMD does, which has float32 matrix instructions.
     plain = itemsize == 2 or name.startswith("gfx") or (tile == 256 and kernel != "forward")
     return {
-        "D": width, "BLOCK_D": block_d, "BLOCK_M": block_m, "BLOCK_N": block_n,
-        "PRECISION": "ieee" if plain else "tf32x3", "DESCRIPTORS": described,
-        "num_warps": warps, "num_stages": stages,
+        "D": width, "BLOCK_D": block_d, "PRECISION": "ieee" if plain else "tf32x3", "DESCRIPTORS": described,
+        **tuned,
     }  # fmt: skip
 
 

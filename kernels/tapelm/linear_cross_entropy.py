@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ._library import autocast, check_tensors, register_autograd, register_cuda, register_fake
+from ._tuning import choose
 
 # Logits held at once on CUDA, in elements.
 CHUNK_ELEMENTS = 1 << 26
@@ -85,7 +86,7 @@ def cross_entropy_kernel(
             tl.store(logits_ptr + at, dlogits.to(logits_ptr.dtype.element_ty), mask=at < vocabulary)
 
 
-CROSS_ENTROPY_BLOCK, CROSS_ENTROPY_WARPS = 4096, 8
+TILE = {"BLOCK": 4096, "num_warps": 8}  # logits of a row at a time
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -113,12 +114,13 @@ def launch_linear_cross_entropy_forward(
         if need_grad and bias is not None
         else weight.new_empty(0)
     )
+    tile = choose("cross_entropy", hidden.device, (hidden.itemsize, need_grad), TILE)
     for first in range(0, rows, chunk):
         part = slice(first, first + chunk)
         logits = torch.nn.functional.linear(hidden[part], weight, bias)
         cross_entropy_kernel[(logits.shape[0],)](
             logits, targets[part], losses[part], valid, vocabulary, ignore_index,
-            NEED_GRAD=need_grad, BLOCK=CROSS_ENTROPY_BLOCK, num_warps=CROSS_ENTROPY_WARPS,
+            NEED_GRAD=need_grad, **tile,
         )  # fmt: skip
         if need_grad:
             zero = hidden.new_zeros(hidden[part].shape, dtype=torch.float32)
