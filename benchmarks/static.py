@@ -191,8 +191,8 @@ def update(seconds: float) -> list[dict[str, Any]]:
     return rows
 
 
-def check() -> list[str]:
-    """What is wrong with the lock, one sentence each; compiles a sample of it afresh."""
+def check(seconds: float) -> list[str]:
+    """What is wrong with the lock, one sentence each; compiles a sample of it afresh for so many seconds."""
     if not LOCK.exists():
         return [f"{LOCK} is missing: run python -m benchmarks static"]
     version = json.loads(LOCK.read_text(encoding="utf-8"))["triton"]
@@ -209,7 +209,7 @@ def check() -> list[str]:
     ]
     # Stale rows first, which shows what their change did; then rows from all over the lock.
     order = stale + sorted(wanted.keys() & locked.keys() - set(stale), key=lambda name: locked[name]["key"])
-    deadline = time.monotonic() + SAMPLE_SECONDS
+    deadline = time.monotonic() + min(seconds, SAMPLE_SECONDS)
     seen: set[str] = set()
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         tasks = [(wanted[name][0], deadline) for name in order]
@@ -252,7 +252,7 @@ def run(check_only: bool, seconds: float) -> int:
     if knobs.runtime.interpret:
         raise UserError("static compiles kernels, which TRITON_INTERPRET=1 prevents; unset it")
     if check_only:
-        complaints = check()
+        complaints = check(seconds)
     else:
         rows = update(seconds)
         report(rows)

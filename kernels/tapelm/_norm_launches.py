@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ._library import processors
+from ._library import architecture, processors
 from ._norm_kernels import (
     norm_backward_kernel,
     norm_forward_kernel,
@@ -26,12 +26,14 @@ WIDE = {"BLOCK_C": 4096, "num_warps": 8}
 WEIGHTS = {"BLOCK_R": 8, "BLOCK_C": 256, "num_warps": 4}
 
 
-def forward_config(cols: int) -> Config:
+def forward_config(cols: int, architecture: str) -> Config:
     """Tile of BLOCK_R whole rows and its warps. Up to 1024 columns one warp has whole rows to itself, so
     that statistics need neither shared memory nor barriers; from there 8 or 16 elements per thread."""
     block = max(32, triton.next_power_of_2(cols))
     if block <= 1024:
-        return {"BLOCK_R": min(8, 1024 // block), "num_warps": 1}
+        # On sm_100 a row of 1024 with its weight and bias spills 8 bytes a thread of a single warp.
+        warps = 2 if block == 1024 and architecture == "sm_100" else 1
+        return {"BLOCK_R": min(8, 1024 // block), "num_warps": warps}
     return {"BLOCK_R": 1, "num_warps": max(8, block // 512)}
 
 
@@ -73,7 +75,8 @@ def launch_forward(
             config = choose("wide_norm_forward", x.device, variant, WIDE)
             wide_norm_forward_kernel[(rows,)](*tensors, cols, eps, *dropout, ALIGNED=aligned, **config)
         else:
-            config = choose("norm_forward", x.device, (_block(cols), *variant), forward_config(cols))
+            shipped = forward_config(cols, architecture(x.device))
+            config = choose("norm_forward", x.device, (_block(cols), *variant), shipped)
             programs = WARPS * processors(x.device) // config["num_warps"]
             norm_forward_kernel[(min(programs, triton.cdiv(rows, config["BLOCK_R"])),)](
                 *tensors, rows, cols, eps, *dropout, ALIGNED=aligned, BLOCK_C=_block(cols), **config
