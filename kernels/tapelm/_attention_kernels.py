@@ -11,7 +11,8 @@ within their registers.
 """
 
 # Triton's stubs do not know its own language and launch options.
-# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false
 
 from __future__ import annotations
 

@@ -51,13 +51,14 @@ def _sum_with_residual(
 def norm_forward_kernel(
     x_ptr, residual_ptr, seed_ptr, weight_ptr, bias_ptr, y_ptr, sum_ptr, mean_ptr, rstd_ptr,
     rows, cols, eps, threshold, scale,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ALIGNED: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    # A program takes every num_programs-th block of rows and keeps weight and bias.
+    # A program takes every num_programs-th block of rows. With KEEP weight and bias stay in its registers.
     col = tl.arange(0, BLOCK_C)
-    weight = tl.load(weight_ptr + col, mask=col < cols, other=0.0).to(tl.float32)
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + col, mask=col < cols, other=0.0).to(tl.float32)
+    if KEEP:
+        weight = tl.load(weight_ptr + col, mask=col < cols, other=0.0).to(tl.float32)
+        if bias_ptr is not None:
+            bias = tl.load(bias_ptr + col, mask=col < cols, other=0.0).to(tl.float32)
     for start in range(tl.program_id(0) * BLOCK_R, rows, tl.num_programs(0) * BLOCK_R):
         row = start + tl.arange(0, BLOCK_R)
         at = row[:, None].to(tl.int64) * cols + col[None, :]
@@ -85,6 +86,10 @@ def norm_forward_kernel(
             x = tl.where(col[None, :] < cols, x - mean[:, None], 0.0)
         rstd = tl.rsqrt(tl.sum(x * x, axis=1) / cols + eps)
         tl.store(rstd_ptr + row, rstd, mask=row < rows)
+        if not KEEP:
+            weight = tl.load(weight_ptr + col, mask=col < cols, other=0.0).to(tl.float32)
+            if bias_ptr is not None:
+                bias = tl.load(bias_ptr + col, mask=col < cols, other=0.0).to(tl.float32)
         y = x * rstd[:, None] * weight[None, :]
         if bias_ptr is not None:
             y += bias[None, :]

@@ -77,10 +77,14 @@ def launch_forward(
         else:
             shipped = forward_config(cols, architecture(x.device))
             config = choose("norm_forward", x.device, (_block(cols), *variant), shipped)
-            programs = WARPS * processors(x.device) // config["num_warps"]
-            norm_forward_kernel[(min(programs, triton.cdiv(rows, config["BLOCK_R"])),)](
-                *tensors, rows, cols, eps, *dropout, ALIGNED=aligned, BLOCK_C=_block(cols), **config
-            )
+            keep = _block(cols) <= 1024  # wider, they would cost occupancy, and a row is a program of its own
+            programs = triton.cdiv(rows, config["BLOCK_R"])
+            if keep:
+                programs = min(programs, WARPS * processors(x.device) // config["num_warps"])
+            norm_forward_kernel[(programs,)](
+                *tensors, rows, cols, eps, *dropout,
+                ALIGNED=aligned, KEEP=keep, BLOCK_C=_block(cols), **config,
+            )  # fmt: skip
     return y, total, mean, rstd
 
 

@@ -9,7 +9,7 @@ Shapes: x, y, grad, dx (..., N); bias, dbias (N,); all of one dtype. Arithmetic 
 """
 
 # Triton's stubs do not know its own language and launch options.
-# pyright: reportCallIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ Shapes: hidden (N, C), weight (V, C), bias (V,), all of one dtype; targets (N,) 
 """
 
 # Triton's stubs do not know its own language and launch options.
-# pyright: reportCallIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations
 

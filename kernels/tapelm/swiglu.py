@@ -9,7 +9,7 @@ Shapes: gate, up, y, grad, dgate, dup (...), all of one dtype. Arithmetic is in 
 """
 
 # Triton's stubs do not know its own language and launch options.
-# pyright: reportCallIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations
 
