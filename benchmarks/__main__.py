@@ -1,10 +1,11 @@
-"""Benchmarks: python -m benchmarks {ops,train,tokenizer,loader,static,all,gpu-check} [--json FILE]
+"""Benchmarks: python -m benchmarks {ops,train,tokenizer,loader,static,tune,all,gpu-check} [--json FILE]
 
 ops        every kernel against PyTorch, forward and backward
 train      a whole training step, plain against optimized
 tokenizer  encoding and training a tokenizer, against its peers
 loader     batches per second against DataLoader, opening, files to shards
 static     compiles every Triton kernel for every target, no GPU needed; --check compares with the lock file
+tune       measures launch configurations on the GPU at hand and writes the table that the library reads
 all        ops, train, tokenizer and loader
 gpu-check  everything that needs a GPU: tests on the device, ops and train
 """
@@ -17,7 +18,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from benchmarks import gpu_check, harness, loader, ops, static, static_peers, tokenizer, train
+from benchmarks import gpu_check, harness, loader, ops, static, static_peers, tokenizer, train, tune
 from gpt.cli import UserError, prepare_output, run_program
 from gpt.hardware import pick_device, set_threads
 
@@ -27,7 +28,8 @@ class Options:
     """Options of `python -m benchmarks`."""
 
     subject: Annotated[
-        Literal["ops", "train", "tokenizer", "loader", "static", "all", "gpu-check"], tyro.conf.Positional
+        Literal["ops", "train", "tokenizer", "loader", "static", "tune", "all", "gpu-check"],
+        tyro.conf.Positional,
     ]
     json: Path | None = None
     """Write the rows here as JSON."""
@@ -39,7 +41,7 @@ class Options:
     threads: int = 0
     """CPU threads; 0 takes PyTorch's default."""
     only: str = ""
-    """ops: only those whose name contains this."""
+    """ops, tune: only those whose name contains this."""
     text: Path | None = None
     """tokenizer: a .txt or .jsonl(.gz) file, or a directory of them."""
     check: bool = False
@@ -47,7 +49,8 @@ class Options:
     peers: bool = False
     """static: compile other libraries' kernels instead, where installed, beside ours."""
     seconds: float = float("inf")
-    """static: start no compilation after this many seconds; run it again for the rest."""
+    """static: start no compilation after this many seconds; run it again for the rest. tune: the same for
+    kernels, leaving the others as they ship."""
 
 
 def run(options: Options) -> int:
@@ -82,6 +85,8 @@ def main(arguments: list[str]) -> int:
         return 0
     if options.subject == "static":
         return static.run(options.check, options.seconds)
+    if options.subject == "tune":
+        return tune.run(options.only, options.json, options.seconds)
     return run(options)
 
 

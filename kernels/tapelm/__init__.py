@@ -1,5 +1,6 @@
 """Fused training ops with a C++ kernel for CPUs and a Triton kernel for GPUs."""
 
+from ._tuning import use_table as use_table
 from .adamw import AdamW as AdamW
 from .add_norm import add_layer_norm as add_layer_norm
 from .add_norm import add_rms_norm as add_rms_norm

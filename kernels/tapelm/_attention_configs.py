@@ -1,4 +1,5 @@
-"""Tiles, warps and pipeline stages of the attention kernels, proven by ``benchmarks static``."""
+"""Tiles, warps and pipeline stages of the attention kernels, proven by ``benchmarks static``; which operands
+they get as tensor descriptors."""
 
 from __future__ import annotations
 
@@ -6,19 +7,22 @@ from typing import Any
 
 import torch
 import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._library import architecture
+from ._tuning import choose
 
 Config = tuple[int, int, int, int]
 Configs = dict[tuple[int, int, bool], Config]
 
-# (bytes per element, BLOCK_D, with dropout or documents) -> (BLOCK_M, BLOCK_N, num_warps, num_stages), the
+# (bytes per element, BLOCK_D, masked) -> (BLOCK_M, BLOCK_N, num_warps, num_stages), the
 # largest tiles that do not spill on sm_80 and sm_90. D below 64 uses the tile of 64; without a True entry the
 # False one serves both. Other architectures override entries in BY_ARCHITECTURE.
 FORWARD = {
     (2, 64, False): (128, 64, 8, 3), (2, 128, False): (128, 64, 8, 3), (2, 256, False): (64, 32, 8, 2),
     (4, 64, False): (64, 32, 8, 2), (4, 128, False): (32, 32, 8, 2), (4, 256, False): (16, 16, 8, 2),
-    (2, 128, True): (128, 32, 8, 3),
+    (2, 128, True): (128, 32, 8, 3), (4, 128, True): (32, 16, 8, 2),
 }  # fmt: skip
 KEYS = {
     (2, 64, False): (32, 64, 8, 2), (2, 128, False): (32, 64, 8, 2), (2, 256, False): (32, 32, 8, 1),
@@ -35,10 +39,14 @@ TABLES = {"forward": FORWARD, "keys": KEYS, "queries": QUERIES}
 # AMD's 64-wide warps take twice the registers a program has, and 64 KiB of shared memory no second stage.
 BY_ARCHITECTURE: dict[tuple[str, str], Configs] = {
     ("sm_80", "forward"): {(2, 128, False): (128, 64, 8, 2)},
+    ("sm_80", "queries"): {(2, 64, True): (64, 32, 8, 2)},
+    ("sm_86", "queries"): {(2, 64, True): (64, 32, 8, 2)},
+    ("sm_89", "queries"): {(2, 64, True): (64, 32, 8, 2)},
     ("sm_86", "forward"): {(2, 128, False): (128, 64, 8, 2), (2, 128, True): (64, 32, 8, 2)},
     ("sm_89", "forward"): {(2, 128, False): (128, 64, 8, 2), (2, 128, True): (64, 32, 8, 2)},
     # Tiles of 64 keys, the least that these matrix instructions take.
     ("sm_90", "keys"): {(2, 128, True): (32, 64, 8, 1)},
+    ("sm_90", "queries"): {(2, 128, True): (64, 32, 8, 2)},
     ("sm_100", "keys"): {(2, 128, False): (64, 64, 8, 1), (2, 128, True): (64, 64, 8, 1)},
     ("sm_100", "queries"): {
         (2, 128, False): (64, 64, 8, 1), (2, 128, True): (64, 64, 8, 2), (2, 256, False): (64, 32, 8, 1),
@@ -46,7 +54,8 @@ BY_ARCHITECTURE: dict[tuple[str, str], Configs] = {
     ("gfx942", "forward"): {
         (2, 64, False): (128, 64, 4, 1), (2, 64, True): (128, 32, 4, 1),
         (2, 128, False): (128, 32, 4, 1), (2, 128, True): (64, 32, 4, 1), (2, 256, False): (64, 16, 4, 1),
-        (4, 64, False): (64, 32, 4, 1), (4, 128, False): (32, 16, 4, 1), (4, 256, False): (16, 16, 4, 1),
+        (4, 64, False): (64, 32, 4, 1), (4, 128, False): (32, 16, 4, 1), (4, 128, True): (32, 16, 4, 1),
+        (4, 256, False): (16, 16, 4, 1),
     },
     ("gfx942", "keys"): {
         (2, 64, False): (32, 64, 4, 1), (2, 128, False): (16, 32, 4, 1), (2, 128, True): (16, 32, 4, 1),
@@ -59,23 +68,98 @@ BY_ARCHITECTURE: dict[tuple[str, str], Configs] = {
     },
 }  # fmt: skip
 
+# With tensor descriptors addresses take no registers, which leaves room for tiles twice as large.
+DESCRIBED: dict[tuple[str, str], Configs] = {
+    ("sm_90", "forward"): {
+        (2, 128, False): (128, 128, 8, 2), (2, 128, True): (128, 64, 8, 2), (2, 256, False): (128, 64, 8, 2),
+        (2, 256, True): (64, 64, 8, 2),
+    },
+    ("sm_90", "keys"): {
+        (2, 64, False): (64, 128, 8, 2), (2, 128, False): (64, 64, 8, 2), (2, 128, True): (64, 64, 8, 2),
+    },
+    ("sm_90", "queries"): {
+        (2, 64, False): (128, 64, 8, 2), (2, 128, False): (128, 64, 8, 2), (2, 128, True): (128, 64, 8, 2),
+        (2, 256, False): (64, 32, 8, 2), (2, 256, True): (64, 16, 8, 2),
+    },
+    ("sm_100", "forward"): {
+        (2, 64, False): (128, 128, 8, 2), (2, 64, True): (128, 64, 8, 3), (2, 128, False): (128, 128, 8, 2),
+        (2, 128, True): (128, 64, 8, 2), (2, 256, False): (128, 64, 8, 2), (2, 256, True): (64, 64, 8, 2),
+    },
+    ("sm_100", "keys"): {
+        (2, 64, False): (64, 128, 8, 2), (2, 128, False): (64, 64, 8, 2), (2, 128, True): (64, 64, 8, 2),
+        (2, 256, False): (32, 64, 8, 1), (2, 256, True): (16, 64, 8, 1),
+    },
+    ("sm_100", "queries"): {
+        (2, 64, False): (128, 64, 8, 2), (2, 128, False): (128, 64, 8, 2), (2, 128, True): (128, 64, 8, 2),
+        (2, 256, False): (64, 32, 8, 2),
+    },
+}  # fmt: skip
+
+# GPUs without entries of their own take those of the one whose registers, shared memory and instructions they
+# share.
+RELATIVES = {"sm_87": "sm_86", "sm_103": "sm_100", "sm_120": "sm_89", "sm_121": "sm_89"}
+# No tile with 64 keys fits the registers here; with fewer, pointers spill less than descriptors.
+SPILL_DESCRIBED = {("sm_90", "keys"): ((2, 256),)}
+
 
 def launch_config(
-    kernel: str, device: torch.device, itemsize: int, width: int, masked: bool
+    kernel: str, device: torch.device, itemsize: int, width: int, masked: bool, described: bool
 ) -> dict[str, Any]:
     """Keyword arguments of a launch of ``kernel`` ("forward", "keys", "queries") for heads of ``width``.
 
-    ``masked``: with dropout or document ids.
+    ``masked``: with dropout or document ids; ``described``: with tensor descriptors. Rows that are no
+    multiple of 16 bytes take more registers for their addresses and count as masked.
     """
     block_d = max(16, triton.next_power_of_2(width))
     tile = max(64, block_d)
     name = architecture(device)
+    name = RELATIVES.get(name, name)
     configs = TABLES[kernel] | BY_ARCHITECTURE.get((name, kernel), {})
-    block_m, block_n, warps, stages = configs.get((itemsize, tile, masked), configs[itemsize, tile, False])
+    masked = masked or width * itemsize % 16 != 0
+    if described and (itemsize, tile) not in SPILL_DESCRIBED.get((name, kernel), ()):
+        configs |= DESCRIBED.get((name, kernel), {})
+    else:
+        described = False
+    names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+    shipped = configs.get((itemsize, tile, masked), configs[itemsize, tile, False])
+    tuned = choose(
+        f"attention_{kernel}",
+        device,
+        (itemsize, tile, masked, described),
+        dict(zip(names, shipped, strict=True)),
+    )
     # float32 products are three TensorFloat-32 ones; the wide backward has no registers for that and
     # multiplies plainly, as AMD does, which has float32 matrix instructions.
     plain = itemsize == 2 or name.startswith("gfx") or (tile == 256 and kernel != "forward")
     return {
-        "D": width, "BLOCK_D": block_d, "BLOCK_M": block_m, "BLOCK_N": block_n,
-        "PRECISION": "ieee" if plain else "tf32x3", "num_warps": warps, "num_stages": stages,
+        "D": width, "BLOCK_D": block_d, "PRECISION": "ieee" if plain else "tf32x3", "DESCRIPTORS": described,
+        **tuned,
     }  # fmt: skip
+
+
+def describable(*tensors: Tensor) -> bool:
+    """Whether the copy engine of sm_90 and later can fetch tiles of all (B, H, T, D): half precision, every
+    row aligned to 16 bytes."""
+    name = architecture(tensors[0].device)
+    if not name.startswith("sm_") or int(name.removeprefix("sm_")) < 90:
+        return False
+    strides = [s for x in tensors for size, s in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1]
+    aligned = all(stride > 0 and stride % 8 == 0 for stride in strides)
+    return aligned and all(x.itemsize == 2 and x.data_ptr() % 16 == 0 for x in tensors)
+
+
+def operands(config: dict[str, Any], *tiles: tuple[Tensor, str]) -> list[Any]:
+    """Each tensor, or its descriptor if ``config`` asks for one; "BLOCK_M" or "BLOCK_N" cuts its rows."""
+    if not config["DESCRIPTORS"]:
+        return [x for x, _ in tiles]
+    return [
+        # The stride of a dimension of size 1 is arbitrary; the engine wants a valid one.
+        TensorDescriptor(
+            x,
+            list(x.shape),
+            [stride if size > 1 else 8 for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)]
+            + [1],
+            [1, 1, config[block], config["BLOCK_D"]],
+        )
+        for x, block in tiles
+    ]

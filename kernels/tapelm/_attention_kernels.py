@@ -1,14 +1,18 @@
 """Triton kernels of ``attention``; its docstring has the maths, its launchers the grids and tiles.
 
 Every kernel takes the (batch, head, time) strides of each tensor as a tuple; the last dimension is
-contiguous. Pointers to document ids and to the dropout seed may be None, which compiles them away. Tiles: M
-queries t, N keys s. Loops ascend in two phases, one of which masks hidden pairs while the other covers the
-tiles that have none. With document ids every tile may have some, and with dropout masking costs little beside
-the random numbers, so both have the masking phase only, which also keeps them within their registers.
+contiguous. With DESCRIPTORS, q, k, v and grad are tensor descriptors, whose tiles the copy engine of sm_90
+and later fetches; else they are pointers. Both run the same code but for ``_head`` and ``_tile``. Pointers to
+document ids (with the spans of ``document_spans_kernel``) and to the dropout seed may be None, which compiles
+them away. Tiles: M queries t, N keys s. Loops ascend in two phases, one of which masks hidden pairs while the
+other covers the tiles that have none. With document ids every tile of a span may have some, and with dropout
+masking costs little beside the random numbers, so both have the masking phase only, which also keeps them
+within their registers.
 """
 
 # Triton's stubs do not know its own language and launch options.
-# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
@@ -18,15 +22,30 @@ import triton.language as tl
 from .dropout import keep_mask
 
 _LOG2E = tl.constexpr(1.4426950408889634)
+GRAIN = tl.constexpr(16)  # tokens with one span of document_spans_kernel; every tile is a multiple of it
 
 
 @triton.jit
-def _load(ptr, row, stride, time, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows ``row`` of one head, (R, BLOCK_D); zero beyond time and D."""
-    col = tl.arange(0, BLOCK_D)
-    return tl.load(
-        ptr + row[:, None] * stride + col[None, :], mask=(row[:, None] < time) & (col[None, :] < D), other=0.0
-    )
+def _head(x, strides, b, h, DESCRIPTORS: tl.constexpr):
+    """Where head h of batch b starts; a descriptor stays whole."""
+    if DESCRIPTORS:
+        return x
+    else:
+        return x + tl.cast(b, tl.int64) * strides[0] + tl.cast(h, tl.int64) * strides[1]
+
+
+@triton.jit
+def _tile(
+    x, b, h, first, stride, time, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """Rows from ``first`` of x = _head(..., b, h), (ROWS, BLOCK_D); zero beyond time and D."""
+    if DESCRIPTORS:
+        return x.load([b, h, first, 0]).reshape(ROWS, BLOCK_D)
+    else:
+        row, col = first + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
+        inside = (row[:, None] < time) & (col[None, :] < D)
+        return tl.load(x + row[:, None] * stride + col[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
@@ -34,6 +53,41 @@ def _store(ptr, value, row, stride, time, D: tl.constexpr, BLOCK_D: tl.constexpr
     col = tl.arange(0, BLOCK_D)
     inside = (row[:, None] < time) & (col[None, :] < D)
     tl.store(ptr + row[:, None] * stride + col[None, :], value.to(ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def document_spans_kernel(documents_ptr, spans_ptr, time, GRAINS: tl.constexpr, BLOCK: tl.constexpr):
+    """spans (B, T / GRAIN, 2) int32: for GRAIN tokens the first position, and one past the last, whose id
+    lies between their smallest and largest; outside of it no token shares a document with them."""
+    b = tl.program_id(0).to(tl.int64)
+    documents_ptr += b * time
+    grain = tl.program_id(1) * GRAINS + tl.arange(0, GRAINS)
+    t = grain[:, None] * GRAIN + tl.arange(0, GRAIN)[None, :]
+    own = tl.load(documents_ptr + t, mask=t < time, other=0)
+    smallest = tl.min(tl.where(t < time, own, 2147483647), axis=1)
+    largest = tl.max(tl.where(t < time, own, -2147483648), axis=1)
+    low = tl.zeros([GRAINS], dtype=tl.int32) + time
+    high = tl.zeros([GRAINS], dtype=tl.int32)
+    for first in range(0, time, BLOCK):
+        s = first + tl.arange(0, BLOCK)
+        other = tl.load(documents_ptr + s, mask=s < time, other=0)[None, :]
+        shared = (other >= smallest[:, None]) & (other <= largest[:, None]) & (s < time)[None, :]
+        low = tl.minimum(low, tl.min(tl.where(shared, s[None, :], time), axis=1))
+        high = tl.maximum(high, tl.max(tl.where(shared, s[None, :] + 1, 0), axis=1))
+    grains = tl.cdiv(time, GRAIN)
+    at = (b * grains + grain) * 2
+    tl.store(spans_ptr + at, low, mask=grain < grains)
+    tl.store(spans_ptr + at + 1, high, mask=grain < grains)
+
+
+@triton.jit
+def _span(spans_ptr, b, first, time, ROWS: tl.constexpr):
+    """The span of ROWS tokens from ``first``."""
+    grains = tl.cdiv(time, GRAIN)
+    grain = first // GRAIN + tl.arange(0, ROWS // GRAIN)
+    at = spans_ptr + (tl.cast(b, tl.int64) * grains + grain) * 2
+    low = tl.load(at, mask=grain < grains, other=2147483647)
+    return tl.min(low, axis=0), tl.max(tl.load(at + 1, mask=grain < grains, other=0), axis=0)
 
 
 @triton.jit
@@ -58,31 +112,35 @@ def _keep(seed_ptr, head, t, first_key, time, threshold, BLOCK_N: tl.constexpr):
 
 @triton.jit(do_not_specialize=["threshold"])
 def attention_forward_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, documents_ptr, seed_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, documents_ptr, spans_ptr, seed_ptr,
     q_strides, k_strides, v_strides, out_strides, heads, group, time, scale, threshold, rescale,
-    CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, DESCRIPTORS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
-    b, h = (head // heads).to(tl.int64), head % heads
+    b, h = head // heads, head % heads
+    key_head = h // group
     first = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M  # the longest rows start first
-    k_ptr += b * k_strides[0] + (h // group) * k_strides[1]
-    v_ptr += b * v_strides[0] + (h // group) * v_strides[1]
-    if documents_ptr is not None:
-        documents_ptr += b * time
+    q_ptr = _head(q_ptr, q_strides, b, h, DESCRIPTORS)
+    k_ptr = _head(k_ptr, k_strides, b, key_head, DESCRIPTORS)
+    v_ptr = _head(v_ptr, v_strides, b, key_head, DESCRIPTORS)
     t = first + tl.arange(0, BLOCK_M)
-    q = _load(q_ptr + b * q_strides[0] + h * q_strides[1], t, q_strides[2], time, D, BLOCK_D)
+    q = _tile(q_ptr, b, h, first, q_strides[2], time, BLOCK_M, D, BLOCK_D, DESCRIPTORS)
     # Keys in [0, unmasked) are visible to all of these queries, keys from end on to none.
     end = tl.minimum(first + BLOCK_M, time) if CAUSAL else time
     LAST: tl.constexpr = 0 if documents_ptr is not None or seed_ptr is not None else 1
     unmasked = 0 if LAST == 0 else (first if CAUSAL else time) // BLOCK_N * BLOCK_N
+    if documents_ptr is not None:
+        documents_ptr += tl.cast(b, tl.int64) * time
+        low, high = _span(spans_ptr, b, first, time, BLOCK_M)
+        unmasked, end = low // BLOCK_N * BLOCK_N, tl.minimum(end, high)
     largest = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     for phase in tl.static_range(LAST + 1):
         for first_key in range(unmasked if phase == LAST else 0, end if phase == LAST else unmasked, BLOCK_N):
             s = first_key + tl.arange(0, BLOCK_N)
-            k = _load(k_ptr, s, k_strides[2], time, D, BLOCK_D)
+            k = _tile(k_ptr, b, key_head, first_key, k_strides[2], time, BLOCK_N, D, BLOCK_D, DESCRIPTORS)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * _LOG2E)
             if phase == LAST:
                 scores = tl.where(
@@ -97,10 +155,10 @@ def attention_forward_kernel(
             largest = highest
             if seed_ptr is not None:
                 p = tl.where(_keep(seed_ptr, head, t, first_key, time, threshold, BLOCK_N), p * rescale, 0.0)
-            v = _load(v_ptr, s, v_strides[2], time, D, BLOCK_D)
+            v = _tile(v_ptr, b, key_head, first_key, v_strides[2], time, BLOCK_N, D, BLOCK_D, DESCRIPTORS)
             acc = tl.dot(p.to(v.dtype), v, acc * correction[:, None], input_precision=PRECISION)
     total = tl.where(t < time, total, 1.0)
-    out_ptr += b * out_strides[0] + h * out_strides[1]
+    out_ptr = _head(out_ptr, out_strides, b, h, False)
     _store(out_ptr, acc / total[:, None], t, out_strides[2], time, D, BLOCK_D)
     tl.store(lse_ptr + head.to(tl.int64) * time + t, (largest + tl.log2(total)) / _LOG2E, mask=t < time)
 
@@ -111,30 +169,33 @@ def attention_delta_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
-    b, h = (head // heads).to(tl.int64), head % heads
-    t = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    grad = _load(grad_ptr + b * grad_strides[0] + h * grad_strides[1], t, grad_strides[2], time, D, BLOCK_D)
-    out = _load(out_ptr + b * out_strides[0] + h * out_strides[1], t, out_strides[2], time, D, BLOCK_D)
+    b, h = head // heads, head % heads
+    first = tl.program_id(1) * BLOCK_M
+    t = first + tl.arange(0, BLOCK_M)
+    grad_ptr = _head(grad_ptr, grad_strides, b, h, False)
+    out_ptr = _head(out_ptr, out_strides, b, h, False)
+    grad = _tile(grad_ptr, b, h, first, grad_strides[2], time, BLOCK_M, D, BLOCK_D, False)
+    out = _tile(out_ptr, b, h, first, out_strides[2], time, BLOCK_M, D, BLOCK_D, False)
     delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), axis=1)
     tl.store(delta_ptr + head.to(tl.int64) * time + t, delta, mask=t < time)
 
 
 @triton.jit(do_not_specialize=["threshold"])
 def attention_backward_keys_kernel(
-    grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, documents_ptr, seed_ptr,
+    grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, documents_ptr, spans_ptr, seed_ptr,
     grad_strides, q_strides, k_strides, v_strides, dk_strides, heads, group, time, scale, threshold, rescale,
-    CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, DESCRIPTORS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BLOCK_N keys of one key head over the query heads that share it; scores are (N, M)."""
     key_heads = heads // group
-    b, key_head = (tl.program_id(0) // key_heads).to(tl.int64), tl.program_id(0) % key_heads
+    b, key_head = tl.program_id(0) // key_heads, tl.program_id(0) % key_heads
     first_key = tl.program_id(1) * BLOCK_N
     s = first_key + tl.arange(0, BLOCK_N)
-    k = _load(k_ptr + b * k_strides[0] + key_head * k_strides[1], s, k_strides[2], time, D, BLOCK_D)
-    v = _load(v_ptr + b * v_strides[0] + key_head * v_strides[1], s, v_strides[2], time, D, BLOCK_D)
-    if documents_ptr is not None:
-        documents_ptr += b * time
+    k_ptr = _head(k_ptr, k_strides, b, key_head, DESCRIPTORS)
+    v_ptr = _head(v_ptr, v_strides, b, key_head, DESCRIPTORS)
+    k = _tile(k_ptr, b, key_head, first_key, k_strides[2], time, BLOCK_N, D, BLOCK_D, DESCRIPTORS)
+    v = _tile(v_ptr, b, key_head, first_key, v_strides[2], time, BLOCK_N, D, BLOCK_D, DESCRIPTORS)
     dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     # Queries before start see none of these keys; queries from unmasked on see all of them.
@@ -142,15 +203,19 @@ def attention_backward_keys_kernel(
     MASK_ALL: tl.constexpr = documents_ptr is not None or seed_ptr is not None
     unmasked = tl.cdiv(first_key + BLOCK_N, BLOCK_M) * BLOCK_M if CAUSAL else 0
     unmasked = time if MASK_ALL else tl.minimum(unmasked, time)
+    if documents_ptr is not None:
+        documents_ptr += tl.cast(b, tl.int64) * time
+        low, unmasked = _span(spans_ptr, b, first_key, time, BLOCK_N)
+        start = tl.maximum(start, low // BLOCK_M * BLOCK_M)
     for h in range(key_head * group, key_head * group + group):
-        grad_head = grad_ptr + b * grad_strides[0] + h * grad_strides[1]
-        q_head = q_ptr + b * q_strides[0] + h * q_strides[1]
-        head = b * heads + h
+        grad_head = _head(grad_ptr, grad_strides, b, h, DESCRIPTORS)
+        q_head = _head(q_ptr, q_strides, b, h, DESCRIPTORS)
+        head = tl.cast(b, tl.int64) * heads + h
         for phase in tl.static_range(1 if MASK_ALL else 2):
             for first in range(start if phase == 0 else unmasked, unmasked if phase == 0 else time, BLOCK_M):
                 t = first + tl.arange(0, BLOCK_M)
-                q = _load(q_head, t, q_strides[2], time, D, BLOCK_D)
-                grad = _load(grad_head, t, grad_strides[2], time, D, BLOCK_D)
+                q = _tile(q_head, b, h, first, q_strides[2], time, BLOCK_M, D, BLOCK_D, DESCRIPTORS)
+                grad = _tile(grad_head, b, h, first, grad_strides[2], time, BLOCK_M, D, BLOCK_D, DESCRIPTORS)
                 # Rows beyond time get weight exp2(-inf) = 0.
                 lse = tl.load(lse_ptr + head * time + t, mask=t < time, other=float("inf"))
                 delta = tl.load(delta_ptr + head * time + t, mask=t < time, other=0.0)
@@ -167,41 +232,47 @@ def attention_backward_keys_kernel(
                 dv = tl.dot(r.to(grad.dtype), grad, dv, input_precision=PRECISION)
                 ds = p * (dp - delta[None, :])
                 dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-    at = b * dk_strides[0] + key_head * dk_strides[1]
-    _store(dk_ptr + at, dk * scale, s, dk_strides[2], time, D, BLOCK_D)
-    _store(dv_ptr + at, dv, s, dk_strides[2], time, D, BLOCK_D)
+    dk_ptr = _head(dk_ptr, dk_strides, b, key_head, False)
+    dv_ptr = _head(dv_ptr, dk_strides, b, key_head, False)
+    _store(dk_ptr, dk * scale, s, dk_strides[2], time, D, BLOCK_D)
+    _store(dv_ptr, dv, s, dk_strides[2], time, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["threshold"])
 def attention_backward_queries_kernel(
-    grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dq_ptr, documents_ptr, seed_ptr,
+    grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dq_ptr, documents_ptr, spans_ptr, seed_ptr,
     grad_strides, q_strides, k_strides, v_strides, dq_strides, heads, group, time, scale, threshold, rescale,
-    CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, DESCRIPTORS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq of BLOCK_M queries of one head."""
     head = tl.program_id(0)
-    b, h = (head // heads).to(tl.int64), head % heads
+    b, h = head // heads, head % heads
+    key_head = h // group
     first = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M
-    k_ptr += b * k_strides[0] + (h // group) * k_strides[1]
-    v_ptr += b * v_strides[0] + (h // group) * v_strides[1]
-    if documents_ptr is not None:
-        documents_ptr += b * time
+    q_ptr = _head(q_ptr, q_strides, b, h, DESCRIPTORS)
+    grad_ptr = _head(grad_ptr, grad_strides, b, h, DESCRIPTORS)
+    k_ptr = _head(k_ptr, k_strides, b, key_head, DESCRIPTORS)
+    v_ptr = _head(v_ptr, v_strides, b, key_head, DESCRIPTORS)
     t = first + tl.arange(0, BLOCK_M)
-    q = _load(q_ptr + b * q_strides[0] + h * q_strides[1], t, q_strides[2], time, D, BLOCK_D)
-    grad = _load(grad_ptr + b * grad_strides[0] + h * grad_strides[1], t, grad_strides[2], time, D, BLOCK_D)
+    q = _tile(q_ptr, b, h, first, q_strides[2], time, BLOCK_M, D, BLOCK_D, DESCRIPTORS)
+    grad = _tile(grad_ptr, b, h, first, grad_strides[2], time, BLOCK_M, D, BLOCK_D, DESCRIPTORS)
     row = head.to(tl.int64) * time + t
     lse = tl.load(lse_ptr + row, mask=t < time, other=float("inf")) * _LOG2E
     delta = tl.load(delta_ptr + row, mask=t < time, other=0.0)
     end = tl.minimum(first + BLOCK_M, time) if CAUSAL else time
     LAST: tl.constexpr = 0 if documents_ptr is not None or seed_ptr is not None else 1
     unmasked = 0 if LAST == 0 else (first if CAUSAL else time) // BLOCK_N * BLOCK_N
+    if documents_ptr is not None:
+        documents_ptr += tl.cast(b, tl.int64) * time
+        low, high = _span(spans_ptr, b, first, time, BLOCK_M)
+        unmasked, end = low // BLOCK_N * BLOCK_N, tl.minimum(end, high)
     dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     for phase in tl.static_range(LAST + 1):
         for first_key in range(unmasked if phase == LAST else 0, end if phase == LAST else unmasked, BLOCK_N):
             s = first_key + tl.arange(0, BLOCK_N)
-            k = _load(k_ptr, s, k_strides[2], time, D, BLOCK_D)
-            v = _load(v_ptr, s, v_strides[2], time, D, BLOCK_D)
+            k = _tile(k_ptr, b, key_head, first_key, k_strides[2], time, BLOCK_N, D, BLOCK_D, DESCRIPTORS)
+            v = _tile(v_ptr, b, key_head, first_key, v_strides[2], time, BLOCK_N, D, BLOCK_D, DESCRIPTORS)
             p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * _LOG2E) - lse[:, None])
             if phase == LAST:
                 p = tl.where(_visible(t[:, None], s[None, :], time, documents_ptr, CAUSAL), p, 0.0)
@@ -211,5 +282,5 @@ def attention_backward_queries_kernel(
                     _keep(seed_ptr, head, t, first_key, time, threshold, BLOCK_N), dp * rescale, 0.0
                 )
             dq = tl.dot((p * (dp - delta[:, None])).to(k.dtype), k, dq, input_precision=PRECISION)
-    dq_ptr += b * dq_strides[0] + h * dq_strides[1]
+    dq_ptr = _head(dq_ptr, dq_strides, b, h, False)
     _store(dq_ptr, dq * scale, t, dq_strides[2], time, D, BLOCK_D)

@@ -1,4 +1,6 @@
-"""Triton kernels of the norms and their launches; layer_norm.py, rms_norm.py and add_norm.py have the maths.
+"""Triton kernels of the norms; layer_norm.py, rms_norm.py and add_norm.py have the maths.
+
+Their grids and tiles are in _norm_launches.py.
 
 One pair of kernels serves all: a pointer that is None compiles its part away. Without ``bias`` (backward:
 ``mean``) the norm is RMSNorm; without ``residual`` nothing is added; without ``seed`` nothing is dropped.
@@ -11,17 +13,10 @@ in blocks, twice, with the second reading from the cache; their weight gradients
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ._library import processors
-from .dropout import keep_elements, keep_mask, keep_scale, keep_threshold
-
-NARROW_WIDTH = 8192  # widest row a program holds in registers without spilling
-WIDE = {"BLOCK_C": 4096, "num_warps": 8}
-WEIGHTS = {"BLOCK_R": 4, "BLOCK_C": 512, "num_warps": 4}
+from .dropout import keep_elements, keep_mask
 
 
 @triton.jit
@@ -56,27 +51,49 @@ def _sum_with_residual(
 def norm_forward_kernel(
     x_ptr, residual_ptr, seed_ptr, weight_ptr, bias_ptr, y_ptr, sum_ptr, mean_ptr, rstd_ptr,
     rows, cols, eps, threshold, scale,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ALIGNED: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    # A program takes every num_programs-th block of rows. With KEEP weight and bias stay in its registers.
     col = tl.arange(0, BLOCK_C)
-    at = row[:, None].to(tl.int64) * cols + col[None, :]
-    inside = (row[:, None] < rows) & (col[None, :] < cols)
-    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    if residual_ptr is not None:
-        x = _sum_with_residual(
-            x, residual_ptr, seed_ptr, sum_ptr, at, inside, row, 0, cols, threshold, scale, BLOCK_C, ALIGNED
-        )
-    if bias_ptr is not None:
-        mean = tl.sum(x, axis=1) / cols
-        tl.store(mean_ptr + row, mean, mask=row < rows)
-        x = tl.where(col[None, :] < cols, x - mean[:, None], 0.0)
-    rstd = tl.rsqrt(tl.sum(x * x, axis=1) / cols + eps)
-    tl.store(rstd_ptr + row, rstd, mask=row < rows)
-    y = x * rstd[:, None] * tl.load(weight_ptr + col, mask=col < cols, other=0.0).to(tl.float32)[None, :]
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + col, mask=col < cols, other=0.0).to(tl.float32)[None, :]
-    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
+    if KEEP:
+        weight = tl.load(weight_ptr + col, mask=col < cols, other=0.0).to(tl.float32)
+        if bias_ptr is not None:
+            bias = tl.load(bias_ptr + col, mask=col < cols, other=0.0).to(tl.float32)
+    for start in range(tl.program_id(0) * BLOCK_R, rows, tl.num_programs(0) * BLOCK_R):
+        row = start + tl.arange(0, BLOCK_R)
+        at = row[:, None].to(tl.int64) * cols + col[None, :]
+        inside = (row[:, None] < rows) & (col[None, :] < cols)
+        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        if residual_ptr is not None:
+            x = _sum_with_residual(
+                x,
+                residual_ptr,
+                seed_ptr,
+                sum_ptr,
+                at,
+                inside,
+                row,
+                0,
+                cols,
+                threshold,
+                scale,
+                BLOCK_C,
+                ALIGNED,
+            )
+        if bias_ptr is not None:
+            mean = tl.sum(x, axis=1) / cols
+            tl.store(mean_ptr + row, mean, mask=row < rows)
+            x = tl.where(col[None, :] < cols, x - mean[:, None], 0.0)
+        rstd = tl.rsqrt(tl.sum(x * x, axis=1) / cols + eps)
+        tl.store(rstd_ptr + row, rstd, mask=row < rows)
+        if not KEEP:
+            weight = tl.load(weight_ptr + col, mask=col < cols, other=0.0).to(tl.float32)
+            if bias_ptr is not None:
+                bias = tl.load(bias_ptr + col, mask=col < cols, other=0.0).to(tl.float32)
+        y = x * rstd[:, None] * weight[None, :]
+        if bias_ptr is not None:
+            y += bias[None, :]
+        tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -221,79 +238,3 @@ def norm_weights_kernel(
     tl.store(dweight_ptr + at, tl.sum(dweight, axis=0), mask=col < cols)
     if mean_ptr is not None:
         tl.store(dbias_ptr + at, tl.sum(dbias, axis=0), mask=col < cols)
-
-
-def forward_config(cols: int) -> dict[str, int]:
-    """Tile of BLOCK_R whole rows and its warps. Up to 1024 columns one warp has whole rows to itself, so
-    that statistics need neither shared memory nor barriers; from there 8 or 16 elements per thread."""
-    block = max(32, triton.next_power_of_2(cols))
-    if block <= 1024:
-        return {"BLOCK_R": min(8, 1024 // block), "BLOCK_C": block, "num_warps": 1}
-    return {"BLOCK_R": 1, "BLOCK_C": block, "num_warps": max(8, block // 512)}
-
-
-def backward_config(cols: int) -> dict[str, int]:
-    """Tile of BLOCK_R whole rows and its warps: 16 elements per thread, few programs for few partial sums."""
-    block = max(32, triton.next_power_of_2(cols))
-    rows = max(1, 2048 // block)
-    return {"BLOCK_R": rows, "BLOCK_C": block, "num_warps": max(4, rows * block // 512)}
-
-
-def launch_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float,
-    residual: Tensor | None = None, seed: Tensor | None = None, dropout_p: float = 0.0,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:  # fmt: skip
-    """(y, residual + dropout(x), mean, rstd); without residual the second, without bias the third is None."""
-    x, weight = x.contiguous(), weight.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    residual = None if residual is None else residual.contiguous()
-    y = torch.empty_like(x)
-    total = None if residual is None else torch.empty_like(x)
-    rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
-    mean = None if bias is None else torch.empty_like(rstd)
-    if x.numel():
-        cols, rows = x.shape[-1], rstd.numel()
-        tensors = (x, residual, seed, weight, bias, y, total, mean, rstd)
-        dropout = (keep_threshold(dropout_p), keep_scale(dropout_p))
-        aligned = cols % 4 == 0
-        if cols > NARROW_WIDTH:
-            wide_norm_forward_kernel[(rows,)](*tensors, cols, eps, *dropout, ALIGNED=aligned, **WIDE)
-        else:
-            config = forward_config(cols)
-            grid = (triton.cdiv(rows, config["BLOCK_R"]),)
-            norm_forward_kernel[grid](*tensors, rows, cols, eps, *dropout, ALIGNED=aligned, **config)
-    return y, total, mean, rstd
-
-
-def launch_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor | None, rstd: Tensor,
-    grad_sum: Tensor | None = None, seed: Tensor | None = None, dropout_p: float = 0.0,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:  # fmt: skip
-    """(dx + grad_sum, dropout of it, dweight, dbias); without seed or mean, the second or last is None."""
-    grad, x, weight, rstd = (t.contiguous() for t in (grad, x, weight, rstd))
-    mean, grad_sum = (None if t is None else t.contiguous() for t in (mean, grad_sum))
-    dx = torch.empty_like(x)
-    dropped = None if seed is None else torch.empty_like(x)
-    cols, rows = x.shape[-1], rstd.numel()
-    narrow, config = cols <= NARROW_WIDTH, backward_config(cols)
-    column_blocks = 1 if narrow else triton.cdiv(cols, WEIGHTS["BLOCK_C"])
-    row_blocks = triton.cdiv(rows, config["BLOCK_R"] if narrow else WEIGHTS["BLOCK_R"])
-    programs = max(1, min(row_blocks, 4 * processors(x.device) // column_blocks))
-    partial = x.new_empty(1 if mean is None else 2, programs, cols, dtype=torch.float32)
-    dweight, dbias = partial[0], None if mean is None else partial[1]
-    tensors = (grad, grad_sum, x, seed, weight, mean, rstd, dx, dropped)
-    dropout = (keep_threshold(dropout_p), keep_scale(dropout_p))
-    aligned = cols % 4 == 0
-    if not x.numel():
-        partial.zero_()
-    elif narrow:
-        norm_backward_kernel[(programs,)](
-            *tensors, dweight, dbias, rows, cols, *dropout, ALIGNED=aligned, **config
-        )
-    else:
-        wide_norm_backward_kernel[(rows,)](*tensors, cols, *dropout, ALIGNED=aligned, **WIDE)
-        norm_weights_kernel[(column_blocks, programs)](
-            grad, x, mean, rstd, dweight, dbias, rows, cols, **WEIGHTS
-        )
-    sums = [part.sum(0).to(weight.dtype) for part in partial]
-    return dx, dropped, sums[0], None if mean is None else sums[1]

@@ -24,7 +24,7 @@ from ._library import (
     register_cuda,
     register_fake,
 )
-from ._norm_kernels import launch_backward, launch_forward
+from ._norm_launches import launch_backward, launch_forward
 from .dropout import dropout_reference
 from .layer_norm import layer_norm_reference
 from .rms_norm import rms_norm_reference

@@ -10,8 +10,8 @@
 
 Shapes: q, out (B, Hq, T, D); k, v (B, Hkv, T, D), Hq % Hkv == 0; lse (B, Hq, T) float32; document_ids (B, T)
 int32. Scores, softmax and sums are float32. Backward runs one kernel per block of keys and one per block of
-queries, so each gradient element is summed by one program in a fixed order. The Triton kernels are in
-``_attention_kernels``.
+queries, so each gradient element is summed by one program in a fixed order. Tiles whose pairs are all hidden,
+by causality or by document ids, are skipped. The Triton kernels are in ``_attention_kernels``.
 """
 
 # Triton's stubs do not know its own language and launch options.
@@ -26,12 +26,14 @@ import triton
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ._attention_configs import launch_config
+from ._attention_configs import describable, launch_config, operands
 from ._attention_kernels import (
+    GRAIN,
     attention_backward_keys_kernel,
     attention_backward_queries_kernel,
     attention_delta_kernel,
     attention_forward_kernel,
+    document_spans_kernel,
 )
 from ._library import (
     autocast,
@@ -78,6 +80,21 @@ def _empty_heads(like: Tensor) -> Tensor:
     return like.new_empty(batch, time, heads, width).transpose(1, 2)
 
 
+SPANS = {"GRAINS": 16, "BLOCK": 128, "num_warps": 4}  # of document_spans_kernel
+
+
+def _documents(document_ids: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Contiguous document ids and the spans of their tokens, (B, T / GRAIN, 2) int32."""
+    if document_ids is None:
+        return None, None
+    document_ids = document_ids.contiguous()
+    batch, time = document_ids.shape
+    spans = document_ids.new_empty(batch, triton.cdiv(time, GRAIN.value), 2)
+    grid = (batch, triton.cdiv(spans.shape[1], SPANS["GRAINS"]))
+    document_spans_kernel[grid](document_ids, spans, time, **SPANS)
+    return document_ids, spans
+
+
 @register_cuda("attention_forward")
 def launch_attention_forward(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, dropout_p: float, seed: Tensor | None,
@@ -88,12 +105,11 @@ def launch_attention_forward(
     batch, heads, time, width = q.shape
     out, lse = _empty_heads(q), torch.zeros(batch, heads, time, dtype=torch.float32, device=q.device)
     if q.numel():
-        config = launch_config(
-            "forward", q.device, q.itemsize, width, seed is not None or document_ids is not None
-        )
+        masked = seed is not None or document_ids is not None
+        config = launch_config("forward", q.device, q.itemsize, width, masked, describable(q, k, v))
         attention_forward_kernel[(batch * heads, triton.cdiv(time, config["BLOCK_M"]))](
-            q, k, v, out, lse, None if document_ids is None else document_ids.contiguous(), seed,
-            q.stride()[:3], k.stride()[:3], v.stride()[:3], out.stride()[:3],
+            *operands(config, (q, "BLOCK_M"), (k, "BLOCK_N"), (v, "BLOCK_N")),
+            out, lse, *_documents(document_ids), seed, *(x.stride()[:3] for x in (q, k, v, out)),
             heads, heads // k.shape[1], time, scale, keep_threshold(dropout_p), keep_scale(dropout_p),
             CAUSAL=causal, **config,
         )  # fmt: skip
@@ -111,61 +127,29 @@ def launch_attention_backward(
     dq, dk, dv = _empty_heads(q), _empty_heads(k), _empty_heads(v)
     if not q.numel():
         return dq, dk.zero_(), dv.zero_()
-    documents = None if document_ids is None else document_ids.contiguous()
+    documents = (*_documents(document_ids), seed)
     strides = [x.stride()[:3] for x in (grad, q, k, v)]
     delta = torch.empty_like(lse)
     block_d = max(16, triton.next_power_of_2(width))
     block_m = max(1, 2048 // block_d)  # 16 elements a thread
     attention_delta_kernel[(batch * heads, triton.cdiv(time, block_m))](
-        grad,
-        out,
-        delta,
-        strides[0],
-        out.stride()[:3],
-        heads,
-        time,
-        D=width,
-        BLOCK_D=block_d,
-        BLOCK_M=block_m,
-        num_warps=4,
-    )
+        grad, out, delta, strides[0], out.stride()[:3], heads, time,
+        D=width, BLOCK_D=block_d, BLOCK_M=block_m, num_warps=4,
+    )  # fmt: skip
     rest = (heads, heads // k.shape[1], time, scale, keep_threshold(dropout_p), keep_scale(dropout_p))
-    masked = seed is not None or documents is not None
-    config = launch_config("keys", q.device, q.itemsize, width, masked)
+    masked = seed is not None or document_ids is not None
+    described = describable(grad, q, k, v)
+    tiles = ((grad, "BLOCK_M"), (q, "BLOCK_M"), (k, "BLOCK_N"), (v, "BLOCK_N"))
+    config = launch_config("keys", q.device, q.itemsize, width, masked, described)
     attention_backward_keys_kernel[(batch * k.shape[1], triton.cdiv(time, config["BLOCK_N"]))](
-        grad,
-        q,
-        k,
-        v,
-        lse,
-        delta,
-        dk,
-        dv,
-        documents,
-        seed,
-        *strides,
-        dk.stride()[:3],
-        *rest,
-        CAUSAL=causal,
-        **config,
-    )
-    config = launch_config("queries", q.device, q.itemsize, width, masked)
+        *operands(config, *tiles), lse, delta, dk, dv, *documents, *strides, dk.stride()[:3], *rest,
+        CAUSAL=causal, **config,
+    )  # fmt: skip
+    config = launch_config("queries", q.device, q.itemsize, width, masked, described)
     attention_backward_queries_kernel[(batch * heads, triton.cdiv(time, config["BLOCK_M"]))](
-        grad,
-        q,
-        k,
-        v,
-        lse,
-        delta,
-        dq,
-        documents,
-        seed,
-        *strides,
-        dq.stride()[:3],
-        *rest,
-        CAUSAL=causal,
-        **config,
-    )
+        *operands(config, *tiles), lse, delta, dq, *documents, *strides, dq.stride()[:3], *rest,
+        CAUSAL=causal, **config,
+    )  # fmt: skip
     return dq, dk, dv
 
 

@@ -9,7 +9,7 @@ Shapes: x, y, grad, dx (..., N); bias, dbias (N,); all of one dtype. Arithmetic 
 """
 
 # Triton's stubs do not know its own language and launch options.
-# pyright: reportCallIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from ._library import (
     register_cuda,
     register_fake,
 )
+from ._tuning import choose
 
 
 def bias_gelu_reference(x: Tensor, bias: Tensor) -> Tensor:
@@ -73,7 +74,7 @@ def bias_gelu_backward_kernel(
 
 
 # 1024 columns give each thread eight elements of bias, one 128-bit load in half precision.
-BLOCK_ROWS, BLOCK_COLS = 2, 1024
+TILE = {"BLOCK_R": 2, "BLOCK_C": 1024, "num_warps": 4}
 
 
 @register_cuda("bias_gelu_forward")
@@ -84,10 +85,9 @@ def launch_bias_gelu_forward(x: Tensor, bias: Tensor) -> Tensor:
     if x.numel():
         cols = x.shape[-1]
         rows = x.numel() // cols
-        grid = (triton.cdiv(rows, BLOCK_ROWS), triton.cdiv(cols, BLOCK_COLS))
-        bias_gelu_forward_kernel[grid](
-            x, bias, y, rows, cols, BLOCK_R=BLOCK_ROWS, BLOCK_C=BLOCK_COLS, num_warps=4
-        )
+        tile = choose("bias_gelu_forward", x.device, (x.itemsize,), TILE)
+        grid = (triton.cdiv(rows, tile["BLOCK_R"]), triton.cdiv(cols, tile["BLOCK_C"]))
+        bias_gelu_forward_kernel[grid](x, bias, y, rows, cols, **tile)
     return y
 
 
@@ -100,12 +100,11 @@ def launch_bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Te
         return dx, torch.zeros_like(bias)
     cols = x.shape[-1]
     rows = x.numel() // cols
-    col_blocks = triton.cdiv(cols, BLOCK_COLS)
-    row_programs = min(triton.cdiv(rows, BLOCK_ROWS), max(1, 8 * processors(x.device) // col_blocks))
+    tile = choose("bias_gelu_backward", x.device, (x.itemsize,), TILE)
+    col_blocks = triton.cdiv(cols, tile["BLOCK_C"])
+    row_programs = min(triton.cdiv(rows, tile["BLOCK_R"]), max(1, 8 * processors(x.device) // col_blocks))
     partial = torch.empty(row_programs, cols, dtype=torch.float32, device=x.device)
-    bias_gelu_backward_kernel[(col_blocks, row_programs)](
-        grad, x, bias, dx, partial, rows, cols, BLOCK_R=BLOCK_ROWS, BLOCK_C=BLOCK_COLS, num_warps=4
-    )
+    bias_gelu_backward_kernel[(col_blocks, row_programs)](grad, x, bias, dx, partial, rows, cols, **tile)
     return dx, partial.sum(0).to(bias.dtype)
 
 

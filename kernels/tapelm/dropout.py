@@ -10,7 +10,7 @@ Shapes: x and y (...), float32 / bfloat16 (float16 on CUDA); seed (), int64.
 """
 
 # Triton's stubs do not know its own language and launch options.
-# pyright: reportCallIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from ._library import (
     register_cuda,
     register_fake,
 )
+from ._tuning import choose
 
 _WORD = 0xFFFFFFFF
 
@@ -93,7 +94,7 @@ def dropout_kernel(x_ptr, seed_ptr, y_ptr, numel, threshold, scale, BLOCK: tl.co
     tl.store(y_ptr + index, tl.where(kept, x * scale, 0.0).to(y_ptr.dtype.element_ty), mask=index < numel)
 
 
-BLOCK = 2048  # elements per program
+TILE = {"BLOCK": 2048, "num_warps": 4}  # elements of a program
 
 
 @register_cuda("dropout")
@@ -102,10 +103,9 @@ def launch_dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
     x = x.contiguous()
     y = torch.empty_like(x)
     if x.numel():
-        grid = (triton.cdiv(x.numel(), BLOCK),)
-        dropout_kernel[grid](
-            x, seed, y, x.numel(), keep_threshold(p), keep_scale(p), BLOCK=BLOCK, num_warps=4
-        )
+        tile = choose("dropout", x.device, (x.itemsize,), TILE)
+        grid = (triton.cdiv(x.numel(), tile["BLOCK"]),)
+        dropout_kernel[grid](x, seed, y, x.numel(), keep_threshold(p), keep_scale(p), **tile)
     return y
 
 

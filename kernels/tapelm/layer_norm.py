@@ -20,7 +20,7 @@ from ._library import (
     register_cuda,
     register_fake,
 )
-from ._norm_kernels import launch_backward, launch_forward
+from ._norm_launches import launch_backward, launch_forward
 
 
 def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:

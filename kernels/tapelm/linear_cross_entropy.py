@@ -7,6 +7,8 @@
 
 The forward pass goes over chunks of rows and turns the logits of a chunk into dlogits in place, so the
 gradients for an upstream gradient of 1 exist when it ends; backward multiplies them by the upstream scalar.
+On CUDA the division by the number of valid rows follows the products, which are summed in float32 over all
+chunks: a probability of 1 / (V * N) is nothing in float16. Nothing is read back to the host.
 With no valid row the loss is NaN, as in torch. [Idea: Hsu et al., "Liger kernel", 2024; Wijmans et al., "Cut
 your losses", 2024]
 
@@ -14,7 +16,7 @@ Shapes: hidden (N, C), weight (V, C), bias (V,), all of one dtype; targets (N,) 
 """
 
 # Triton's stubs do not know its own language and launch options.
-# pyright: reportCallIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations
 
@@ -27,6 +29,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ._library import autocast, check_tensors, register_autograd, register_cuda, register_fake
+from ._tuning import choose
 
 # Logits held at once on CUDA, in elements.
 CHUNK_ELEMENTS = 1 << 26
@@ -53,7 +56,7 @@ def cross_entropy_kernel(
     NEED_GRAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row: its loss / number of valid rows, and its logits replaced by dlogits."""
+    """One row: its loss / number of valid rows, and its logits replaced by dlogits * number of valid rows."""
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + row)
     share = 1.0 / tl.load(valid_ptr).to(tl.float32)
@@ -76,15 +79,21 @@ def cross_entropy_kernel(
     ignored = target == ignore_index
     tl.store(losses_ptr + row, tl.where(ignored, 0.0, (lse - chosen) * share))
     if NEED_GRAD:
-        share = tl.where(ignored, 0.0, share)
         for first in range(0, vocabulary, BLOCK):
             at = first + tl.arange(0, BLOCK)
             x = tl.load(logits_ptr + at, mask=at < vocabulary, other=float("-inf")).to(tl.float32)
-            dlogits = (tl.exp(x - lse) - tl.where(at == target, 1.0, 0.0)) * share
+            dlogits = tl.where(ignored, 0.0, tl.exp(x - lse) - tl.where(at == target, 1.0, 0.0))
             tl.store(logits_ptr + at, dlogits.to(logits_ptr.dtype.element_ty), mask=at < vocabulary)
 
 
-CROSS_ENTROPY_BLOCK, CROSS_ENTROPY_WARPS = 4096, 8
+TILE = {"BLOCK": 4096, "num_warps": 8}  # logits of a row at a time
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """total (float32) += a @ b, of half-precision factors too, which CPUs (the interpreter's) must widen."""
+    if a.device.type == "cpu":
+        return total.addmm_(a.float(), b.float())
+    return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
 
 
 @register_cuda("linear_cross_entropy_forward")
@@ -97,6 +106,7 @@ def launch_linear_cross_entropy_forward(
     chunk = min(max(rows, 1), max(128, CHUNK_ELEMENTS // max(vocabulary, 1) // 128 * 128))
     losses = torch.empty(rows, dtype=torch.float32, device=hidden.device)
     valid = (targets != ignore_index).sum()
+    share = 1.0 / valid.clamp(min=1)
     dhidden = torch.empty_like(hidden) if need_grad else hidden.new_empty(0)
     dweight = torch.zeros_like(weight, dtype=torch.float32) if need_grad else weight.new_empty(0)
     dbias = (
@@ -104,21 +114,23 @@ def launch_linear_cross_entropy_forward(
         if need_grad and bias is not None
         else weight.new_empty(0)
     )
+    tile = choose("cross_entropy", hidden.device, (hidden.itemsize, need_grad), TILE)
     for first in range(0, rows, chunk):
         part = slice(first, first + chunk)
         logits = torch.nn.functional.linear(hidden[part], weight, bias)
         cross_entropy_kernel[(logits.shape[0],)](
             logits, targets[part], losses[part], valid, vocabulary, ignore_index,
-            NEED_GRAD=need_grad, BLOCK=CROSS_ENTROPY_BLOCK, num_warps=CROSS_ENTROPY_WARPS,
+            NEED_GRAD=need_grad, **tile,
         )  # fmt: skip
         if need_grad:
-            torch.mm(logits, weight, out=dhidden[part])
-            dweight += logits.T @ hidden[part]
+            zero = hidden.new_zeros(hidden[part].shape, dtype=torch.float32)
+            dhidden[part] = _add_product(zero, logits, weight).mul_(share)
+            _add_product(dweight, logits.T, hidden[part])
             if bias is not None:
                 dbias += logits.sum(0, dtype=torch.float32)
     # Dividing makes 0 / 0 = NaN when no row is valid.
     loss = losses.sum() + 0.0 * (valid / valid)
-    return loss, dhidden, dweight.to(weight.dtype), dbias.to(weight.dtype)
+    return loss, dhidden, dweight.mul_(share).to(weight.dtype), dbias.mul_(share).to(weight.dtype)
 
 
 @register_fake("linear_cross_entropy_forward")

@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._library import check_tensors, register_cuda, register_fake
+from ._tuning import choose
 
 
 def rope_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,10 +80,12 @@ def rope_kernel(
     )
 
 
-def launch_config(width: int) -> dict[str, int]:
+def launch_config(q: Tensor) -> dict[str, int]:
     """Tile of heads and half their width; 8 elements of each half per thread."""
-    block = max(16, triton.next_power_of_2(width // 2))
-    return {"HALF": width // 2, "BLOCK_H": max(1, 512 // block), "BLOCK_D": block, "num_warps": 2}
+    half = q.shape[3] // 2
+    block = max(16, triton.next_power_of_2(half))
+    tile = choose("rope", q.device, (q.itemsize, block), {"BLOCK_H": max(1, 512 // block), "num_warps": 2})
+    return {"HALF": half, "BLOCK_D": block, **tile}
 
 
 @register_cuda("rope")
@@ -95,7 +98,7 @@ def launch_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -
     if batch * time * width:
         rope_kernel[(batch * time,)](
             q, q.stride()[:3], k, k.stride()[:3], cos, sin, *outputs, q.shape[1], k.shape[1], time,
-            cos.stride(0) if cos.dim() == 3 else 0, INVERSE=inverse, **launch_config(width),
+            cos.stride(0) if cos.dim() == 3 else 0, INVERSE=inverse, **launch_config(q),
         )  # fmt: skip
     return outputs[0], outputs[1]
 

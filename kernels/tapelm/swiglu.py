@@ -9,7 +9,7 @@ Shapes: gate, up, y, grad, dgate, dup (...), all of one dtype. Arithmetic is in 
 """
 
 # Triton's stubs do not know its own language and launch options.
-# pyright: reportCallIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from ._library import (
     register_cuda,
     register_fake,
 )
+from ._tuning import choose
 
 
 def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
@@ -51,7 +52,7 @@ def swiglu_backward_kernel(grad_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, numel
     tl.store(dup_ptr + at, (grad * gate * s).to(dup_ptr.dtype.element_ty), mask=at < numel)
 
 
-BLOCK = 2048  # elements per program of 4 warps
+TILE = {"BLOCK": 2048, "num_warps": 4}  # elements of a program
 
 
 @register_cuda("swiglu_forward")
@@ -60,8 +61,9 @@ def launch_swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
     gate, up = gate.contiguous(), up.contiguous()
     y = torch.empty_like(gate)
     if y.numel():
-        grid = (triton.cdiv(y.numel(), BLOCK),)
-        swiglu_forward_kernel[grid](gate, up, y, y.numel(), BLOCK=BLOCK, num_warps=4)
+        tile = choose("swiglu_forward", y.device, (y.itemsize,), TILE)
+        grid = (triton.cdiv(y.numel(), tile["BLOCK"]),)
+        swiglu_forward_kernel[grid](gate, up, y, y.numel(), **tile)
     return y
 
 
@@ -71,8 +73,9 @@ def launch_swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tens
     grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
     dgate, dup = torch.empty_like(gate), torch.empty_like(gate)
     if gate.numel():
-        grid = (triton.cdiv(gate.numel(), BLOCK),)
-        swiglu_backward_kernel[grid](grad, gate, up, dgate, dup, gate.numel(), BLOCK=BLOCK, num_warps=4)
+        tile = choose("swiglu_backward", gate.device, (gate.itemsize,), TILE)
+        grid = (triton.cdiv(gate.numel(), tile["BLOCK"]),)
+        swiglu_backward_kernel[grid](grad, gate, up, dgate, dup, gate.numel(), **tile)
     return dgate, dup
 
 

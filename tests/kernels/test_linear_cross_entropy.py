@@ -145,6 +145,39 @@ def test_bad_arguments(change, error, match):
         tapelm.linear_cross_entropy(hidden, weight, targets, bias=bias)
 
 
+def test_nothing_is_read_back_to_the_host(monkeypatch) -> None:
+    """The launcher runs on tensors without values, which reading one would fail on."""
+    module = importlib.import_module("tapelm.linear_cross_entropy")
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *arguments, **tile: None
+
+    monkeypatch.setattr(module, "cross_entropy_kernel", Kernel())
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 128 * 40)
+    inputs = [t.to("meta") for t in make(300, 8, 40, torch.bfloat16)]
+    hidden, weight, bias, targets = inputs
+    results = module.launch_linear_cross_entropy_forward(hidden, weight, targets, bias, -100, True)
+    assert [t.device.type for t in results] == ["meta"] * 4
+    with pytest.raises(RuntimeError):
+        results[0].item()
+
+
+def test_weight_gradients_of_chunks_are_summed_in_float32(monkeypatch, device) -> None:
+    """Twenty chunks in bfloat16 equal one to a rounding; sums rounded after each chunk would err more."""
+    hidden, weight, bias, targets = make(2560, 4, 8, torch.bfloat16, device)
+    gradients = []
+    for elements in (1 << 26, 128 * 8):
+        monkeypatch.setattr(
+            importlib.import_module("tapelm.linear_cross_entropy"), "CHUNK_ELEMENTS", elements
+        )
+        leaf = weight.detach().requires_grad_()
+        loss = tapelm.linear_cross_entropy(hidden, leaf, targets, bias=bias)
+        gradients.append(torch.autograd.grad(loss, leaf)[0].float())
+    error = (gradients[0] - gradients[1]).abs().max() / gradients[0].abs().max()
+    assert error <= 2.0**-8
+
+
 def test_no_features_is_a_uniform_guess() -> None:
     targets = torch.zeros(5, dtype=torch.int64)
     loss = tapelm.linear_cross_entropy(torch.randn(5, 0), torch.randn(7, 0), targets)

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 from triton.runtime import interpreter
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 _TAG_SHIFT = np.uint64(48)
 _ADDRESS = np.uint64((1 << 48) - 1)
@@ -159,6 +160,8 @@ class _Observer:
 def _named(name: str, value: Any) -> Iterator[Argument]:
     if isinstance(value, Tensor):
         yield Argument(name, value)
+    elif isinstance(value, TensorDescriptor):
+        yield Argument(name, value.base)
     elif isinstance(value, Sequence) and not isinstance(value, str):
         for index, each in enumerate(value):
             yield from _named(f"{name}[{index}]", each)

@@ -78,7 +78,8 @@ class Resources:
     wide_loads: float
     """Share of the bytes of all loads in the source that 128-bit instructions bring."""
     tensor_cores: dict[str, int]
-    """Matrix instructions by kind: HMMA (sm_80-89), HGMMA (sm_90), UTCHMMA (sm_100), MFMA (AMD)."""
+    """Matrix instructions by kind: HMMA (sm_80-89), HGMMA (sm_90), UTCHMMA (sm_100), MFMA (AMD); and what
+    feeds them: UTMALDG, copies of whole tiles (sm_90 and later)."""
 
 
 def compile_resources(specialized: Specialized, target: Target) -> Resources:
@@ -122,7 +123,7 @@ def _machine_code(cubin: bytes) -> tuple[int, int, Counter[str]]:
         listing = _run("nvdisasm", "-c", file.name)
     registers, stack, local = (_number(rf"{key}:(\d+)", usage) for key in ("REG", "STACK", "LOCAL"))
     # "/*0010*/  @!P0 HMMA.16816.F32.BF16 R4, ..."
-    opcodes = re.findall(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*MMA)\b", listing)
+    opcodes = re.findall(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*MMA|UTMALDG)\b", listing)
     return registers, stack + local, Counter(opcodes)
 
 

@@ -1,0 +1,100 @@
+"""The C++ kernels and the Triton kernels compute the same: to rounding, dropout masks bit for bit.
+
+Triton runs on the GPU where there is one and else in its interpreter.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from benchmarks.subjects import NOT_TRITON, SUBJECTS, Subject, random
+from tapelm._library import CUDA_LAUNCHERS
+from tapelm.dropout import keep_threshold, philox_reference
+from tapelm.testing import interpreted_triton
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Optimizers keep float32 or bfloat16 parameters, never float16.
+HALF_SUBJECTS = [s for s in SUBJECTS if s.launcher not in ("adamw_step_", "grad_norm", *NOT_TRITON)]
+
+
+def named(subjects: list[Subject]) -> dict:
+    return {"argvalues": subjects, "ids": [subject.launcher for subject in subjects]}
+
+
+def flat(values: object) -> list[Tensor]:
+    if isinstance(values, Tensor):
+        return [values]
+    return [t for each in values for t in flat(each)] if isinstance(values, tuple | list) else []
+
+
+def directly(launcher: str, *arguments: object) -> list[Tensor]:
+    """Results of the C++ kernel, then its arguments, some of which an op changes."""
+    return flat((getattr(torch.ops.tapelm, launcher)(*arguments), arguments))
+
+
+def on_triton(launcher: str, *arguments: object) -> list[Tensor]:
+    """As directly, of the Triton kernel."""
+    if DEVICE == "cuda":
+        moved = pytree.tree_map_only(Tensor, Tensor.cuda, arguments)
+        return [tensor.cpu() for tensor in directly(launcher, *moved)]
+    with interpreted_triton():
+        return flat((CUDA_LAUNCHERS[launcher](*arguments), arguments))
+
+
+def assert_near(ours: list[Tensor], theirs: list[Tensor], slack: float, where: object) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.shape == b.shape
+        if a.numel():
+            error = float((a.double() - b.double()).abs().max())
+            assert error <= slack * (1e-3 + float(b.double().abs().max())), (where, error)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("subject", **named(list(SUBJECTS)))
+def test_both_implementations_agree(subject: Subject, dtype: torch.dtype) -> None:
+    for shape in subject.odd:
+        ours = directly(subject.launcher, *subject.arguments(random(dtype), *shape))
+        theirs = on_triton(subject.launcher, *subject.arguments(random(dtype), *shape))
+        assert [a.dtype for a in ours] == [b.dtype for b in theirs]
+        if subject.launcher == "dropout":
+            assert torch.equal(ours[0], theirs[0])
+        assert_near(ours, theirs, 2.0**-15 if dtype == FP32 else 2.0**-6, shape)
+
+
+@pytest.mark.parametrize("subject", **named(HALF_SUBJECTS))
+def test_float16_agrees_with_float32(subject: Subject) -> None:
+    """float16 is for GPUs alone: its kernel against the C++ kernel on the same numbers in float32."""
+
+    def widened(tensor: Tensor) -> Tensor:
+        return tensor.float() if tensor.dtype == FP16 else tensor
+
+    for shape in subject.odd:
+        exact = directly(subject.launcher, *subject.arguments(random(FP16, widened), *shape))
+        ours = on_triton(subject.launcher, *subject.arguments(random(FP16), *shape))
+        assert_near(ours, exact, 2.0**-9, shape)
+
+
+def test_masks_of_add_norm_are_equal() -> None:
+    """Zero residuals leave dropout(x) as the sum; widths that are no multiple of four go another way."""
+    seed = torch.tensor(2**40 + 77)
+    for shape in ((37, 64), (5, 13)):
+        x, zero, weight = torch.rand(shape) + 1, torch.zeros(shape), torch.ones(shape[1])
+        expected = (philox_reference(torch.arange(x.numel()), seed) >= keep_threshold(0.3)).view(shape)
+        for run in (directly, on_triton):
+            total = run("add_norm_forward", x, zero, weight, None, 1e-5, 0.3, seed)[1]
+            assert torch.equal(total != 0, expected), (run, shape)
+
+
+def test_masks_of_attention_are_equal() -> None:
+    """Uniform weights times the identity: the output is the dropped weights themselves."""
+    T, heads, seed = 41, 2, torch.tensor(2**40 + 77)
+    q, v = torch.zeros(1, heads, T, 64), torch.eye(T, 64).expand(1, heads, T, 64)
+    index = torch.arange(heads * T)[:, None] * 44 + torch.arange(T)  # a row takes 41 rounded up to four
+    expected = (philox_reference(index, seed) >= keep_threshold(0.3)).view(heads, T, T)
+    for run in (directly, on_triton):
+        out = run("attention_forward", q, q, v, False, 1.0, 0.3, seed, None)[0]
+        assert torch.equal(out[0, :, :, :T] != 0, expected), run
