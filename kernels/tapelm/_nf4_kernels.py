@@ -1,4 +1,4 @@
-"""Triton kernels that quantize to NF4 and back, and what lora_linear needs of them; nf4.py has the maths.
+"""Triton kernels that quantize to NF4 and back, and what launching with NF4 needs; nf4.py has the maths.
 
 Products and sums stay apart (``enable_fp_fusion=False``): fused ones would not give bitsandbytes' bytes.
 """
@@ -23,7 +23,9 @@ CODES = (
     -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
     0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
-ELEMENTS = 4096  # per program of 4 warps: 16 bytes of indices for each thread
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+QUANTIZED = 2048  # elements per program of 4 warps; twice as many spill
+DEQUANTIZED = 4096  # elements per program of 4 warps: 16 bytes of indices for each thread
 SCALES = 256  # per program of 4 warps, one nested block
 
 
@@ -40,7 +42,7 @@ def codes_on(device: torch.device) -> Tensor:
 
 
 @triton.jit
-def quantize_kernel(
+def nf4_quantize_kernel(
     w_ptr, bounds_ptr, packed_ptr, absmax_ptr, numel, bytes, SIZE: tl.constexpr, BLOCKS: tl.constexpr
 ):
     """BLOCKS blocks of SIZE elements: their scales and indices."""
@@ -66,7 +68,7 @@ def quantize_kernel(
 
 
 @triton.jit
-def quantize_scales_kernel(
+def nf4_scales_kernel(
     absmax_ptr, offset_ptr, map_ptr, absmax8_ptr, nested_ptr, blocks, BLOCK: tl.constexpr
 ):
     """One block of 256 scales: what is left of them without their mean, as indices into the map."""
@@ -89,22 +91,16 @@ def quantize_scales_kernel(
 
 
 @triton.jit
-def load_scales(absmax_ptr, nested_ptr, offset_ptr, map_ptr, block, mask, NESTED: tl.constexpr):
-    """The scales of the given blocks."""
-    scale = tl.load(absmax_ptr + block, mask=mask, other=0)
-    if NESTED:
-        scale = tl.load(map_ptr + scale.to(tl.int32)) * tl.load(nested_ptr + block // 256, mask=mask, other=0.0)
-        scale += tl.load(offset_ptr)
-    return scale
-
-
-@triton.jit
-def dequantize_kernel(
+def nf4_dequantize_kernel(
     packed_ptr, absmax_ptr, nested_ptr, offset_ptr, map_ptr, codes_ptr, out_ptr, numel, bytes,
     NESTED: tl.constexpr, SIZE: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
-    scale = load_scales(absmax_ptr, nested_ptr, offset_ptr, map_ptr, block, block * SIZE < numel, NESTED)
+    scale = tl.load(absmax_ptr + block, mask=block * SIZE < numel, other=0)
+    if NESTED:
+        # 256 is a multiple of BLOCKS: the program has one nested scale.
+        nested = tl.load(nested_ptr + tl.program_id(0) * BLOCKS // 256)
+        scale = tl.load(map_ptr + scale.to(tl.int32)) * nested + tl.load(offset_ptr)
     byte = block[:, None] * (SIZE // 2) + tl.arange(0, SIZE // 2)[None, :]
     packed = tl.load(packed_ptr + byte, mask=byte < bytes, other=0)
     codes = tl.load(codes_ptr + tl.arange(0, 16))
@@ -116,13 +112,14 @@ def dequantize_kernel(
 
 def launch_quantize(w: Tensor, block_size: int, map: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Triton launch of ``tapelm::nf4_quantize``; the mean of the scales lies between its two kernels."""
+    check_block_size("nf4_quantize", block_size)
     w = w.contiguous()
     numel, blocks = w.numel(), triton.cdiv(w.numel(), block_size)
     packed = w.new_empty((triton.cdiv(numel, 2), 1), dtype=torch.uint8)
     absmax = w.new_empty(blocks, dtype=torch.float32)
     if numel:
-        per_program = max(1, ELEMENTS // block_size)
-        quantize_kernel[(triton.cdiv(blocks, per_program),)](
+        per_program = max(1, QUANTIZED // block_size)
+        nf4_quantize_kernel[(triton.cdiv(blocks, per_program),)](
             w, _constant("bounds", w.device), packed, absmax, numel, packed.numel(),
             SIZE=block_size, BLOCKS=per_program, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
@@ -132,7 +129,7 @@ def launch_quantize(w: Tensor, block_size: int, map: Tensor | None) -> tuple[Ten
     nested = absmax.new_empty(triton.cdiv(blocks, SCALES))
     offset = absmax.mean() if numel else absmax.new_zeros(())
     if numel:
-        quantize_scales_kernel[(nested.numel(),)](
+        nf4_scales_kernel[(nested.numel(),)](
             absmax, offset, map, absmax8, nested, blocks, BLOCK=SCALES, num_warps=4, enable_fp_fusion=False
         )
     return packed, absmax8, nested, offset
@@ -145,8 +142,8 @@ def launch_dequantize(
     out = torch.empty(tuple(shape), dtype=dtype, device=packed.device)
     check_state(packed, state, block_size, out.numel(), "nf4_dequantize")
     if out.numel():
-        per_program = max(1, ELEMENTS // block_size)
-        dequantize_kernel[(triton.cdiv(out.numel(), per_program * block_size),)](
+        per_program = max(1, DEQUANTIZED // block_size)
+        nf4_dequantize_kernel[(triton.cdiv(out.numel(), per_program * block_size),)](
             packed, *scale_arguments(state), codes_on(packed.device), out, out.numel(), packed.numel(),
             NESTED=len(state) > 1, SIZE=block_size, BLOCKS=per_program, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
@@ -159,8 +156,14 @@ def scale_arguments(state: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Te
     return absmax, nested, offset, map
 
 
+def check_block_size(op: str, block_size: int) -> None:
+    if block_size not in BLOCK_SIZES:
+        raise ValueError(f"{op}: block_size is {block_size}; use one of {BLOCK_SIZES}.")
+
+
 def check_state(packed: Tensor, state: Sequence[Tensor], block_size: int, numel: int, op: str) -> None:
     """Raises unless the tensors hold a quantized weight of ``numel`` elements, as nf4.cpp does on the CPU."""
+    check_block_size(op, block_size)
     blocks = math.ceil(numel / block_size)
     wanted = [("packed", packed, torch.uint8, math.ceil(numel / 2))]
     if len(state) == 1:

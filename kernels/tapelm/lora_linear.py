@@ -35,7 +35,7 @@ from ._library import (
     register_cuda,
     register_fake,
 )
-from ._nf4_kernels import check_state, codes_on, load_scales, scale_arguments
+from ._nf4_kernels import check_state, codes_on, scale_arguments
 from .nf4 import NF4Weight, nf4_dequantize_reference
 
 
@@ -45,6 +45,16 @@ def lora_linear_reference(
     """The definition in plain PyTorch, any dtype."""
     dense = nf4_dequantize_reference(weight, x.dtype) if isinstance(weight, NF4Weight) else weight
     return x @ dense.detach().to(x.dtype).T + scaling * ((x @ a.T) @ b.T)
+
+
+@triton.jit
+def load_scales(absmax_ptr, nested_ptr, offset_ptr, map_ptr, block, mask, NESTED: tl.constexpr):
+    """The scales of the given blocks."""
+    scale = tl.load(absmax_ptr + block, mask=mask, other=0)
+    if NESTED:
+        scale = tl.load(map_ptr + scale.to(tl.int32)) * tl.load(nested_ptr + block // 256, mask=mask, other=0.0)
+        scale += tl.load(offset_ptr)
+    return scale
 
 
 @triton.jit

@@ -28,9 +28,8 @@ import torch
 from torch import Tensor
 
 from ._library import check_tensors, register_cuda, register_fake
-from ._nf4_kernels import CODES, launch_dequantize, launch_quantize
+from ._nf4_kernels import CODES, check_block_size, launch_dequantize, launch_quantize
 
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCK = 256
 
 
@@ -181,8 +180,7 @@ def nf4_quantize(w: Tensor, block_size: int = 64, double_quant: bool = True) -> 
         ValueError: an unsupported device or block_size.
     """
     check_tensors("nf4_quantize", w=w)
-    if block_size not in BLOCK_SIZES:
-        raise ValueError(f"nf4_quantize: block_size is {block_size}; use one of {BLOCK_SIZES}.")
+    check_block_size("nf4_quantize", block_size)
     values = dynamic_map(w.device) if double_quant else None
     packed, absmax, *nested = torch.ops.tapelm.nf4_quantize(w.detach(), block_size, values)
     shape = tuple(w.shape)
