@@ -4,7 +4,8 @@ Products and sums stay apart (``enable_fp_fusion=False``): fused ones would not 
 """
 
 # Triton's stubs do not know its own language and launch options.
-# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+# pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ from torch import Tensor
 CODES = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
     -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
-    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023,
+    1.0,
 )  # fmt: skip
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 QUANTIZED = 2048  # elements per program of 4 warps; twice as many spill
@@ -68,9 +70,7 @@ def nf4_quantize_kernel(
 
 
 @triton.jit
-def nf4_scales_kernel(
-    absmax_ptr, offset_ptr, map_ptr, absmax8_ptr, nested_ptr, blocks, BLOCK: tl.constexpr
-):
+def nf4_scales_kernel(absmax_ptr, offset_ptr, map_ptr, absmax8_ptr, nested_ptr, blocks, BLOCK: tl.constexpr):
     """One block of 256 scales: what is left of them without their mean, as indices into the map."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(absmax_ptr + at, mask=at < blocks, other=0.0) - tl.load(offset_ptr)
@@ -108,6 +108,18 @@ def nf4_dequantize_kernel(
     w = tl.reshape(tl.gather(codes, q.to(tl.int32), 0), [BLOCKS, SIZE]) * scale[:, None]
     at = block[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
     tl.store(out_ptr + at, w.to(out_ptr.dtype.element_ty), mask=at < numel)
+
+
+@triton.jit
+def load_scales(absmax_ptr, nested_ptr, offset_ptr, map_ptr, block, mask, NESTED: tl.constexpr):
+    """The scales of the given blocks."""
+    scale = tl.load(absmax_ptr + block, mask=mask, other=0)
+    if NESTED:
+        scale = tl.load(map_ptr + scale.to(tl.int32)) * tl.load(
+            nested_ptr + block // 256, mask=mask, other=0.0
+        )
+        scale += tl.load(offset_ptr)
+    return scale
 
 
 def launch_quantize(w: Tensor, block_size: int, map: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -151,7 +163,7 @@ def launch_dequantize(
 
 
 def scale_arguments(state: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """absmax, nested_absmax, offset and map for a kernel; without the last three absmax stands in for them."""
+    """absmax, nested_absmax, offset and map for a kernel; absmax stands in for what there is not."""
     absmax, nested, offset, map = state if len(state) > 1 else [state[0]] * 4
     return absmax, nested, offset, map
 

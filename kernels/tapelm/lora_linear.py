@@ -3,12 +3,12 @@
     u = x A^T        y = x W^T + scaling * u B^T
     v = grad B       dx = grad W + scaling * v A        dA = scaling * v^T x        dB = scaling * grad^T u
 
-[Hu et al., "LoRA", 2021; W in NF4: Dettmers et al., "QLoRA", 2023]. W gets no gradient. On CUDA one kernel adds
-the low-rank product to the sums that then run over W, dequantized tile by tile; on the CPU W is dequantized in
-parts of a few million elements, or for up to four rows while it is multiplied.
+[Hu et al., "LoRA", 2021; W in NF4: Dettmers et al., "QLoRA", 2023]. W gets no gradient. On CUDA one kernel
+sums the low-rank product and then goes on over W, dequantized tile by tile; on the CPU W is dequantized in
+parts of a few million elements or, for up to four rows, while it is multiplied.
 
-Shapes: x, dx (..., K); y, grad (..., N); W (N, K); A, dA (R, K); B, dB (N, R); u, v (rows, R), all of one dtype,
-which is also that W is dequantized to.
+Shapes: x, dx (..., K); y, grad (..., N); W (N, K); A, dA (R, K); B, dB (N, R); u, v (rows, R), all of one
+dtype, to which W is dequantized.
 """
 
 # Triton's stubs do not know its own language and launch options.
@@ -35,7 +35,7 @@ from ._library import (
     register_cuda,
     register_fake,
 )
-from ._nf4_kernels import check_state, codes_on, scale_arguments
+from ._nf4_kernels import check_state, codes_on, load_scales, scale_arguments
 from .nf4 import NF4Weight, nf4_dequantize_reference
 
 
@@ -45,16 +45,6 @@ def lora_linear_reference(
     """The definition in plain PyTorch, any dtype."""
     dense = nf4_dequantize_reference(weight, x.dtype) if isinstance(weight, NF4Weight) else weight
     return x @ dense.detach().to(x.dtype).T + scaling * ((x @ a.T) @ b.T)
-
-
-@triton.jit
-def load_scales(absmax_ptr, nested_ptr, offset_ptr, map_ptr, block, mask, NESTED: tl.constexpr):
-    """The scales of the given blocks."""
-    scale = tl.load(absmax_ptr + block, mask=mask, other=0)
-    if NESTED:
-        scale = tl.load(map_ptr + scale.to(tl.int32)) * tl.load(nested_ptr + block // 256, mask=mask, other=0.0)
-        scale += tl.load(offset_ptr)
-    return scale
 
 
 @triton.jit
@@ -99,7 +89,7 @@ def lora_linear_kernel(
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """One tile of y (BLOCK_M, BLOCK_N) = x W^T + scaling u B^T or of dx (BLOCK_M, BLOCK_K) = grad W + scaling v A.
+    """A tile (BLOCK_M, BLOCK_N) of y = x W^T + scaling u B^T or, (BLOCK_M, BLOCK_K), of grad W + scaling v A.
 
     Going backward, x is grad (M, N), u is v (M, R), low is A (R, K) and y is dx (M, K).
     """
@@ -127,7 +117,9 @@ def lora_linear_kernel(
     if BACKWARD:
         for n0 in range(0, N, BLOCK_N):
             x = tl.load(
-                x_ptr + row * N + (n0 + n)[None, :], mask=(m[:, None] < M) & ((n0 + n)[None, :] < N), other=0.0
+                x_ptr + row * N + (n0 + n)[None, :],
+                mask=(m[:, None] < M) & ((n0 + n)[None, :] < N),
+                other=0.0,
             )
             w = weight_tile(
                 w_ptr, absmax_ptr, nested_ptr, offset_ptr, map_ptr, codes_ptr, n0 + n, k, N, K,
@@ -137,7 +129,9 @@ def lora_linear_kernel(
     else:
         for k0 in range(0, K, BLOCK_K):
             x = tl.load(
-                x_ptr + row * K + (k0 + k)[None, :], mask=(m[:, None] < M) & ((k0 + k)[None, :] < K), other=0.0
+                x_ptr + row * K + (k0 + k)[None, :],
+                mask=(m[:, None] < M) & ((k0 + k)[None, :] < K),
+                other=0.0,
             )
             w = weight_tile(
                 w_ptr, absmax_ptr, nested_ptr, offset_ptr, map_ptr, codes_ptr, n, k0 + k, N, K,
@@ -265,7 +259,7 @@ def lora_linear(x: Tensor, weight: Tensor | NF4Weight, a: Tensor, b: Tensor, sca
 
     Args:
         x: (..., K); float32 or bfloat16, on CUDA also float16.
-        weight: (N, K), frozen: a tensor of x's dtype or an NF4Weight of any, which is dequantized to that of x.
+        weight: (N, K), frozen: a tensor of x's dtype, or an NF4Weight of any, dequantized to that of x.
         a, b: (R, K) and (N, R), dtype of x. Under autocast all tensors are cast to its dtype.
         scaling: LoRA's alpha / R.
 
@@ -276,12 +270,14 @@ def lora_linear(x: Tensor, weight: Tensor | NF4Weight, a: Tensor, b: Tensor, sca
         TypeError: unsupported or differing dtypes.
         ValueError: shapes that do not match, or devices that differ.
     """
-    dense = None if isinstance(weight, NF4Weight) else weight.detach()
-    x, dense, a, b = autocast(x, dense, a, b)
-    check_tensors("lora_linear", x=x, weight=dense, a=a, b=b)
-    packed, state, block_size = (dense, [], 64) if dense is not None else (
-        weight.packed, weight.state, weight.block_size
-    )  # fmt: skip
+    if isinstance(weight, NF4Weight):
+        packed, state, block_size = weight.packed, weight.state, weight.block_size
+        x, a, b = autocast(x, a, b)
+        check_tensors("lora_linear", x=x, a=a, b=b)
+    else:
+        packed, state, block_size = weight.detach(), [], 64
+        x, packed, a, b = autocast(x, packed, a, b)
+        check_tensors("lora_linear", x=x, weight=packed, a=a, b=b)
     if len(weight.shape) != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"lora_linear: weight is {tuple(weight.shape)}; x {tuple(x.shape)} needs (N, K), K its last size."

@@ -1,7 +1,7 @@
 """NF4: weights as 4-bit indices into quantiles of a normal distribution, one scale per block.
 
     absmax_j = max |w_i| of block j        q_i = index of the code nearest to w_i / absmax_j
-    w'_i = code[q_i] * absmax_j            block j: elements [j * block_size, (j + 1) * block_size) of w, flattened
+    w'_i = code[q_i] * absmax_j            block j: elements j * block_size ... of w, flattened
 
 With double quantization the scales are stored in 8 bits as well, in blocks of 256:
 
@@ -12,8 +12,8 @@ Bytes and scales are those of bitsandbytes' CPU library, which rounds s_j / max 
 before it looks for the nearest one of the map. The Triton kernels are in _nf4_kernels.py.
 
 Shapes: w (...) of n elements; packed (ceil(n / 2), 1) uint8, element 2 i in the high nibble; absmax
-(ceil(n / block_size),) float32, or uint8 p; nested_absmax (ceil(len(absmax) / 256),), offset () and map (256,)
-float32.
+(ceil(n / block_size),) float32, or uint8 p; nested_absmax (ceil(len(absmax) / 256),), offset () and map
+(256,) float32.
 """
 
 from __future__ import annotations
@@ -61,14 +61,15 @@ class NF4Weight:
     def as_dict(self) -> dict[str, Tensor]:
         """What bitsandbytes' ``QuantState.as_dict(packed=True)`` holds, to be saved beside ``packed``."""
         described: dict[str, Any] = {
-            "quant_type": "nf4", "blocksize": self.block_size, "dtype": str(self.dtype).removeprefix("torch."),
-            "shape": list(self.shape),
+            "quant_type": "nf4", "blocksize": self.block_size,
+            "dtype": str(self.dtype).removeprefix("torch."), "shape": list(self.shape),
         }  # fmt: skip
         tensors = {"absmax": self.absmax, "quant_map": torch.tensor(CODES, device=self.absmax.device)}
         if self.nested_absmax is not None and self.offset is not None and self.map is not None:
             tensors |= {"nested_absmax": self.nested_absmax, "nested_quant_map": self.map}
             described |= {
-                "nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": self.offset.item(),
+                "nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32",
+                "nested_offset": self.offset.item(),
             }  # fmt: skip
         text = json.dumps(described).encode()
         return {**tensors, "quant_state.bitsandbytes__nf4": torch.tensor(list(text), dtype=torch.uint8)}
@@ -82,7 +83,9 @@ class NF4Weight:
         """
         found = {name.split("quant_state.")[-1].split(".")[-1]: value for name, value in entries.items()}
         if "bitsandbytes__nf4" not in found or "absmax" not in found:
-            raise ValueError(f"NF4Weight: {sorted(entries)} have no absmax and quant_state.bitsandbytes__nf4.")
+            raise ValueError(
+                f"NF4Weight: {sorted(entries)} have no absmax and quant_state.bitsandbytes__nf4."
+            )
         described = json.loads(bytes(found["bitsandbytes__nf4"].cpu().tolist()))
         codes = torch.tensor(CODES)
         if "quant_map" in found and not torch.equal(found["quant_map"].cpu().float(), codes):
@@ -90,7 +93,9 @@ class NF4Weight:
         device, nested = packed.device, ()
         if "nested_offset" in described:
             if described["nested_blocksize"] != NESTED_BLOCK:
-                raise ValueError(f"NF4Weight: nested_blocksize must be 256, not {described['nested_blocksize']}.")
+                raise ValueError(
+                    f"NF4Weight: nested_blocksize must be 256, not {described['nested_blocksize']}."
+                )
             offset = torch.tensor(described["nested_offset"], dtype=torch.float32, device=device)
             nested = found["nested_absmax"].to(device), offset, found["nested_quant_map"].to(device)
         shape, dtype = tuple(described["shape"]), getattr(torch, described["dtype"])
@@ -98,7 +103,7 @@ class NF4Weight:
 
 
 def dynamic_map(device: torch.device | str = "cpu") -> Tensor:
-    """The 256 values in [-1, 1] of the scales: seven decades with 1, 2, 4 ... 64 values each, 0, 1, and signs."""
+    """The 256 values in [-1, 1] of the scales: seven decades with 1, 2, 4 ... 64 values each, 0, 1, signs."""
     values = [torch.tensor([0.0, 1.0])]
     for decade in range(7):
         bounds = torch.linspace(0.1, 1.0, 2**decade + 1, dtype=torch.float32)
@@ -182,11 +187,11 @@ def nf4_quantize(w: Tensor, block_size: int = 64, double_quant: bool = True) -> 
     check_tensors("nf4_quantize", w=w)
     check_block_size("nf4_quantize", block_size)
     values = dynamic_map(w.device) if double_quant else None
-    packed, absmax, *nested = torch.ops.tapelm.nf4_quantize(w.detach(), block_size, values)
+    packed, absmax, nested, offset = torch.ops.tapelm.nf4_quantize(w.detach(), block_size, values)
     shape = tuple(w.shape)
     if values is None:
         return NF4Weight(packed, absmax, shape, w.dtype, block_size)
-    return NF4Weight(packed, absmax, shape, w.dtype, block_size, *nested, values)
+    return NF4Weight(packed, absmax, shape, w.dtype, block_size, nested, offset, values)
 
 
 def nf4_dequantize(q: NF4Weight) -> Tensor:

@@ -1,12 +1,15 @@
 import pytest
 import torch
+import triton
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import tapelm
-from tapelm.lora_linear import lora_linear_reference
+from tapelm import roofline
+from tapelm.lora_linear import CONFIGS, lora_linear_reference
 from tapelm.nf4 import nf4_dequantize_reference
-from tapelm.testing import assert_close, check_registration
+from tapelm.proofs.traffic import counted_traffic
+from tapelm.testing import assert_close, check_registration, interpreted_triton
 
 SCALING = 1.5
 KINDS = ("dense", "nf4", "nested")
@@ -24,16 +27,18 @@ SHAPES = (
 
 def make(rows, k, n, r, kind, dtype, device="cpu", block_size=64):
     """x, weight, a, b; a and b as large as the base product makes them matter."""
-    x, weight, a, b = (torch.randn(shape, dtype=dtype).to(device) for shape in ((*rows, k), (n, k), (r, k), (n, r)))
+    x, weight, a, b = (
+        torch.randn(shape, dtype=dtype).to(device) for shape in ((*rows, k), (n, k), (r, k), (n, r))
+    )
     if kind != "dense":
         weight = tapelm.nf4_quantize(weight, block_size, kind == "nested")
     return x, weight, a, b
 
 
 def functions(weight):
-    return [
-        lambda x, a, b, op=op: op(x, weight, a, b, SCALING) for op in (tapelm.lora_linear, lora_linear_reference)
-    ]
+    """Ours and the reference, of x, a and b."""
+    both = tapelm.lora_linear, lora_linear_reference
+    return [lambda x, a, b, op=op: op(x, weight, a, b, SCALING) for op in both]
 
 
 @pytest.mark.parametrize("rows,k,n,r", SHAPES)
@@ -136,6 +141,24 @@ def test_flops(kind):
     assert leaves and counter.get_total_flops() == 2 * 6 * (2 * 6 * 5 + 3 * 2 * (6 + 5))
 
 
+@pytest.mark.skipif(
+    not triton.knobs.runtime.interpret, reason="kernels are not interpreted where a GPU runs them"
+)
+@pytest.mark.parametrize("backward", [False, True])
+def test_the_kernel_issues_what_its_tiles_say(backward):
+    x, weight, a, b = make((256,), 128, 256, 16, "nested", torch.bfloat16)
+    leaf = x.requires_grad_(backward)
+    with interpreted_triton():
+        with counted_traffic() as traffic:
+            y = tapelm.lora_linear(leaf, weight, a, b, SCALING)
+        if backward:
+            with counted_traffic() as traffic:
+                y.backward(torch.ones_like(y))
+    blocks = (*CONFIGS[2, backward][:3], 16)
+    expected = roofline.lora_linear_tiles((256, 256, 128, 16), blocks, 2, backward)
+    assert (traffic.bytes, traffic.flops) == (expected.bytes, expected.flops)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_autocast(kind):
     x, weight, a, b = make((4,), 6, 5, 2, kind, torch.float32)
@@ -156,7 +179,11 @@ def test_any_dtype_of_the_quantized_weight(device):
 @pytest.mark.parametrize(
     "change,error,match",
     [
-        (lambda x, w, a, b: (x.double(), w.double(), a.double(), b.double()), TypeError, r"x is torch\.float64"),
+        (
+            lambda x, w, a, b: (x.double(), w.double(), a.double(), b.double()),
+            TypeError,
+            r"x is torch\.float64",
+        ),
         (lambda x, w, a, b: (x, w.bfloat16(), a, b), TypeError, "weight is"),
         (lambda x, w, a, b: (x, w, a.bfloat16(), b), TypeError, "a is"),
         (lambda x, w, a, b: (x, w[:, :3], a, b), ValueError, "weight is"),

@@ -34,7 +34,9 @@ def weight(shape, dtype):
 @pytest.mark.parametrize("block_size", [32, 64, 4096])
 def test_equals_the_reference(shape, block_size, double_quant, dtype, device):
     w = torch.randn(shape, dtype=dtype).to(device)
-    q, expected = (quantize(w, block_size, double_quant) for quantize in (tapelm.nf4_quantize, nf4_quantize_reference))
+    q, expected = (
+        quantize(w, block_size, double_quant) for quantize in (tapelm.nf4_quantize, nf4_quantize_reference)
+    )
     for ours, theirs in zip(parts(q), parts(expected), strict=True):
         assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
     y = tapelm.nf4_dequantize(q)
@@ -87,8 +89,8 @@ def test_zero_size(double_quant, dtype, device):
     assert tapelm.nf4_dequantize(q).shape == (0, 8)
 
 
-# Made with bitsandbytes 0.50.2 on the CPU from weight(shape, dtype): SHA-256 of packed and absmax without double
-# quantization, and of packed, absmax, nested absmax and offset with it.
+# Made with bitsandbytes 0.50.2 on the CPU from weight(shape, dtype): SHA-256 of packed and absmax without
+# double quantization; of packed, absmax, nested absmax and offset with it.
 DIGESTS = {
     ((5, 61), torch.float32, 64): (
         "2fc65eb940253709d0e8ed691bf665566aa96c1bdc3ccf00cf2dce41a692cdf9",
@@ -127,8 +129,9 @@ RECORDED = {
     "0ffeeddcba9765433211100feeedcba9876543221100ffeeddcba9865443211107",
     "absmax": "00bff7",
     "nested_absmax": [0.1070963591337204],
-    "quant_state.bitsandbytes__nf4": b'{"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [3, 43], '
-    b'"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.2291666716337204}',
+    "quant_state.bitsandbytes__nf4": b'{"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", '
+    b'"shape": [3, 43], "nested_blocksize": 256, "nested_dtype": "float32", '
+    b'"nested_offset": 0.2291666716337204}',
 }
 
 
@@ -165,7 +168,9 @@ def test_bad_checkpoints():
         NF4Weight.from_dict(packed, {"absmax": entries["absmax"]})
     with pytest.raises(ValueError, match="quant_map"):
         NF4Weight.from_dict(packed, entries | {"quant_map": torch.zeros(16)})
-    other = torch.tensor(list(RECORDED["quant_state.bitsandbytes__nf4"].replace(b"256", b"512")), dtype=torch.uint8)
+    other = torch.tensor(
+        list(RECORDED["quant_state.bitsandbytes__nf4"].replace(b"256", b"512")), dtype=torch.uint8
+    )
     with pytest.raises(ValueError, match="nested_blocksize"):
         NF4Weight.from_dict(packed, entries | {"quant_state.bitsandbytes__nf4": other})
 
@@ -256,7 +261,5 @@ def test_bad_arguments(run, error, match, device):
 
 
 def dequantize(q: NF4Weight, **changed) -> Tensor:
-    fields = {"packed": q.packed, "absmax": q.absmax, "nested_absmax": q.nested_absmax, "offset": q.offset, "map": q.map}
-    return tapelm.nf4_dequantize(
-        NF4Weight(shape=q.shape, dtype=q.dtype, block_size=q.block_size, **(fields | changed))
-    )
+    names = ("packed", "absmax", "nested_absmax", "offset", "map", "shape", "dtype", "block_size")
+    return tapelm.nf4_dequantize(NF4Weight(**({name: getattr(q, name) for name in names} | changed)))
