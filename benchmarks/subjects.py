@@ -171,7 +171,7 @@ def _nf4_quantize(make: Make, rows: int, cols: int, variant: str = "") -> tuple[
 
 def _nf4_dequantize(make: Make, rows: int, cols: int, variant: str = "") -> tuple[Any, ...]:
     packed = make((-(-rows * cols // 2), 1), torch.uint8)
-    return packed, _nf4_state(make, rows * cols, variant), 64, [rows, cols], make(()).dtype
+    return packed, _nf4_state(make, rows * cols, variant), 64, (rows, cols), make(()).dtype
 
 
 def _lora_linear(make: Make, rows: int, k: int, n: int, rank: int, variant: str = "") -> tuple[Any, ...]:
