@@ -54,12 +54,9 @@ def nf4_quantize_kernel(
     absmax = tl.max(tl.abs(w), axis=1)
     absmax = tl.where(tl.max((w != w).to(tl.int32), axis=1) > 0, float("nan"), absmax)
     divisor = tl.where(absmax < 1e-38, 1e-38, absmax)
-    whole = (block + 1) * SIZE <= numel
     x = w * tl.math.div_rn(tl.full([BLOCKS], 1.0, tl.float32), divisor)[:, None]
-    if (tl.program_id(0) + 1).to(tl.int64) * BLOCKS * SIZE > numel:
-        # bitsandbytes divides in the last block, when it is not whole.
-        x = tl.where(whole[:, None], x, tl.math.div_rn(w, tl.broadcast_to(divisor[:, None], [BLOCKS, SIZE])))
-        absmax = tl.where(whole, absmax, divisor)
+    # A last block that is not whole never has the scale 0.
+    absmax = tl.where((block + 1) * SIZE > numel, divisor, absmax)
     q = tl.zeros([BLOCKS, SIZE], dtype=tl.int32)
     for i in tl.static_range(15):
         q += tl.where(x <= tl.load(bounds_ptr + i), 0, 1)
