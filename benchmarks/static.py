@@ -32,7 +32,17 @@ from tapelm.roofline import DEVICES, minimum
 
 LOCK = Path(__file__).parent / "results" / "static.lock.json"
 SAMPLE_SECONDS = 60.0
-MEMORY_BOUND = ("norm_", "cross_entropy", "swiglu", "rope", "bias_gelu", "dropout", "adamw", "grad_norm")
+MEMORY_BOUND = (
+    "norm_",
+    "cross_entropy",
+    "swiglu",
+    "rope",
+    "bias_gelu",
+    "dropout",
+    "adamw",
+    "grad_norm",
+    "nf4_",
+)
 
 
 @dataclass(frozen=True)
@@ -102,6 +112,10 @@ KNOWN = (
     ("attention_backward_keys", "x256", "but {'HMMA'"),
     # 512 half-precision weights over 4 warps are 8 bytes a thread: one load of many.
     ("norm_backward", "4096x512", "128-bit"),
+    # A scale for each 32 bytes of indices, or its index and the scale that this looks up.
+    ("nf4_dequantize", "", "128-bit"),
+    # One scale a thread.
+    ("nf4_scales", "", "128-bit"),
     # A row of cosines, shared by all heads, is less than 16 bytes for each thread.
     ("rope", "x128", "128-bit"),
 )
@@ -120,7 +134,7 @@ def broken_rules(row: dict[str, Any]) -> list[str]:
         found.append("does not fit a multiprocessor")
     kinds = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "MFMA"}
     kind = kinds.get(row["target"], "HMMA")
-    multiplies = row["kernel"].startswith("attention") and "delta" not in row["kernel"]
+    multiplies = row["kernel"].startswith(("attention", "lora_linear")) and "delta" not in row["kernel"]
     if multiplies and row["dtype"] != "float32" and kind not in row["tensor_cores"]:
         found.append(f"has no {kind} but {row['tensor_cores'] or 'no matrix instructions'}")
     odd = any(int(size) % 16 for size in row["shape"].split("x") if size.isdigit())

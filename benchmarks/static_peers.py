@@ -84,13 +84,18 @@ def _bitsandbytes() -> None:
     ops.dequantize_4bit_impl(packed, scales, 64, "nf4", BF16, torch.zeros(8192, dtype=BF16))
 
 
+def _our_nf4() -> None:
+    packed, scales = torch.zeros(4096, 1, dtype=torch.uint8), torch.zeros(128)
+    CUDA_LAUNCHERS["nf4_dequantize"](packed, [scales], 64, [8192], BF16)
+
+
 PAIRS = (
     *(Pair(f"layer norm {n}", "liger_kernel", _liger_norm(n), _our_norm(n)) for n in (768, 4096, 8192)),
     *(
         Pair(f"cross-entropy {v}", "liger_kernel", _liger_cross_entropy(v), _our_cross_entropy(v))
         for v in (50257, 50304)
     ),
-    Pair("NF4 dequantize", "bitsandbytes", _bitsandbytes, None),
+    Pair("NF4 dequantize", "bitsandbytes", _bitsandbytes, _our_nf4),
 )
 
 

@@ -175,6 +175,70 @@ def _adamw(make: Make, *sizes: int) -> tuple[Any, ...]:
     return params, grads, exp_avg, exp_avg_sq, masters, grad_scale, 1e-3, 0.9, 0.99, 1e-8, 0.1, 3
 
 
+def _nf4_state(make: Make, elements: int, variant: str) -> list[Tensor]:
+    """absmax, or indices of scales with what turns them into scales; blocks of 64."""
+    blocks = -(-elements // 64)
+    if "nested" not in variant:
+        return [make((blocks,), FP32)]
+    return [
+        make((blocks,), torch.uint8),
+        make((-(-blocks // 256),), FP32),
+        make((), FP32),
+        make((256,), FP32),
+    ]
+
+
+def _nf4_quantize(make: Make, rows: int, cols: int, variant: str = "") -> tuple[Any, ...]:
+    # The map of scales is sorted.
+    values = make((256,), FP32).sort().values if "nested" in variant else None
+    return make((rows, cols)), 64, values
+
+
+def _nf4_dequantize(make: Make, rows: int, cols: int, variant: str = "") -> tuple[Any, ...]:
+    packed = make((-(-rows * cols // 2), 1), torch.uint8)
+    return packed, _nf4_state(make, rows * cols, variant), 64, (rows, cols), make(()).dtype
+
+
+def _lora_linear(make: Make, rows: int, k: int, n: int, rank: int, variant: str = "") -> tuple[Any, ...]:
+    weight, state = make((n, k)), []
+    if variant != "dense":
+        weight, state = make((-(-n * k // 2), 1), torch.uint8), _nf4_state(make, n * k, variant)
+    return make((rows, k)), weight, state, 64, make((rank, k)), make((n, rank)), 1.5
+
+
+def _lora_linear_backward(
+    make: Make, rows: int, k: int, n: int, rank: int, variant: str = ""
+) -> tuple[Any, ...]:
+    x, *rest = _lora_linear(make, rows, k, n, rank, variant)
+    return make((rows, n)), x, make((rows, rank)), *rest
+
+
+LORA_SHIPPED = tuple(
+    (dtype, (*shape, variant))
+    for dtype, shape, variants in (
+        (BF16, (4096, 2048, 2048, 16), ("nested", "nf4", "dense")),
+        (BF16, (4096, 2048, 8192, 16), ("nested",)),
+        (BF16, (4096, 576, 1536, 32), ("nested",)),
+        (FP16, (4096, 2048, 2048, 16), ("nested",)),
+        (FP32, (4096, 2048, 2048, 16), ("nested", "dense")),
+    )
+    for variant in variants
+)
+LORA_ODD = (
+    (1, 1, 1, 1, "nf4"),
+    (5, 33, 17, 3, "nested"),
+    (7, 66, 9, 2, "dense"),
+    (3, 64, 70, 20, "nested"),
+    (130, 128, 5, 4, "nf4"),
+)
+NF4_SHIPPED = (
+    (BF16, (2048, 2048, "nested")),
+    (BF16, (8192, 2048, "nested")),
+    (BF16, (2048, 2048)),
+    (FP16, (2048, 2048, "nested")),
+    (FP32, (2048, 2048, "nested")),
+)
+NF4_ODD = ((1, 1), (7, 37, "nested"), (3, 1000), (200, 513, "nested"))
 OPTIMIZER_SHIPPED = (
     (FP32, (512 * 512, 2048 * 512, 512)),
     (BF16, (512 * 512, 2048 * 512, 512)),
@@ -246,6 +310,10 @@ SUBJECTS = (
         ),
         ((1, 3, 5), (7, 12, 4099), (3, 8, 257)),
     ),
+    Subject("nf4_quantize", _nf4_quantize, NF4_SHIPPED, NF4_ODD, (256, 512)),
+    Subject("nf4_dequantize", _nf4_dequantize, NF4_SHIPPED, NF4_ODD, (256, 512, "nested")),
+    Subject("lora_linear_forward", _lora_linear, LORA_SHIPPED, LORA_ODD),
+    Subject("lora_linear_backward", _lora_linear_backward, LORA_SHIPPED, LORA_ODD),
     Subject("adamw_step_", _adamw, OPTIMIZER_SHIPPED, ((1,), (1000, 1, 65537, 1023)), (65536, 131072, 4096)),
     Subject(
         "grad_norm",

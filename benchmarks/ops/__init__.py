@@ -11,7 +11,7 @@ from benchmarks.harness import Case
 
 NAMES = (
     "attention", "layer_norm", "rms_norm", "add_norm", "dropout", "bias_gelu", "swiglu", "rope", "embedding",
-    "linear", "linear_cross_entropy", "adamw",
+    "linear", "linear_cross_entropy", "adamw", "nf4", "lora_linear",
 )  # fmt: skip
 
 

@@ -13,6 +13,10 @@ from .linear import linear as linear
 from .linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from .loader import Batch as Batch
 from .loader import TokenLoader as TokenLoader
+from .lora_linear import lora_linear as lora_linear
+from .nf4 import NF4Weight as NF4Weight
+from .nf4 import nf4_dequantize as nf4_dequantize
+from .nf4 import nf4_quantize as nf4_quantize
 from .rms_norm import rms_norm as rms_norm
 from .rope import rope as rope
 from .shards import write_shards as write_shards

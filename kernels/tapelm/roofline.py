@@ -145,3 +145,23 @@ def attention_backward_tiles(
         delta + by_keys + by_queries,
         2 * width * (4 * key_tiles * block_m * block_n + 3 * query_tiles * queries[0] * queries[1]),
     )
+
+
+def lora_linear_tiles(
+    sizes: tuple[int, int, int, int], blocks: tuple[int, int, int, int], itemsize: int, backward: bool
+) -> Work:
+    """Issued by the product with a weight in NF4 with quantized scales, when blocks divide sizes.
+
+    Both are (rows, N, K, R). A tile of the result reads its rows of x (backward: of grad) and of u, its part
+    of the other low-rank factor, and its part of the weight: 4 bits and a code of 4 bytes for each element,
+    and for each row of a tile of the weight the index of its scale (1), its value (4) and nested scale (4);
+    the offset (4) once a tile. Codes, values and nested scales come from the cache.
+    """
+    rows, n, k, rank = sizes
+    block_rows, block_n, block_k, block_rank = blocks
+    out, inner, block_out, block_inner = (k, n, block_k, block_n) if backward else (n, k, block_n, block_k)
+    tiles, steps = (rows // block_rows) * (out // block_out), inner // block_inner
+    weight = block_n * block_k // 2 + 4 * block_n * block_k + 9 * block_n + 4
+    low = rank // block_rank * block_rank * (block_rows + block_out) * itemsize
+    each = low + steps * (block_rows * block_inner * itemsize + weight) + block_rows * block_out * itemsize
+    return Work(tiles * each, 2 * rows * out * (inner + rank))

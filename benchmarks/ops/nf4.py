@@ -1,0 +1,73 @@
+"""NF4 quantization and back, both with quantized scales, against bitsandbytes where installed."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+import tapelm
+from benchmarks.harness import Case, close
+from tapelm.nf4 import nf4_dequantize_reference, nf4_quantize_reference
+
+SHAPES = ((2048, 2048), (8192, 2048))
+
+
+def cases(device: torch.device) -> list[Callable[[], Case]]:
+    return [
+        partial(case, device, shape, dtype)
+        for shape in SHAPES
+        for dtype in (torch.float32, torch.bfloat16)
+        for case in (quantize_case, dequantize_case)
+    ]
+
+
+def bytes_moved(elements: int, itemsize: int) -> float:
+    """The weight, half a byte an element and a byte for each block of 64."""
+    return elements * (itemsize + 0.5 + 1 / 64)
+
+
+def _bitsandbytes() -> Any:
+    found = importlib.util.find_spec("bitsandbytes")
+    return importlib.import_module("bitsandbytes.functional") if found else None
+
+
+def quantize_case(device: torch.device, shape: tuple[int, int], dtype: torch.dtype) -> Case:
+    w, peer = (torch.randn(shape, device=device) * 0.02).to(dtype), _bitsandbytes()
+    variants: dict[str, Callable[[], Any]] = {"torch": lambda: nf4_quantize_reference(w).packed[None]}
+    if peer is not None:
+        options = {"quant_type": "nf4", "compress_statistics": True}
+        variants["bitsandbytes"] = lambda: peer.quantize_4bit(w, **options)[0][None]
+    variants["tapelm"] = lambda: tapelm.nf4_quantize(w).packed[None]
+    return Case(
+        subject="nf4 quantize",
+        shape="x".join(map(str, shape)),
+        dtype=dtype,
+        variants=variants,
+        bound="copy",
+        work=bytes_moved(w.numel(), w.itemsize),
+        agree=close(0.0, 0.0),
+    )
+
+
+def dequantize_case(device: torch.device, shape: tuple[int, int], dtype: torch.dtype) -> Case:
+    w, peer = (torch.randn(shape, device=device) * 0.02).to(dtype), _bitsandbytes()
+    q = tapelm.nf4_quantize(w)
+    variants: dict[str, Callable[[], Any]] = {"torch": lambda: nf4_dequantize_reference(q)[None]}
+    if peer is not None:
+        packed, state = peer.quantize_4bit(w, quant_type="nf4", compress_statistics=True)
+        variants["bitsandbytes"] = lambda: peer.dequantize_4bit(packed, state)[None]
+    variants["tapelm"] = lambda: tapelm.nf4_dequantize(q)[None]
+    return Case(
+        subject="nf4 dequantize",
+        shape="x".join(map(str, shape)),
+        dtype=dtype,
+        variants=variants,
+        bound="copy",
+        work=bytes_moved(w.numel(), w.itemsize),
+        agree=close(0.0, 0.0),
+    )

@@ -1,0 +1,192 @@
+// Frozen linear layer with a low-rank update, y = x W^T + scaling (x A^T) B^T, and its gradients; W dense or NF4.
+#include "common.h"
+#include "matrix_product.h"
+#include "nf4.h"
+
+#define TAPELM_KERNELS "lora_linear.inl"
+#include "simd_targets.h"
+
+namespace tapelm {
+namespace {
+
+constexpr int64_t kPart = int64_t{1} << 22;  // dequantized elements at a time: enough for the products to run at speed
+constexpr int64_t kGrain = 32768;            // elements per task
+constexpr int64_t kFewRows = 4;              // up to these the weight is multiplied while it is dequantized
+constexpr int64_t kPackRows = 64;            // below these packing for matrix_product costs more than the product
+
+template <typename T>
+Matrix<T> matrix_of(const Tensor& t) {
+  return {t.const_data_ptr<T>(), t.stride(0), t.stride(1)};
+}
+
+// out = left right; the rows of out may lie apart.
+void multiply(const Tensor& left, const Tensor& right, Tensor out) {
+  if (!prefer_matrix_product() || left.size(0) < kPackRows) {
+    at::mm_out(out, left, right);
+    return;
+  }
+  with_dtype(out, [&](auto zero) {
+    using T = decltype(zero);
+    matrix_product<T, T>(matrix_of<T>(left), matrix_of<T>(right), left.size(0), right.size(1), left.size(1), nullptr,
+                         false, out.mutable_data_ptr<T>(), out.stride(0));
+  });
+}
+
+// The frozen weight (N, K), whole or part by part.
+class Weight {
+ public:
+  Weight(const Tensor& weight, at::TensorList state, int64_t block_size, int64_t N, int64_t K, at::ScalarType dtype)
+      : weight_(weight), N_(N), K_(K), dtype_(dtype), quantized_(weight.scalar_type() == at::kByte) {
+    if (quantized_) {
+      nf4_ = nf4_view(weight, state, block_size, N * K, "lora_linear");
+      return;
+    }
+    TORCH_CHECK_TYPE(weight.scalar_type() == dtype, "lora_linear: weight is ", weight.scalar_type(), " but ", dtype,
+                     " is needed");
+    TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(0) == N && weight.size(1) == K, "lora_linear: weight is ",
+                      weight.sizes(), " but a and b need (", N, ", ", K, ")");
+  }
+
+  bool quantized() const { return quantized_; }
+  const Nf4& nf4() const { return nf4_; }
+
+  // body(rows [begin, end), begin, end)
+  template <typename Body>
+  void for_rows(Body body) const {
+    if (!quantized_) return body(weight_, int64_t{0}, N_);
+    const int64_t step = std::max<int64_t>(64, kPart / K_);
+    const Tensor space = empty({std::min(step, N_) * K_}, dtype_);
+    for (int64_t begin = 0; begin < N_; begin += step) {
+      const int64_t end = std::min(N_, begin + step), count = (end - begin) * K_;
+      with_dtype(space, [&](auto zero) {
+        using T = decltype(zero);
+        at::parallel_for(0, chunk_count(count, kGrain), 1, [&](int64_t first, int64_t last) {
+          const int64_t from = first * kGrain, to = std::min(count, last * kGrain);
+          nf4_dequantize_range(nf4_, begin * K_ + from, to - from, space.mutable_data_ptr<T>() + from);
+        });
+      });
+      body(space.narrow(0, 0, count).view({end - begin, K_}), begin, end);
+    }
+  }
+
+  // body(columns [begin, end), begin, end)
+  template <typename Body>
+  void for_columns(Body body) const {
+    if (!quantized_) return body(weight_, int64_t{0}, K_);
+    const int64_t step = std::max<int64_t>(64, kPart / N_ / 64 * 64);
+    const Tensor space = empty({N_ * std::min(step, K_)}, dtype_);
+    for (int64_t begin = 0; begin < K_; begin += step) {
+      const int64_t end = std::min(K_, begin + step), width = end - begin;
+      with_dtype(space, [&](auto zero) {
+        using T = decltype(zero);
+        at::parallel_for(0, N_, chunk_count(kGrain, width), [&](int64_t first, int64_t last) {
+          for (int64_t n = first; n < last; ++n)
+            nf4_dequantize_range(nf4_, n * K_ + begin, width, space.mutable_data_ptr<T>() + n * width);
+        });
+      });
+      body(space.narrow(0, 0, N_ * width).view({N_, width}), begin, end);
+    }
+  }
+
+ private:
+  const Tensor weight_;
+  const int64_t N_, K_;
+  const at::ScalarType dtype_;
+  const bool quantized_;
+  Nf4 nf4_;
+};
+
+// (..., C) as (rows, C), contiguous.
+Tensor as_rows(const Tensor& t) {
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < t.dim(); ++i) rows *= t.size(i);
+  return t.reshape({rows, t.size(-1)}).contiguous();
+}
+
+void check(const Tensor& x, const Tensor& a, const Tensor& b) {
+  check_dtype(x, "lora_linear", "x");
+  check_same_dtype(a, x, "lora_linear", "a");
+  check_same_dtype(b, x, "lora_linear", "b");
+  TORCH_CHECK_VALUE(x.dim() >= 1 && a.dim() == 2 && b.dim() == 2 && a.size(1) == x.size(-1) && a.size(0) == b.size(1),
+                    "lora_linear: a ", a.sizes(), " and b ", b.sizes(), " do not fit x ", x.sizes());
+}
+
+std::tuple<Tensor, Tensor> lora_linear_forward(const Tensor& x, const Tensor& weight_, at::TensorList state,
+                                               int64_t block_size, const Tensor& a, const Tensor& b_, double scaling) {
+  check(x, a, b_);
+  const Tensor rows = as_rows(x), b = b_.contiguous();
+  const int64_t M = rows.size(0), N = b.size(0), K = a.size(1), R = a.size(0);
+  const Weight weight(weight_, state, block_size, N, K, x.scalar_type());
+  const Tensor u = at::mm(rows, a.t());
+  std::vector<int64_t> shape = x.sizes().vec();
+  shape.back() = N;
+  Tensor y = empty(shape, x.scalar_type());
+  if (y.numel() == 0) return {y, u};
+  if (weight.quantized() && M <= kFewRows && K > 0) {
+    const Tensor wide = rows.to(at::kFloat);
+    with_dtype(x, [&](auto zero) {
+      using T = decltype(zero);
+      at::parallel_for(0, N, chunk_count(kGrain, K), [&](int64_t begin, int64_t end) {
+        TAPELM_DISPATCH(few_rows(weight.nf4(), wide.const_data_ptr<float>(), M, K, u.const_data_ptr<T>(),
+                                 b.const_data_ptr<T>(), R, static_cast<float>(scaling), begin, end,
+                                 y.mutable_data_ptr<T>(), N));
+      });
+    });
+    return {y, u};
+  }
+  const Tensor out = y.view({M, N});
+  if (K == 0) {
+    out.zero_();
+    return {y, u};
+  }
+  weight.for_rows([&](const Tensor& part, int64_t begin, int64_t end) {
+    Tensor to = out.narrow(1, begin, end - begin);
+    multiply(rows, part.t(), to);
+    to.addmm_(u, b.narrow(0, begin, end - begin).t(), 1, scaling);
+  });
+  return {y, u};
+}
+
+std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& grad, const Tensor& x, const Tensor& u,
+                                                        const Tensor& weight_, at::TensorList state,
+                                                        int64_t block_size, const Tensor& a, const Tensor& b,
+                                                        double scaling) {
+  check(x, a, b);
+  check_same_dtype(grad, x, "lora_linear", "grad");
+  const Tensor g = as_rows(grad), rows = as_rows(x);
+  const int64_t N = b.size(0), K = a.size(1);
+  TORCH_CHECK_VALUE(g.size(0) == rows.size(0) && g.size(1) == N && u.dim() == 2 && u.size(0) == rows.size(0) &&
+                        u.size(1) == a.size(0),
+                    "lora_linear: grad ", grad.sizes(), " does not fit x ", x.sizes(), " and b ", b.sizes());
+  const Weight weight(weight_, state, block_size, N, K, x.scalar_type());
+  const Tensor v = at::mm(g, b);
+  Tensor dx = empty(x.sizes(), x.scalar_type());
+  if (N == 0) dx.zero_();
+  if (dx.numel() != 0 && N != 0) {
+    const Tensor out = dx.view({rows.size(0), K});
+    weight.for_columns([&](const Tensor& part, int64_t begin, int64_t end) {
+      Tensor to = out.narrow(1, begin, end - begin);
+      multiply(g, part, to);
+      to.addmm_(v, a.narrow(1, begin, end - begin), 1, scaling);
+    });
+  }
+  return {dx, at::mm(v.t(), rows).mul_(scaling), at::mm(g.t(), u).mul_(scaling)};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(tapelm, m) {
+  m.def(
+      "lora_linear_forward(Tensor x, Tensor weight, Tensor[] state, int block_size, Tensor a, Tensor b, float scaling)"
+      " -> (Tensor, Tensor)");
+  m.def(
+      "lora_linear_backward(Tensor grad, Tensor x, Tensor u, Tensor weight, Tensor[] state, int block_size, Tensor a,"
+      " Tensor b, float scaling) -> (Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(tapelm, CPU, m) {
+  m.impl("lora_linear_forward", &lora_linear_forward);
+  m.impl("lora_linear_backward", &lora_linear_backward);
+}
+
+}  // namespace tapelm
