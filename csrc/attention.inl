@@ -4,7 +4,7 @@
 #include "attention_pack.inl"
 
 constexpr int64_t FORWARD_KEYS = 256;  // keys per block of the forward pass
-constexpr int64_t BACKWARD = 128;      // queries and keys per block of the backward pass; both multiples of NR
+constexpr int64_t BACKWARD = 64;       // queries and keys per block of the backward pass; both multiples of NR
 constexpr float LOG2E = 1.44269504088896341f;
 
 // Which squares (query chunk, key chunk) of NR x NR are seen; documents are those of one batch row.
