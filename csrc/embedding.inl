@@ -16,7 +16,7 @@ void embedding_rows(const Id* ids, const T* tokens, const T* positions, T* y, in
         put(out + i, dropped(sum(i, n), random, dropout.threshold, dropout.scale), n);
       });
     else
-      for_vectors(C, [&](int64_t i, auto n, int) __attribute__((always_inline)) { put(out + i, sum(i, n), n); });
+      for_vectors<2>(C, [&](int64_t i, auto n, int) __attribute__((always_inline)) { put(out + i, sum(i, n), n); });
   }
 }
 
@@ -40,7 +40,7 @@ void embedding_sum(const T* grad, const int64_t* rows, int64_t count, int64_t C,
         add(i, n, dropped(get(grad + row * C + i, n), random, dropout.threshold, dropout.scale));
       });
     else
-      for_vectors(C, [&](int64_t i, auto n, int) __attribute__((always_inline)) {
+      for_vectors<2>(C, [&](int64_t i, auto n, int) __attribute__((always_inline)) {
         add(i, n, get(grad + row * C + i, n));
       });
   }

@@ -71,7 +71,7 @@ void norm_rows(const NormForward<T>& a, int64_t begin, int64_t end) {
     for (int64_t row = first; row < last; ++row) {
       const T* const from = (ADD ? a.r : a.x) + row * C;
       const float mean = means[row - first], rstd = rstds[row - first];
-      for_vectors(C, [&](int64_t i, auto n, int) __attribute__((always_inline)) {
+      for_vectors<1>(C, [&](int64_t i, auto n, int) __attribute__((always_inline)) {
         vf y = (get(from + i, n) - mean) * rstd * get(a.weight + i, n);
         if constexpr (CENTRED) y += get(a.bias + i, n);
         put(a.y + row * C + i, y, n);
@@ -122,7 +122,7 @@ void norm_backward_rows(const NormBackward<T>& a, int64_t begin, int64_t end, fl
           put(a.dropped + row * C + i, d, n);
         });
       else
-        for_vectors(C, [&](int64_t i, auto n, int) __attribute__((always_inline)) { derivative(i, n); });
+        for_vectors<1>(C, [&](int64_t i, auto n, int) __attribute__((always_inline)) { derivative(i, n); });
     }
   }
 }

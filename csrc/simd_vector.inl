@@ -190,7 +190,13 @@ TAPELM_INLINE vl multiply_wide(vl a, uint32_t m) {
 
 // Philox4x32-10 (Salmon et al. 2011) for W / 2 successive counters: 2 W random words in element order.
 // Element i of the stream comes from counter i / 4, word i % 4; `counter` is that of the first element.
-TAPELM_INLINE void philox(uint64_t seed, uint64_t counter, vu out[2]) {
+// Not inlined where 64-bit products are many instructions: the compiler takes minutes over them.
+#if defined(TAPELM_AVX2) || defined(TAPELM_AVX512)
+TAPELM_INLINE
+#else
+__attribute__((noinline)) inline
+#endif
+void philox(uint64_t seed, uint64_t counter, vu out[2]) {
   // Lane 2 j has counter j and lane 2 j + 1 counter W / 4 + j, so that one unpacking of pairs restores the order.
 #if TAPELM_WIDTH == 16
   const vl c = counter + vl{0, 4, 1, 5, 2, 6, 3, 7};
