@@ -127,9 +127,8 @@ class GPT(nn.Module):
         start, T = 0 if cache is None else len(cache), ids.shape[1]
         if start + T > self.config.block_size:
             raise ValueError(f"ids: {start + T} tokens do not fit the block of {self.config.block_size}")
-        position = torch.arange(start, start + T, device=ids.device)
         dropout = self.config.dropout if self.training else 0.0
-        x = self.ops.dropout(self.tokens(ids) + self.positions(position), dropout)
+        x = self.ops.embedding(ids, self.tokens.weight, self.positions.weight[start:], dropout)
         branch: Tensor | None = None
         for block in self.blocks:
             if self.activation_checkpointing and self.training:

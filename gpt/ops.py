@@ -32,7 +32,8 @@ class Ops:
     """x (..., C), weight (C,), bias (C,), eps -> (..., C)."""
     add_norm: Callable[[Tensor, Tensor, Tensor, Tensor, float, float], tuple[Tensor, Tensor]]
     """x, residual (..., C), weight, bias (C,), eps, p -> (layer_norm(r), r), r = residual + dropout(x)."""
-    dropout: Callable[[Tensor, float], Tensor]
+    embedding: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+    """ids (B, T), tokens (V, C), positions (at least T, C), p -> dropout(tokens[ids] + positions), (B, T, C)."""
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     """x (..., in), weight (out, in), bias (out,) -> (..., out)."""
     linear_gelu: Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -95,7 +96,9 @@ PLAIN = Ops(
     attention=causal_attention,
     layer_norm=lambda x, weight, bias, eps: F.layer_norm(x, x.shape[-1:], weight, bias, eps),
     add_norm=add_layer_norm,
-    dropout=lambda x, p: F.dropout(x, p),
+    embedding=lambda ids, tokens, positions, p: F.dropout(
+        F.embedding(ids, tokens) + positions[: ids.shape[-1]], p
+    ),
     linear=F.linear,
     linear_gelu=lambda x, weight, bias: F.gelu(F.linear(x, weight, bias), approximate="tanh"),
     cross_entropy=lambda hidden, weight, targets: F.cross_entropy(F.linear(hidden, weight).float(), targets),
@@ -114,7 +117,7 @@ def _optimized() -> Ops:
         attention=lambda q, k, v, dropout_p: tapelm.attention(q, k, v, causal=True, dropout_p=dropout_p),
         layer_norm=tapelm.layer_norm,
         add_norm=tapelm.add_layer_norm,
-        dropout=lambda x, p: tapelm.dropout(x, p) if p else x,
+        embedding=tapelm.embedding,
         linear=tapelm.linear,
         linear_gelu=lambda x, weight, bias: tapelm.bias_gelu(tapelm.linear(x, weight), bias),
         cross_entropy=tapelm.linear_cross_entropy,
