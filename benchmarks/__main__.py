@@ -36,6 +36,10 @@ class Options:
     preset: str = "seed"
     """Preset of the training step."""
     batch_size: int = 16
+    compiled: bool = False
+    """train: also time the plain model through torch.compile, where it runs in bf16."""
+    profile: bool = False
+    """train: print what each op of the optimized step costs instead."""
     rounds: int = harness.ROUNDS
     device: str = "auto"
     threads: int = 0
@@ -60,6 +64,9 @@ def run(options: Options) -> int:
     device = pick_device(options.device)
     if options.json is not None:
         prepare_output(options.json)
+    if options.profile:
+        train.profile(options.preset, options.batch_size, device)
+        return 0
     rows: list[harness.Row] = []
     if options.subject in ("ops", "all"):
         cases = [case for name, case in ops.cases(device) if options.only in name]
@@ -67,7 +74,9 @@ def run(options: Options) -> int:
             raise UserError(f"no op is called {options.only!r}; there are: {', '.join(ops.NAMES)}")
         rows += harness.measure_all(cases, device, options.rounds)
     if options.subject in ("train", "all"):
-        rows += train.measure(options.preset, options.batch_size, device, options.rounds)
+        rows += train.measure(
+            options.preset, options.batch_size, device, options.rounds, compiled=options.compiled
+        )
     if options.subject in ("tokenizer", "all"):
         rows += tokenizer.measure(options.text, options.rounds)
     if options.subject in ("loader", "all"):

@@ -1,7 +1,9 @@
 """One training step (forward, backward, clip, update) of the plain and the optimized GPT, taken in turn.
 
-Both start from the same weights and see the same batches. The fraction of the ceiling counts the model's own
-matrix products (causal attention at half) against the GEMM peak measured between the steps.
+All start from the same weights and see the same batches. Where the CPU multiplies bfloat16, and on GPUs, the
+plain model runs under bf16 autocast as well, and with `compiled` through torch.compile, both with the fused
+AdamW of PyTorch. The fraction of the ceiling counts the model's own matrix products (causal attention at half) against the
+GEMM peak measured between the steps.
 """
 
 from __future__ import annotations
@@ -10,48 +12,58 @@ import statistics
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.table import Table
 
 from benchmarks.harness import Row, ceiling, timed
 from gpt.cli import UserError
 from gpt.config import PRESETS, preset
 from gpt.hardware import device_name, pick_precision
 from gpt.model import GPT
-from gpt.ops import load_ops
+from gpt.ops import ClippedAdamW, load_ops
 from gpt.train import autocast
 
 
-def measure(name: str, batch_size: int, device: torch.device, rounds: int) -> list[Row]:
-    """Rows plain and optimized of a preset at `batch_size` windows a step."""
+def measure(
+    name: str, batch_size: int, device: torch.device, rounds: int, *, compiled: bool = False
+) -> list[Row]:
+    """Rows of the plain models and the optimized one of a preset at `batch_size` windows a step."""
     if name not in PRESETS:
         raise UserError(f"unknown preset {name!r}; choose one of: {', '.join(PRESETS)}")
-    variants = {kernels: Step(name, kernels, batch_size, device) for kernels in ("plain", "optimized")}
-    plain, optimized = variants.values()
-    agree(plain, optimized)
-    limits = {variant: ceiling("gemm", step.dtype, device) for variant, step in variants.items()}
-    seconds: dict[str, list[float]] = {variant: [] for variant in variants}
-    limit_seconds: dict[str, list[float]] = {variant: [] for variant in variants}
-    for step in variants.values():
+    optimized = Step(name, "optimized", batch_size, device)
+    steps = [Step(name, "plain", batch_size, device)]
+    if optimized.precision == "bf16":
+        steps.append(Step(name, "plain", batch_size, device, precision="bf16-autocast"))
+        if compiled:
+            steps.append(Step(name, "plain", batch_size, device, precision="bf16-autocast", compiled=True))
+    steps.append(optimized)
+    for step in steps[1:]:
+        agree(steps[0], step)
+    limits = [ceiling("gemm", step.dtype, device) for step in steps]
+    seconds: list[list[float]] = [[] for _ in steps]
+    limit_seconds: list[list[float]] = [[] for _ in steps]
+    for step in steps:
         step()
     for _ in range(rounds):
-        for variant, step in variants.items():
-            seconds[variant].append(timed(step, device))
-            limit_seconds[variant].append(timed(limits[variant][0], device))
+        for index, step in enumerate(steps):
+            seconds[index].append(timed(step, device))
+            limit_seconds[index].append(timed(limits[index][0], device))
     rows = []
-    for variant, step in variants.items():
-        median = statistics.median(seconds[variant])
-        peak = limits[variant][1] / statistics.median(limit_seconds[variant])
-        pairs = zip(seconds["plain"], seconds[variant], strict=True)
+    for index, step in enumerate(steps):
+        median = statistics.median(seconds[index])
+        peak = limits[index][1] / statistics.median(limit_seconds[index])
+        pairs = zip(seconds[0], seconds[index], strict=True)
         rows.append(
             Row(
                 subject=f"train {name}",
-                variant=f"{variant} {step.precision}",
+                variant=step.label,
                 shape=f"{batch_size} x {step.config.block_size}",
                 dtype=str(step.dtype).removeprefix("torch."),
                 device=device_name(device),
                 median_ms=1e3 * median,
-                fastest_ms=1e3 * min(seconds[variant]),
-                slowest_ms=1e3 * max(seconds[variant]),
-                ratio_vs={"plain": statistics.median([base / own for base, own in pairs])},
+                fastest_ms=1e3 * min(seconds[index]),
+                slowest_ms=1e3 * max(seconds[index]),
+                ratio_vs={steps[0].label: statistics.median([base / own for base, own in pairs])},
                 ceiling=f"{peak / 1e9:.0f} GFLOP/s GEMM",
                 fraction_of_ceiling=step.flops / median / peak,
                 extra={"tokens_per_second": step.tokens / median},
@@ -60,23 +72,51 @@ def measure(name: str, batch_size: int, device: torch.device, rounds: int) -> li
     return rows
 
 
+def profile(name: str, batch_size: int, device: torch.device, steps: int = 3) -> None:
+    """Print what the ops of an optimized step cost, the largest first."""
+    step = Step(name, "optimized", batch_size, device)
+    for _ in range(2):
+        step()
+    with torch.profiler.profile() as profiler:
+        for _ in range(steps):
+            step()
+    events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    total = sum(event.self_cpu_time_total for event in events)
+    table = Table(title=f"{step.label}, {batch_size} x {step.config.block_size}: CPU time of a step")
+    for column in ("op", "calls", "ms", "share"):
+        table.add_column(column, justify="left" if column == "op" else "right")
+    for event in events[:20]:
+        milliseconds = event.self_cpu_time_total / steps / 1e3
+        share = f"{100 * event.self_cpu_time_total / total:.1f}%"
+        table.add_row(event.key, f"{event.count / steps:.0f}", f"{milliseconds:.2f}", share)
+    Console().print(table)
+
+
 class Step:
     """A model with its optimizer; calling it does one training step on the next of a few fixed batches."""
 
-    def __init__(self, name: str, kernels: str, batch_size: int, device: torch.device) -> None:
-        self.config = preset(name, data=Path(), out=Path(), kernels=kernels, batch_size=batch_size)
+    def __init__(
+        self, name: str, kernels: str, batch_size: int, device: torch.device, *,
+        precision: str = "auto", compiled: bool = False,
+    ) -> None:  # fmt: skip
+        settings = {"kernels": kernels, "batch_size": batch_size, "precision": precision}
+        self.config = preset(name, data=Path(), out=Path(), **settings)
         shape = self.config.model(self.config.vocab_size or 8192)
         self.device, self.precision = device, pick_precision(self.config, device)
+        self.label = f"{kernels} {self.precision}{' torch.compile' if compiled else ''}"
         self.dtype = torch.float32 if self.precision == "fp32" else torch.bfloat16
         ops = load_ops(self.config.kernels)
         self.model = GPT(shape, ops).initialize(self.config.seed)
         self.model.to(device=device, dtype=torch.bfloat16 if self.precision == "bf16" else torch.float32)
+        self.run = torch.compile(self.model) if compiled else self.model
+        fused = {"fused": True} if ops.adamw is ClippedAdamW and self.precision != "fp32" else {}
         self.optimizer = ops.adamw(
             self.model.parameter_groups(self.config.weight_decay),
             lr=self.config.learning_rate,
             betas=(self.config.beta1, self.config.beta2),
             eps=self.config.eps,
             max_grad_norm=self.config.max_grad_norm,
+            **fused,
         )
         self.tokens = batch_size * shape.block_size
         self.flops = shape.flops_per_token() * self.tokens
@@ -89,7 +129,7 @@ class Step:
     def loss(self) -> torch.Tensor:
         inputs, targets = self.batches[self.count % len(self.batches)]
         with autocast(self.device, self.precision):
-            return self.model(inputs, targets)
+            return self.run(inputs, targets)
 
     def __call__(self) -> None:
         self.loss().backward()

@@ -33,7 +33,7 @@ class Ops:
     add_norm: Callable[[Tensor, Tensor, Tensor, Tensor, float, float], tuple[Tensor, Tensor]]
     """x, residual (..., C), weight, bias (C,), eps, p -> (layer_norm(r), r), r = residual + dropout(x)."""
     embedding: Callable[[Tensor, Tensor, Tensor, float], Tensor]
-    """ids (B, T), tokens (V, C), positions (at least T, C), p -> dropout(tokens[ids] + positions), (B, T, C)."""
+    """ids (B, T), tokens (V, C), positions (T.., C), p -> dropout(tokens[ids] + positions), (B, T, C)."""
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     """x (..., in), weight (out, in), bias (out,) -> (..., out)."""
     linear_gelu: Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -69,7 +69,7 @@ def add_layer_norm(
 
 
 class ClippedAdamW(torch.optim.AdamW):
-    """torch.optim.AdamW with its default implementation, clipped before every step as training loops do."""
+    """torch.optim.AdamW, clipped before every step as training loops do."""
 
     def __init__(
         self,
@@ -79,8 +79,9 @@ class ClippedAdamW(torch.optim.AdamW):
         betas: tuple[float, float],
         eps: float,
         max_grad_norm: float,
+        fused: bool = False,
     ) -> None:
-        super().__init__(groups, lr=lr, betas=betas, eps=eps)
+        super().__init__(groups, lr=lr, betas=betas, eps=eps, fused=fused or None)
         self.max_grad_norm = max_grad_norm
         self.grad_norm: Tensor | float = 0.0
 
