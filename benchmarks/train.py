@@ -2,8 +2,8 @@
 
 All start from the same weights and see the same batches. Where the CPU multiplies bfloat16, and on GPUs, the
 plain model runs under bf16 autocast as well, and with `compiled` through torch.compile, both with the fused
-AdamW of PyTorch. The fraction of the ceiling counts the model's own matrix products (causal attention at half) against the
-GEMM peak measured between the steps.
+AdamW of PyTorch. The fraction of the ceiling counts the model's own matrix products (causal attention at
+half) against the GEMM peak measured between the steps.
 """
 
 from __future__ import annotations
