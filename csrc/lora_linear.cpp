@@ -21,7 +21,7 @@ Matrix<T> matrix_of(const Tensor& t) {
 
 // out = left right; the rows of out may lie apart.
 void multiply(const Tensor& left, const Tensor& right, Tensor out) {
-  if (!prefer_matrix_product() || left.size(0) < kPackRows) {
+  if (!prefer_matrix_product(left.scalar_type()) || left.size(0) < kPackRows) {
     at::mm_out(out, left, right);
     return;
   }
