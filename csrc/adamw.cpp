@@ -1,24 +1,52 @@
 // AdamW (Loshchilov & Hutter 2019) over a list of tensors in one parallel pass, and the global gradient norm.
+//
+// Both implementations, this and the Triton kernels, give the same bits: the arithmetic is in the same order, and neither
+// contracts a product and a sum into one rounding.
 #include "common.h"
+#include "simd.h"
 
 namespace tapelm {
 
 struct AdamWStep {
-  float grad_scale, beta1, beta2, eps;
+  float grad_scale, rate1, beta2, rate2, eps;  // rate1 = 1 - beta1
   float decay;                    // 1 - lr * weight_decay
   float step_size;                // lr / (1 - beta1^step)
   float inverse_root_correction2; // 1 / sqrt(1 - beta2^step)
+  uint64_t key;                   // of the random words
+  bool bypass_cache;              // for parameters that are only written
+};
+
+constexpr int64_t kBlock = 256;  // elements of an 8-bit moment that share a scale
+
+// How a parameter and its moments are stored. A half-precision parameter without a master is rounded stochastically.
+template <typename T, typename G, bool MASTER, bool EIGHT_BITS>
+struct AdamWRange {
+  using Param = T;
+  using Moment = std::conditional_t<EIGHT_BITS, uint8_t, float>;
+  static constexpr bool master_weights = MASTER, eight_bits = EIGHT_BITS;
+  static constexpr bool stochastic = !MASTER && !std::is_same_v<T, float>;
+
+  T* param;
+  const G* grad;
+  Moment *exp_avg, *exp_avg_sq;
+  float *master, *exp_avg_scale, *exp_avg_sq_scale;  // null where there is none
+  uint64_t first;                                    // index of the first element among the random words
+  int64_t n;
 };
 
 }  // namespace tapelm
 
+#pragma GCC push_options
+#pragma GCC optimize("fp-contract=off")
 #define TAPELM_KERNELS "adamw.inl"
 #include "simd_targets.h"
+#pragma GCC pop_options
 
 namespace tapelm {
 namespace {
 
-constexpr int64_t kChunk = 1 << 16;  // elements per task
+constexpr int64_t kChunk = 1 << 16;            // elements per task; a multiple of kBlock
+constexpr int64_t kBeyondCache = int64_t{1} << 21;  // so many elements leave nothing of themselves in the cache
 
 // The chunks of all tensors in one list, so that many small tensors and a few large ones load the threads alike.
 struct Chunk {
@@ -36,6 +64,7 @@ std::vector<Chunk> chunks_of(at::TensorList tensors) {
 
 Tensor grad_norm(at::TensorList grads_) {
   std::vector<Tensor> grads;
+  grads.reserve(grads_.size());
   for (const Tensor& g : grads_) {
     check_dtype(g, "grad_norm", "grads");
     grads.push_back(g.contiguous());
@@ -57,59 +86,110 @@ Tensor grad_norm(at::TensorList grads_) {
   return at::scalar_tensor(std::sqrt(total), at::dtype(at::kFloat));
 }
 
+// `list` has a contiguous tensor of `dtype` for each of `params`, with the parameter's size or one element per block.
+void check_state(at::TensorList list, at::TensorList params, at::ScalarType dtype, bool per_block, const char* name) {
+  TORCH_CHECK_VALUE(list.size() == params.size(), "adamw: ", name, " has ", list.size(), " tensors for ", params.size(),
+                    " params");
+  for (size_t i = 0; i < list.size(); ++i) {
+    TORCH_CHECK_TYPE(list[i].scalar_type() == dtype, "adamw: ", name, " is ", list[i].scalar_type(), " but ", dtype,
+                     " is needed");
+    const int64_t n = params[i].numel(), needed = per_block ? chunk_count(n, kBlock) : n;
+    TORCH_CHECK_VALUE(list[i].is_contiguous() && list[i].numel() == needed, "adamw: ", name,
+                      " must be contiguous with ", needed, " elements, but has ", list[i].numel());
+  }
+}
+
 void adamw_step_(at::TensorList params, at::TensorList grads_, at::TensorList exp_avg, at::TensorList exp_avg_sq,
-                 at::TensorList masters, const Tensor& grad_scale, double lr, double beta1, double beta2, double eps,
-                 double weight_decay, int64_t step) {
+                 at::TensorList masters, at::TensorList exp_avg_scale, at::TensorList exp_avg_sq_scale,
+                 at::IntArrayRef first_word, const Tensor& grad_scale, double lr, double beta1, double beta2, double eps,
+                 double weight_decay, int64_t step, int64_t key) {
+  if (params.empty()) return;
   const size_t n = params.size();
-  TORCH_CHECK_VALUE(grads_.size() == n && exp_avg.size() == n && exp_avg_sq.size() == n &&
-                        (masters.empty() || masters.size() == n),
-                    "adamw: params, grads, exp_avg, exp_avg_sq (and masters) must have the same length");
   TORCH_CHECK_VALUE(step >= 1, "adamw: step counts from 1");
+  TORCH_CHECK_VALUE(grads_.size() == n, "adamw: grads has ", grads_.size(), " tensors for ", n, " params");
+  const at::ScalarType dtype = params[0].scalar_type(), grad_dtype = grads_[0].scalar_type();
+  const bool eight_bits = !exp_avg_scale.empty(), master = !masters.empty();
+  const bool random = eight_bits || (dtype != at::kFloat && !master);
+  check_dtype(params[0], "adamw", "params");
+  TORCH_CHECK_TYPE(grad_dtype == dtype || grad_dtype == at::kFloat, "adamw: grads is ", grad_dtype, " but ", dtype,
+                   " or float is needed");
+  TORCH_CHECK_VALUE(!master || dtype != at::kFloat, "adamw: masters are for bfloat16 parameters, and only for them");
+  TORCH_CHECK_VALUE(!random || first_word.size() == n, "adamw: first_word must have an index for each parameter");
   std::vector<Tensor> grads;
+  grads.reserve(n);
+  int64_t elements = 0;
   for (size_t i = 0; i < n; ++i) {
-    const bool half = params[i].scalar_type() == at::kBFloat16;
-    check_dtype(params[i], "adamw", "params");
-    check_same_dtype(grads_[i], params[i], "adamw", "grads");
-    TORCH_CHECK_VALUE(half == !masters.empty(), "adamw: masters are for bfloat16 parameters, and only for them");
-    TORCH_CHECK_VALUE(params[i].is_contiguous() && exp_avg[i].is_contiguous() && exp_avg_sq[i].is_contiguous() &&
-                          (masters.empty() || masters[i].is_contiguous()),
-                      "adamw: parameters and states must be contiguous");
+    check_same_dtype(params[i], params[0], "adamw", "params");
+    check_same_dtype(grads_[i], grads_[0], "adamw", "grads");
+    TORCH_CHECK_VALUE(params[i].is_contiguous(), "adamw: params must be contiguous");
     TORCH_CHECK_VALUE(grads_[i].sizes() == params[i].sizes(), "adamw: grads must have the shapes of params");
-    TORCH_CHECK_TYPE(exp_avg[i].scalar_type() == at::kFloat && exp_avg_sq[i].scalar_type() == at::kFloat &&
-                         (masters.empty() || masters[i].scalar_type() == at::kFloat),
-                     "adamw: states and masters must be float32");
-    TORCH_CHECK_VALUE(exp_avg[i].numel() == params[i].numel() && exp_avg_sq[i].numel() == params[i].numel() &&
-                          (masters.empty() || masters[i].numel() == params[i].numel()),
-                      "adamw: states must have the sizes of params");
+    TORCH_CHECK_VALUE(!random || first_word[i] % 4 == 0, "adamw: first_word must be multiples of 4");
     grads.push_back(grads_[i].contiguous());
+    elements += params[i].numel();
+  }
+  const at::ScalarType moment_dtype = eight_bits ? at::kByte : at::kFloat;
+  check_state(exp_avg, params, moment_dtype, false, "exp_avg");
+  check_state(exp_avg_sq, params, moment_dtype, false, "exp_avg_sq");
+  if (master) check_state(masters, params, at::kFloat, false, "masters");
+  if (eight_bits) {
+    check_state(exp_avg_scale, params, at::kFloat, true, "exp_avg_scale");
+    check_state(exp_avg_sq_scale, params, at::kFloat, true, "exp_avg_sq_scale");
   }
   const AdamWStep s{
       grad_scale.item<float>(),
-      static_cast<float>(beta1),
+      static_cast<float>(1.0 - beta1),
       static_cast<float>(beta2),
+      static_cast<float>(1.0 - beta2),
       static_cast<float>(eps),
       static_cast<float>(1.0 - lr * weight_decay),
       static_cast<float>(lr / (1.0 - std::pow(beta1, static_cast<double>(step)))),
       static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(beta2, static_cast<double>(step)))),
+      static_cast<uint64_t>(key),
+      elements > kBeyondCache,
   };
   const std::vector<Chunk> chunks = chunks_of(params);
-  at::parallel_for(0, static_cast<int64_t>(chunks.size()), 1, [&](int64_t first, int64_t last) {
-    for (int64_t c = first; c < last; ++c) {
-      const auto [t, begin, end] = chunks[c];
-      with_dtype(params[t], [&](auto zero) {
-        using T = decltype(zero);
-        T* param = params[t].mutable_data_ptr<T>() + begin;
-        float* master;
-        if constexpr (std::is_same_v<T, float>)
-          master = param;
-        else
-          master = masters[t].mutable_data_ptr<float>() + begin;
-        TAPELM_DISPATCH(adamw_range(param, grads[t].const_data_ptr<T>() + begin,
-                                    exp_avg[t].mutable_data_ptr<float>() + begin,
-                                    exp_avg_sq[t].mutable_data_ptr<float>() + begin, master, s, end - begin));
-      });
-    }
+
+  // Backwards: the gradients that the norm has read last are still in the cache.
+  const auto run = [&]<typename Range, typename T, typename G>(std::type_identity<Range>, T, G) {
+    using Moment = typename Range::Moment;
+    at::parallel_for(0, static_cast<int64_t>(chunks.size()), 1, [&](int64_t first, int64_t last) {
+      for (int64_t c = last - 1; c >= first; --c) {
+        const auto [t, begin, end] = chunks[c];
+        const Range range{
+            params[t].mutable_data_ptr<T>() + begin,
+            grads[t].const_data_ptr<G>() + begin,
+            exp_avg[t].mutable_data_ptr<Moment>() + begin,
+            exp_avg_sq[t].mutable_data_ptr<Moment>() + begin,
+            master ? masters[t].mutable_data_ptr<float>() + begin : nullptr,
+            eight_bits ? exp_avg_scale[t].mutable_data_ptr<float>() + begin / kBlock : nullptr,
+            eight_bits ? exp_avg_sq_scale[t].mutable_data_ptr<float>() + begin / kBlock : nullptr,
+            random ? static_cast<uint64_t>(first_word[t] + begin) : 0,
+            end - begin,
+        };
+        TAPELM_DISPATCH(adamw_range(range, s));
+      }
+    });
+  };
+  const auto with_moments = [&]<bool MASTER, typename T, typename G>(std::bool_constant<MASTER>, T t, G g) {
+    if (eight_bits)
+      run(std::type_identity<AdamWRange<T, G, MASTER, true>>{}, t, g);
+    else
+      run(std::type_identity<AdamWRange<T, G, MASTER, false>>{}, t, g);
+  };
+  if (dtype == at::kFloat) return with_moments(std::false_type{}, float{}, float{});
+  with_dtype(grads[0], [&](auto g) {
+    if (master)
+      with_moments(std::true_type{}, bf16{}, g);
+    else
+      with_moments(std::false_type{}, bf16{}, g);
   });
+}
+
+// Zeros for a moment or a master of the parameter `like`, on huge pages.
+Tensor adamw_state(const Tensor& like, at::ScalarType dtype) { return empty(like.sizes(), dtype).zero_(); }
+
+Tensor adamw_state_elsewhere(const Tensor& like, at::ScalarType dtype) {
+  return at::zeros(like.sizes(), like.options().dtype(dtype));
 }
 
 }  // namespace
@@ -118,12 +198,17 @@ TORCH_LIBRARY_FRAGMENT(tapelm, m) {
   m.def("grad_norm(Tensor[] grads) -> Tensor");
   m.def(
       "adamw_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, Tensor(d!)[] "
-      "masters, Tensor grad_scale, float lr, float beta1, float beta2, float eps, float weight_decay, int step) -> ()");
+      "masters, Tensor(e!)[] exp_avg_scale, Tensor(f!)[] exp_avg_sq_scale, int[] first_word, Tensor grad_scale, float "
+      "lr, float beta1, float beta2, float eps, float weight_decay, int step, int key) -> ()");
+  m.def("adamw_state(Tensor like, ScalarType dtype) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(tapelm, CPU, m) {
   m.impl("grad_norm", &grad_norm);
   m.impl("adamw_step_", &adamw_step_);
+  m.impl("adamw_state", &adamw_state);
 }
+
+TORCH_LIBRARY_IMPL(tapelm, CompositeExplicitAutograd, m) { m.impl("adamw_state", &adamw_state_elsewhere); }
 
 }  // namespace tapelm

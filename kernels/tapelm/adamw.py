@@ -5,11 +5,16 @@
     m = m + (g - m) * (1 - beta1)        v = v * beta2 + g * g * (1 - beta2)
     p -= lr / (1 - beta1**step) * m / (sqrt(v / (1 - beta2**step)) + eps)
 
-[Loshchilov and Hutter, "Decoupled weight decay regularization", 2019]. Moments are float32; a bfloat16 or
-float16 parameter is the rounded copy of a float32 master. On CUDA all tensors are cut into chunks whose
-addresses go to the device in one table, so that one launch updates them all.
+[Loshchilov and Hutter, "Decoupled weight decay regularization", 2019]. Moments are float32 or block-wise
+8-bit (_adamw_states.py); a bfloat16 or float16 parameter is the rounded copy of a float32 master, or bfloat16
+alone, rounded stochastically. All that is random is word `element` of the Philox stream whose key is made of
+(seed, step): its low 16 bits round the parameter, its high 16 bits the second moment. Elements count through
+all parameters, each starting at a multiple of 256. On CUDA all tensors are cut into chunks whose addresses go
+to the device in one table, so that one launch updates them all. Given the clip factor, all devices compute
+the same bits.
 
-Shapes: param, grad, m, v, master alike and contiguous; norm and clip factor () float32, on the device.
+Shapes: param, grad, m, v, master alike and contiguous; scales of 8-bit moments (blocks,); norm and clip
+factor () float32, on the device.
 """
 
 # Triton's stubs do not know its own language and launch options.
@@ -17,20 +22,24 @@ Shapes: param, grad, m, v, master alike and contiguous; norm and clip factor () 
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._adamw_kernels import adamw8_kernel, adamw_kernel, grad_norm_kernel
+from ._adamw_states import QUANT_BLOCK, SMALLEST_QUANTIZED, converted_state, new_state
 from ._library import SUPPORTED_DTYPES, register_cuda, register_fake
 
 CHUNK = 65536  # elements per program
 BLOCK = 1024
+BLOCK_8_BITS = 2048
+_GOLDEN = 0x9E3779B97F4A7C15
 
 
 def adamw_reference(
@@ -45,81 +54,37 @@ def adamw_reference(
     return p * (1 - lr * weight_decay) - lr / (1 - betas[0] ** step) * m / denominator, m, v
 
 
-@triton.jit
-def _address(table_ptr, column: tl.constexpr, chunks, dtype: tl.constexpr):
-    # Every chunk starts on a 16-byte boundary, which lets loads be 128 bits wide.
-    address = tl.load(table_ptr + column * chunks + tl.program_id(0))
-    return tl.multiple_of(address.to(tl.pointer_type(dtype)), 16)
-
-
-@triton.jit
-def grad_norm_kernel(table_ptr, partial_ptr, chunks, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
-    """table (2, chunks): address and length; partial (chunks,) sums of squares."""
-    grad_ptr = _address(table_ptr, 0, chunks, DTYPE)
-    length = tl.load(table_ptr + chunks + tl.program_id(0)).to(tl.int32)
-    whole = length // BLOCK * BLOCK
-    total = tl.zeros([BLOCK], dtype=tl.float32)
-    # Whole blocks go without a mask, which would keep their loads from being 128 bits wide.
-    for masked in tl.static_range(2):
-        for first in range(whole if masked else 0, length if masked else whole, BLOCK):
-            at = first + tl.arange(0, BLOCK)
-            grad = tl.load(grad_ptr + at, mask=at < length if masked else None, other=0.0 if masked else None)
-            total += grad.to(tl.float32) * grad.to(tl.float32)
-    tl.store(partial_ptr + tl.program_id(0), tl.sum(total, axis=0))
-
-
-@triton.jit
-def adamw_kernel(
-    table_ptr, grad_scale_ptr, chunks, beta1, beta2, eps, decay, step_size, inverse_root_correction,
-    DTYPE: tl.constexpr, HAS_MASTER: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """table (6, chunks): addresses of param, grad, m, v and master (param again without one), and length."""
-    param_ptr = _address(table_ptr, 0, chunks, DTYPE)
-    grad_ptr = _address(table_ptr, 1, chunks, DTYPE)
-    m_ptr = _address(table_ptr, 2, chunks, tl.float32)
-    v_ptr = _address(table_ptr, 3, chunks, tl.float32)
-    master_ptr = _address(table_ptr, 4, chunks, tl.float32)
-    length = tl.load(table_ptr + 5 * chunks + tl.program_id(0)).to(tl.int32)
-    whole = length // BLOCK * BLOCK
-    grad_scale = tl.load(grad_scale_ptr)
-    for masked in tl.static_range(2):
-        for first in range(whole if masked else 0, length if masked else whole, BLOCK):
-            at = first + tl.arange(0, BLOCK)
-            inside = at < length if masked else None
-            g = tl.load(grad_ptr + at, mask=inside).to(tl.float32) * grad_scale
-            m = tl.load(m_ptr + at, mask=inside)
-            v = tl.load(v_ptr + at, mask=inside)
-            p = tl.load(master_ptr + at, mask=inside)
-            m = m + (g - m) * (1.0 - beta1)
-            v = v * beta2 + g * g * (1.0 - beta2)
-            p = p * decay - step_size * (m / (tl.sqrt(v) * inverse_root_correction + eps))
-            tl.store(m_ptr + at, m, mask=inside)
-            tl.store(v_ptr + at, v, mask=inside)
-            tl.store(master_ptr + at, p, mask=inside)
-            if HAS_MASTER:
-                tl.store(param_ptr + at, p.to(DTYPE), mask=inside)
+def random_key(seed: int, step: int) -> int:
+    """The Philox key of one step, as a signed 64-bit integer."""
+    key = (seed + step * _GOLDEN) % 2**64
+    return key - 2**64 if key >= 2**63 else key
 
 
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-def _chunk_table(*columns: list[Tensor]) -> Tensor:
-    """(len(columns) + 1, chunks) int64 on the tensors' device: chunk addresses per column, then lengths."""
+def _chunk_table(columns: Sequence[Sequence[Tensor]], first_words: Sequence[int] | None = None) -> Tensor:
+    """(rows, chunks) int64 on the tensors' device: chunk addresses per column, first random word if given,
+    length. A column with fewer elements than the first has one for each QUANT_BLOCK of them."""
     sizes = np.array([tensor.numel() for tensor in columns[0]], dtype=np.int64)
     counts = -(-sizes // CHUNK)
     owner = np.repeat(np.arange(len(sizes)), counts)
     offset = (np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)) * CHUNK
-    table = np.empty((len(columns) + 1, len(owner)), dtype=np.int64)
-    for row, tensors in zip(table, columns, strict=False):
+    rows = []
+    for tensors in columns:
         addresses = np.array([tensor.data_ptr() for tensor in tensors], dtype=np.int64)
         if (addresses % 16)[sizes > 0].any():
             raise ValueError(
                 "adamw: a tensor does not start on a 16-byte boundary; clone() it into its own storage."
             )
-        row[:] = addresses[owner] + offset * tensors[0].itemsize
-    table[-1] = np.minimum(sizes[owner] - offset, CHUNK)
+        per_block = any(tensor.numel() < size for tensor, size in zip(tensors, sizes, strict=True))
+        step = tensors[0].itemsize / (QUANT_BLOCK if per_block else 1)
+        rows.append(addresses[owner] + (offset * step).astype(np.int64))
+    if first_words is not None:
+        rows.append(np.array(first_words, dtype=np.int64)[owner] + offset)
+    rows.append(np.minimum(sizes[owner] - offset, CHUNK))
     device = columns[0][0].device
-    host = torch.from_numpy(table)
+    host = torch.from_numpy(np.stack(rows))
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
@@ -131,7 +96,7 @@ def launch_grad_norm(grads: list[Tensor]) -> Tensor:
         by_dtype[grad.dtype].append(grad.contiguous())
     partials = []
     for dtype, tensors in by_dtype.items():
-        table = _chunk_table(tensors)
+        table = _chunk_table([tensors])
         chunks = table.shape[1]
         partials.append(torch.empty(chunks, dtype=torch.float32, device=tensors[0].device))
         if chunks:
@@ -144,17 +109,25 @@ def launch_grad_norm(grads: list[Tensor]) -> Tensor:
 @register_cuda("adamw_step_")
 def launch_adamw_step_(
     params: list[Tensor], grads: list[Tensor], exp_avg: list[Tensor], exp_avg_sq: list[Tensor],
-    masters: list[Tensor], grad_scale: Tensor, lr: float, beta1: float, beta2: float, eps: float,
-    weight_decay: float, step: int,
+    masters: list[Tensor], exp_avg_scale: list[Tensor], exp_avg_sq_scale: list[Tensor], first_word: list[int],
+    grad_scale: Tensor, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int,
+    key: int,
 ) -> None:  # fmt: skip
-    """Triton launch of ``tapelm::adamw_step_``; all params of one dtype."""
+    """Triton launch of ``tapelm::adamw_step_``: all params of one dtype, all grads of one, either all moments
+    8-bit or none; parameters that are not float32 and have no masters are rounded stochastically."""
     grads = [grad.contiguous() for grad in grads]
-    table = _chunk_table(params, grads, exp_avg, exp_avg_sq, masters or params)
+    columns = [params, grads, exp_avg, exp_avg_sq, masters or params]
+    columns += [exp_avg_scale, exp_avg_sq_scale] if exp_avg_scale else []
+    table = _chunk_table(columns, first_word or [0] * len(params))
     if chunks := table.shape[1]:
-        adamw_kernel[(chunks,)](
-            table, grad_scale, chunks, beta1, beta2, eps, 1 - lr * weight_decay, lr / (1 - beta1**step),
-            (1 - beta2**step) ** -0.5,
-            DTYPE=_TRITON_DTYPES[params[0].dtype], HAS_MASTER=bool(masters), BLOCK=BLOCK, num_warps=4,
+        kernel, block = (adamw8_kernel, BLOCK_8_BITS) if exp_avg_scale else (adamw_kernel, BLOCK)
+        dtype = params[0].dtype
+        kernel[(chunks,)](
+            table, grad_scale, chunks, 1 - beta1, beta2, 1 - beta2, eps, 1 - lr * weight_decay,
+            lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step), key,
+            DTYPE=_TRITON_DTYPES[dtype], GRAD_DTYPE=_TRITON_DTYPES[grads[0].dtype], HAS_MASTER=bool(masters),
+            STOCHASTIC=dtype != torch.float32 and not masters, BLOCK=block, num_warps=4,
+            enable_fp_fusion=False,
         )  # fmt: skip
 
 
@@ -175,31 +148,41 @@ class AdamW(torch.optim.Optimizer):
         params: contiguous float32 or bfloat16 tensors (on CUDA also float16), or dicts of parameter groups.
         lr, betas, eps, weight_decay: as in ``torch.optim.AdamW``; per group.
         max_grad_norm: gradients of all groups together are scaled down to this L2 norm; None does not clip.
-        state_bits: bits of the stored moments; 32 is the only choice.
+        state_bits: bits of the stored moments, 32 or 8; with 8, tensors below 4096 elements still have 32.
+        stochastic_seed: None keeps a float32 master of each half-precision parameter. With an integer
+            bfloat16 parameters have none and are rounded stochastically instead, by words that depend on
+            (seed, step, element) alone; replicas of a model need the same seed. Per group.
 
-    ``state[p]`` holds ``step``, ``exp_avg``, ``exp_avg_sq`` and, for half-precision parameters, the float32
-    ``master``. With ``max_grad_norm`` set, ``grad_norm`` is the norm before clipping at the last step, a 0-d
-    tensor on the device.
+    Gradients have the parameter's dtype or float32 (``p.grad_dtype = torch.float32``). ``state[p]`` holds
+    ``step``, ``exp_avg``, ``exp_avg_sq``, for 8 bits also ``exp_avg_scale`` and ``exp_avg_sq_scale``, and the
+    float32 ``master`` where there is one. With ``max_grad_norm`` set, ``grad_norm`` is the norm before
+    clipping at the last step, a 0-d tensor on the device. Within ``torch.compile`` a step is a graph break.
 
     Raises:
-        ValueError: hyperparameters out of range, state_bits other than 32, parameters not contiguous.
-        TypeError: unsupported parameter dtypes or sparse gradients.
+        ValueError: hyperparameters out of range, state_bits other than 32 and 8, parameters not contiguous.
+        TypeError: unsupported parameter or gradient dtypes, sparse gradients.
     """
 
     def __init__(
         self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8, weight_decay: float = 1e-2, *, max_grad_norm: float | None = None,
-        state_bits: int = 32,
+        state_bits: int = 32, stochastic_seed: int | None = None,
     ) -> None:  # fmt: skip
-        if state_bits != 32:
-            raise ValueError(f"AdamW: state_bits is {state_bits}; only 32 exists.")
+        if state_bits not in (8, 32):
+            raise ValueError(f"AdamW: state_bits is {state_bits}; it must be 32 or 8.")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(
                 f"AdamW: max_grad_norm is {max_grad_norm}; it must be positive, or None for no clipping."
             )
         self.max_grad_norm = max_grad_norm
+        self.state_bits = state_bits
         self.grad_norm: Tensor | None = None
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, {**defaults, "stochastic_seed": stochastic_seed})
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {name: getattr(self, name) for name in ("max_grad_norm", "state_bits", "grad_norm")}
+        return {**super().__getstate__(), **own}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group after checking its hyperparameters and tensors."""
@@ -210,11 +193,17 @@ class AdamW(torch.optim.Optimizer):
                 raise ValueError(f"AdamW: {name} is {group[name]}; it must not be negative.")
         if not all(0 <= beta < 1 for beta in group["betas"]):
             raise ValueError(f"AdamW: betas are {group['betas']}; both must be in [0, 1).")
+        if not isinstance(group["stochastic_seed"], int | None):
+            raise TypeError(
+                f"AdamW: stochastic_seed is {group['stochastic_seed']!r}; it must be an int or None."
+            )
         for p in group["params"]:
             if p.dtype not in SUPPORTED_DTYPES.get(p.device.type, ()):
                 raise TypeError(
                     f"AdamW: params has a {p.dtype} tensor on {p.device}; use float32 or bfloat16."
                 )
+            if p.dtype == torch.float16 and group["stochastic_seed"] is not None:
+                raise TypeError("AdamW: float16 is not rounded stochastically; leave stochastic_seed None.")
             if not p.is_contiguous():
                 raise ValueError(
                     f"AdamW: params has a tensor of shape {tuple(p.shape)} that is not contiguous."
@@ -227,44 +216,50 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # One call of the op takes tensors that share hyperparameters, dtype, device and step count.
-        buckets: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
+        # One call of the op takes tensors that share hyperparameters, dtypes, device and step count.
+        buckets: dict[tuple[Any, ...], list[tuple[Tensor, int]]] = defaultdict(list)
+        first_word = 0
         for index, group in enumerate(self.param_groups):
             for p in group["params"]:
-                if p.grad is not None:
-                    state = self._state_of(p)
+                if (grad := p.grad) is not None:
+                    state = self._state_of(p, group)
                     state["step"] += 1
-                    buckets[index, p.dtype, p.device, state["step"]].append(p)
-        scales = self._grad_scales([p for params in buckets.values() for p in params])
-        for (index, dtype, device, step), params in buckets.items():
-            group, states = self.param_groups[index], [self.state[p] for p in params]
+                    key = (index, p.device, p.dtype, grad.dtype, "exp_avg_scale" in state, state["step"])
+                    buckets[key].append((p, first_word))
+                first_word += -(-p.numel() // QUANT_BLOCK) * QUANT_BLOCK
+        scales = self._grad_scales([p.grad for bucket in buckets.values() for p, _ in bucket])
+        for (index, device, *_, step), bucket in buckets.items():
+            group, params = self.param_groups[index], [p for p, _ in bucket]
+            states = [self.state[p] for p in params]
             torch.ops.tapelm.adamw_step_(
                 params, [p.grad for p in params],
-                [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states],
-                [state["master"] for state in states] if dtype != torch.float32 else [],
-                scales[device], group["lr"], *group["betas"], group["eps"], group["weight_decay"], step,
+                *(
+                    [state[name] for state in states if name in state]
+                    for name in ("exp_avg", "exp_avg_sq", "master", "exp_avg_scale", "exp_avg_sq_scale")
+                ),
+                [first for _, first in bucket], scales[device], group["lr"], *group["betas"], group["eps"],
+                group["weight_decay"], step, random_key(group["stochastic_seed"] or 0, step),
             )  # fmt: skip
             torch.autograd.graph.increment_version(params)
         return loss
 
-    def _state_of(self, p: Tensor) -> dict[str, Any]:
+    def _format(self, p: Tensor, group: dict[str, Any]) -> tuple[bool, bool]:
+        """Whether p has 8-bit moments, and whether it has a master."""
+        eight_bits = self.state_bits == 8 and p.numel() >= SMALLEST_QUANTIZED
+        return eight_bits, p.dtype != torch.float32 and group["stochastic_seed"] is None
+
+    def _state_of(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         if p.grad is not None and p.grad.layout != torch.strided:
             raise TypeError(f"AdamW: a gradient is {p.grad.layout}; sparse gradients are not supported.")
-        state = self.state[p]
-        if not state:
-            state["step"] = 0
-            state["exp_avg"] = torch.zeros_like(p, dtype=torch.float32)
-            state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
-            if p.dtype != torch.float32:
-                state["master"] = p.detach().float()
-        return state
+        if not self.state[p]:
+            self.state[p] = new_state(p, *self._format(p, group))
+        return self.state[p]
 
-    def _grad_scales(self, params: list[Tensor]) -> dict[torch.device, Tensor]:
+    def _grad_scales(self, grads: list[Tensor]) -> dict[torch.device, Tensor]:
         """The clip factor on each device; sets ``grad_norm``."""
         by_device: dict[torch.device, list[Tensor]] = defaultdict(list)
-        for p in params:
-            if p.grad is not None:
-                by_device[p.device].append(p.grad)
+        for grad in grads:
+            by_device[grad.device].append(grad)
         if self.max_grad_norm is None or not by_device:
             return {device: torch.ones((), device=device) for device in by_device}
         norms = [torch.ops.tapelm.grad_norm(grads) for grads in by_device.values()]
@@ -274,17 +269,18 @@ class AdamW(torch.optim.Optimizer):
         return {device: scale.to(device) for device in by_device}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what ``state_dict`` returned; also reads a ``torch.optim.AdamW`` state."""
+        """Restores what ``state_dict`` returned; also reads a ``torch.optim.AdamW`` state.
+
+        How states are stored stays as this optimizer was made. A state in another format is converted:
+        moments to or from 8 bits, to nearest; a missing master from its parameter. The seed is the saved one.
+        """
+        seeds = [group["stochastic_seed"] for group in self.param_groups]
         super().load_state_dict(state_dict)
-        # The base class casts state to the parameter's dtype; moments and masters stay float32.
-        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-        for key, p in zip(keys, (p for group in self.param_groups for p in group["params"]), strict=True):
-            saved = state_dict["state"].get(key)
-            if not saved:
-                continue
-            state = {"step": int(saved["step"])}
-            for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = saved[name].detach().to(p.device, torch.float32, copy=True).contiguous()
-            if p.dtype != torch.float32:
-                state["master"] = saved.get("master", p).detach().to(p.device, torch.float32, copy=True)
-            self.state[p] = state
+        # The base class casts state to the parameter's dtype: it is made anew from what was saved.
+        keys = iter([key for group in state_dict["param_groups"] for key in group["params"]])
+        for group, seed in zip(self.param_groups, seeds, strict=True):
+            saved_seed = group.get("stochastic_seed")
+            group["stochastic_seed"] = seed if seed is None or saved_seed is None else saved_seed
+            for p, key in zip(group["params"], keys, strict=False):
+                if saved := state_dict["state"].get(key):
+                    self.state[p] = converted_state(saved, p, *self._format(p, group))
