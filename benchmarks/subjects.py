@@ -166,13 +166,23 @@ def _linear_cross_entropy(make: Make, rows: int, width: int, vocabulary: int) ->
     return make((rows, width)), make((vocabulary, width)), targets, make((vocabulary,)), -100, True
 
 
-def _adamw(make: Make, *sizes: int) -> tuple[Any, ...]:
-    params, grads = ([make((size,)) for size in sizes] for _ in range(2))
-    exp_avg, masters = ([make((size,), FP32) for size in sizes] for _ in range(2))
-    exp_avg_sq = [make((size,), FP32).abs() for size in sizes]
-    grad_scale = make((), FP32)
-    masters = [] if params[0].dtype == FP32 else masters
-    return params, grads, exp_avg, exp_avg_sq, masters, grad_scale, 1e-3, 0.9, 0.99, 1e-8, 0.1, 3
+def _adamw(make: Make, *sizes: Any) -> tuple[Any, ...]:
+    """Sizes of the parameters, the last of them maybe a word on how they and their states are stored."""
+    *sizes, variant = sizes if isinstance(sizes[-1], str) else (*sizes, "")
+    params = [make((size,)) for size in sizes]
+    grads = [make((size,), FP32 if "float32" in variant else None) for size in sizes]
+    masters = [make((size,), FP32) for size in sizes]
+    if "8-bit" in variant:
+        exp_avg, exp_avg_sq = ([make((size,), torch.uint8) for size in sizes] for _ in range(2))
+        scales = [[make((-(-size // 256),), FP32).abs() for size in sizes] for _ in range(2)]
+    else:
+        exp_avg = [make((size,), FP32) for size in sizes]
+        exp_avg_sq, scales = [make((size,), FP32).abs() for size in sizes], [[], []]
+    if params[0].dtype == FP32 or "stochastic" in variant:
+        masters = []
+    first_word = [1024 * index for index in range(len(sizes))]
+    settings = (make((), FP32), 1e-3, 0.9, 0.99, 1e-8, 0.1, 3, 0x123456789ABCDEF)
+    return params, grads, exp_avg, exp_avg_sq, masters, *scales, first_word, *settings
 
 
 def _nf4_state(make: Make, elements: int, variant: str) -> list[Tensor]:
@@ -239,10 +249,25 @@ NF4_SHIPPED = (
     (FP32, (2048, 2048, "nested")),
 )
 NF4_ODD = ((1, 1), (7, 37, "nested"), (3, 1000), (200, 513, "nested"))
-OPTIMIZER_SHIPPED = (
+GRADIENTS_SHIPPED = (
     (FP32, (512 * 512, 2048 * 512, 512)),
     (BF16, (512 * 512, 2048 * 512, 512)),
     (BF16, (50257 * 3,)),
+)
+OPTIMIZER_SHIPPED = (
+    *GRADIENTS_SHIPPED,
+    (BF16, (512 * 512, 2048 * 512, "float32 gradients")),
+    (BF16, (512 * 512, 2048 * 512, "stochastic")),
+    (FP32, (512 * 512, 2048 * 512, "8-bit")),
+    (BF16, (512 * 512, 2048 * 512, "8-bit")),
+    (BF16, (512 * 512, 2048 * 512, "8-bit stochastic")),
+)
+OPTIMIZER_ODD = (
+    (1,),
+    (1000, 1, 65537, 1023),
+    (700, 3, "float32 stochastic"),
+    (70000, 5, "8-bit"),
+    (4099, 256, "8-bit float32 stochastic"),
 )
 
 SUBJECTS = (
@@ -314,11 +339,12 @@ SUBJECTS = (
     Subject("nf4_dequantize", _nf4_dequantize, NF4_SHIPPED, NF4_ODD, (256, 512, "nested")),
     Subject("lora_linear_forward", _lora_linear, LORA_SHIPPED, LORA_ODD),
     Subject("lora_linear_backward", _lora_linear_backward, LORA_SHIPPED, LORA_ODD),
-    Subject("adamw_step_", _adamw, OPTIMIZER_SHIPPED, ((1,), (1000, 1, 65537, 1023)), (65536, 131072, 4096)),
+    Subject("adamw_step_", _adamw, OPTIMIZER_SHIPPED, OPTIMIZER_ODD, (65536, 131072, 4096)),
+    Subject("adamw_step_", _adamw, (), (), (65536, 131072, 4096, "8-bit stochastic")),
     Subject(
         "grad_norm",
         lambda make, *sizes: ([make((size,)) for size in sizes],),
-        OPTIMIZER_SHIPPED,
+        GRADIENTS_SHIPPED,
         ((1,), (1000, 1, 65537, 1023)),
         (65536, 131072, 4096),
     ),

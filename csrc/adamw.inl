@@ -53,6 +53,16 @@ TAPELM_INLINE void store_past_cache(bf16* p, vf x) {
 typedef uint8_t vb __attribute__((vector_size(W)));
 typedef uint8_t vb_any __attribute__((vector_size(W), aligned(1), may_alias));
 
+TAPELM_INLINE vu load_codes(const uint8_t* p) {
+#if defined(TAPELM_AVX512)
+  return (vu)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(TAPELM_AVX2)
+  return (vu)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#else
+  return __builtin_convertvector(*reinterpret_cast<const vb_any*>(p), vu);
+#endif
+}
+
 template <bool SIGNED>
 constexpr uint32_t kLargest = SIGNED ? 127 : 255;
 template <bool SIGNED>
@@ -61,7 +71,7 @@ constexpr uint32_t kBias = (127u << 3) - kLargest<SIGNED>;
 template <bool SIGNED>
 TAPELM_INLINE void dequantize(const uint8_t* codes, float scale, float* x) {
   for (int64_t i = 0; i < kBlock; i += W) {
-    const vu code = __builtin_convertvector(*reinterpret_cast<const vb_any*>(codes + i), vu);
+    const vu code = load_codes(codes + i);
     const vu magnitude = code & kLargest<SIGNED>;
     const vf tiny = as_float((magnitude + kBias<SIGNED>) << 20);
     vf value = (magnitude != 0u ? tiny : vf{}) * scale;

@@ -71,10 +71,10 @@ def _size(values: Any) -> int:
 def minimum(name: str, *arguments: Any) -> Work:
     """The least work of ``tapelm::name`` on these arguments, of which only shapes and dtypes matter."""
     if name == "adamw_step_":
-        params, grads, exp_avg, exp_avg_sq, masters = arguments[:5]
+        params, grads, exp_avg, exp_avg_sq, masters, *scales = arguments[:7]
         # With a master the parameter itself is only written.
-        read = _size([grads, exp_avg, exp_avg_sq, masters or params])
-        return Work(read + _size([params, exp_avg, exp_avg_sq, masters]), 0)
+        moments = _size([exp_avg, exp_avg_sq, *scales])
+        return Work(_size([grads, masters or params, params, masters]) + 2 * moments, 0)
     shapes = [_on_meta(argument) for argument in arguments]
     op = getattr(torch.ops.tapelm, name)
     results = op(*shapes)

@@ -87,6 +87,8 @@ class Launch:
             attributes, self.keywords.get("num_warps"), self.keywords.get("num_stages"), str(target),
             triton.__version__,
         )  # fmt: skip
+        if (fusion := self.keywords.get("enable_fp_fusion")) is not None:
+            described = (*described, fusion)
         key = hashlib.sha256(repr(described).encode()).hexdigest()[:16]
         return Specialized(source, dict(options.__dict__), key)
 
