@@ -143,11 +143,19 @@ def lora_linear_kernel(
 
 
 # (bytes per element, backward) -> (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages), proven by
-# ``benchmarks static``: twice the half-precision columns spill on sm_80 to 89. BLOCK_K is at most the usual block of a scale.
+# ``benchmarks static``. BLOCK_K is at most the usual block of a scale.
 CONFIGS = {
-    (2, False): (128, 64, 64, 8, 2), (2, True): (128, 64, 64, 8, 2),
+    (2, False): (128, 128, 64, 8, 2), (2, True): (128, 64, 64, 8, 2),
     (4, False): (64, 64, 32, 8, 2), (4, True): (64, 32, 64, 8, 2),
 }  # fmt: skip
+# Here sums of 128 columns leave too few registers to dequantize in.
+NARROW = {(2, False): (128, 64, 64, 8, 2)}
+BY_ARCHITECTURE = {"sm_80": NARROW, "sm_86": NARROW, "sm_89": NARROW}
+
+
+def tile_config(device: torch.device, itemsize: int, backward: bool) -> tuple[int, int, int, int, int]:
+    """The entry of ``CONFIGS`` for a device."""
+    return (CONFIGS | BY_ARCHITECTURE.get(architecture(device), {}))[itemsize, backward]
 
 
 def _launch(
@@ -157,7 +165,7 @@ def _launch(
     """y (M, N) or, backward, dx (M, K), of contiguous arguments; ``shape`` is that of the weight."""
     n, k = shape
     y = x.new_empty(x.shape[0], k if backward else n)
-    block_m, block_n, block_k, warps, stages = CONFIGS[x.itemsize, backward]
+    block_m, block_n, block_k, warps, stages = tile_config(x.device, x.itemsize, backward)
     quantized = weight.dtype == torch.uint8
     if quantized:
         check_state(weight, state, block_size, n * k, "lora_linear")

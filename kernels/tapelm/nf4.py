@@ -9,9 +9,9 @@ With double quantization the scales are stored in 8 bits as well, in blocks of 2
 
 [Dettmers et al., "QLoRA", 2023; map: Dettmers et al., "8-bit optimizers via block-wise quantization", 2022].
 Bytes and scales are those of bitsandbytes' CPU library, which rounds s_j / max |s| to a grid of 65536 values
-before it looks for the nearest one of the map; the CPU kernel also divides by the scale in a last block that
-is not whole, where the Triton kernel multiplies with its reciprocal like in all others. The Triton kernels are
-in _nf4_kernels.py.
+before it looks for the nearest one of the map. In a last block that is not whole the CPU kernel divides by
+the scale, as that library does; the Triton kernel multiplies with its reciprocal as in all other blocks,
+which is a rounding apart. The Triton kernels are in _nf4_kernels.py.
 
 Shapes: w (...) of n elements; packed (ceil(n / 2), 1) uint8, element 2 i in the high nibble; absmax
 (ceil(n / block_size),) float32, or uint8 p; nested_absmax (ceil(len(absmax) / 256),), offset () and map

@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tapelm
 from tapelm import roofline
-from tapelm.lora_linear import CONFIGS, lora_linear_reference
+from tapelm.lora_linear import lora_linear_reference, tile_config
 from tapelm.nf4 import nf4_dequantize_reference
 from tapelm.proofs.traffic import counted_traffic
 from tapelm.testing import assert_close, check_registration, interpreted_triton
@@ -154,7 +154,7 @@ def test_the_kernel_issues_what_its_tiles_say(backward):
         if backward:
             with counted_traffic() as traffic:
                 y.backward(torch.ones_like(y))
-    blocks = (*CONFIGS[2, backward][:3], 16)
+    blocks = (*tile_config(x.device, 2, backward)[:3], 16)
     expected = roofline.lora_linear_tiles((256, 256, 128, 16), blocks, 2, backward)
     assert (traffic.bytes, traffic.flops) == (expected.bytes, expected.flops)
 
