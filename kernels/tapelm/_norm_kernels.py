@@ -47,53 +47,61 @@ def _sum_with_residual(
     return tl.where(inside, total.to(tl.float32), 0.0)
 
 
+@triton.jit
+def _vector(ptr, col, cols):
+    return tl.load(ptr + col, mask=col < cols, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _norm_rows(
+    row, weight, bias, x_ptr, residual_ptr, seed_ptr, weight_ptr, bias_ptr, y_ptr, sum_ptr, mean_ptr,
+    rstd_ptr, rows, cols, eps, threshold, scale, BLOCK_C: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Rows ``row``; weight and bias are loaded where they are None."""
+    col = tl.arange(0, BLOCK_C)
+    at = row[:, None].to(tl.int64) * cols + col[None, :]
+    inside = (row[:, None] < rows) & (col[None, :] < cols)
+    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    if residual_ptr is not None:
+        x = _sum_with_residual(
+            x, residual_ptr, seed_ptr, sum_ptr, at, inside, row, 0, cols, threshold, scale, BLOCK_C, ALIGNED
+        )
+    if bias_ptr is not None:
+        mean = tl.sum(x, axis=1) / cols
+        tl.store(mean_ptr + row, mean, mask=row < rows)
+        x = tl.where(col[None, :] < cols, x - mean[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(x * x, axis=1) / cols + eps)
+    tl.store(rstd_ptr + row, rstd, mask=row < rows)
+    y = x * rstd[:, None] * (_vector(weight_ptr, col, cols) if weight is None else weight)[None, :]
+    if bias_ptr is not None:
+        y += (_vector(bias_ptr, col, cols) if bias is None else bias)[None, :]
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
 @triton.jit(do_not_specialize=["threshold"])
 def norm_forward_kernel(
     x_ptr, residual_ptr, seed_ptr, weight_ptr, bias_ptr, y_ptr, sum_ptr, mean_ptr, rstd_ptr,
     rows, cols, eps, threshold, scale,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ALIGNED: tl.constexpr, KEEP: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ALIGNED: tl.constexpr, PERSISTENT: tl.constexpr,
 ):  # fmt: skip
-    # A program takes every num_programs-th block of rows. With KEEP weight and bias stay in its registers.
-    col = tl.arange(0, BLOCK_C)
-    if KEEP:
-        weight = tl.load(weight_ptr + col, mask=col < cols, other=0.0).to(tl.float32)
-        if bias_ptr is not None:
-            bias = tl.load(bias_ptr + col, mask=col < cols, other=0.0).to(tl.float32)
-    for start in range(tl.program_id(0) * BLOCK_R, rows, tl.num_programs(0) * BLOCK_R):
-        row = start + tl.arange(0, BLOCK_R)
-        at = row[:, None].to(tl.int64) * cols + col[None, :]
-        inside = (row[:, None] < rows) & (col[None, :] < cols)
-        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        if residual_ptr is not None:
-            x = _sum_with_residual(
-                x,
-                residual_ptr,
-                seed_ptr,
-                sum_ptr,
-                at,
-                inside,
-                row,
-                0,
-                cols,
-                threshold,
-                scale,
-                BLOCK_C,
-                ALIGNED,
-            )
-        if bias_ptr is not None:
-            mean = tl.sum(x, axis=1) / cols
-            tl.store(mean_ptr + row, mean, mask=row < rows)
-            x = tl.where(col[None, :] < cols, x - mean[:, None], 0.0)
-        rstd = tl.rsqrt(tl.sum(x * x, axis=1) / cols + eps)
-        tl.store(rstd_ptr + row, rstd, mask=row < rows)
-        if not KEEP:
-            weight = tl.load(weight_ptr + col, mask=col < cols, other=0.0).to(tl.float32)
-            if bias_ptr is not None:
-                bias = tl.load(bias_ptr + col, mask=col < cols, other=0.0).to(tl.float32)
-        y = x * rstd[:, None] * weight[None, :]
-        if bias_ptr is not None:
-            y += bias[None, :]
-        tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
+    # A persistent program takes every num_programs-th block of rows and keeps weight and bias.
+    first = tl.program_id(0) * BLOCK_R
+    if PERSISTENT:
+        col = tl.arange(0, BLOCK_C)
+        weight = _vector(weight_ptr, col, cols)
+        bias = None if bias_ptr is None else _vector(bias_ptr, col, cols)
+        for start in range(first, rows, tl.num_programs(0) * BLOCK_R):
+            _norm_rows(
+                start + tl.arange(0, BLOCK_R), weight, bias,
+                x_ptr, residual_ptr, seed_ptr, weight_ptr, bias_ptr, y_ptr, sum_ptr, mean_ptr, rstd_ptr,
+                rows, cols, eps, threshold, scale, BLOCK_C, ALIGNED,
+            )  # fmt: skip
+    else:
+        _norm_rows(
+            first + tl.arange(0, BLOCK_R), None, None,
+            x_ptr, residual_ptr, seed_ptr, weight_ptr, bias_ptr, y_ptr, sum_ptr, mean_ptr, rstd_ptr,
+            rows, cols, eps, threshold, scale, BLOCK_C, ALIGNED,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["threshold"])

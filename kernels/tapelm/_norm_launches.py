@@ -77,13 +77,13 @@ def launch_forward(
         else:
             shipped = forward_config(cols, architecture(x.device))
             config = choose("norm_forward", x.device, (_block(cols), *variant), shipped)
-            keep = _block(cols) <= 1024  # wider, they would cost occupancy, and a row is a program of its own
+            persistent = _block(cols) <= 1024  # wider, weight and bias would cost occupancy
             programs = triton.cdiv(rows, config["BLOCK_R"])
-            if keep:
+            if persistent:
                 programs = min(programs, WARPS * processors(x.device) // config["num_warps"])
             norm_forward_kernel[(programs,)](
                 *tensors, rows, cols, eps, *dropout,
-                ALIGNED=aligned, KEEP=keep, BLOCK_C=_block(cols), **config,
+                ALIGNED=aligned, PERSISTENT=persistent, BLOCK_C=_block(cols), **config,
             )  # fmt: skip
     return y, total, mean, rstd
 
