@@ -235,7 +235,7 @@ def _read_lines(path: Path, begin: Position, block_bytes: int) -> Iterator[Lines
             if not chunk:
                 return
             offset += len(content)
-            line += content.count(b"\n")
+            line += int(np.count_nonzero(np.frombuffer(content, np.uint8) == ord("\n")))
             parts = [chunk[cut:]] if cut < len(chunk) else []
 
 
