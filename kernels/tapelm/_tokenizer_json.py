@@ -6,6 +6,8 @@ ValueError that names it; `Tokenizer.load` adds the name of the file.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -77,6 +79,14 @@ class BpeFile(NamedTuple):
     specials: dict[str, int]
     pre_tokenizer: int
     ignore_merges: bool
+
+    def sha256(self) -> str:
+        """A digest of all that decides about ids."""
+        lengths = np.array([len(token) for token in self.tokens], dtype=np.uint32)
+        digest = hashlib.sha256(b"".join([lengths.tobytes(), *self.tokens, self.merges.tobytes()]))
+        rest = (sorted(self.specials.items()), self.pre_tokenizer, self.ignore_merges, len(self.tokens))
+        digest.update(json.dumps(rest).encode())
+        return digest.hexdigest()
 
 
 def new_config(specials: list[str], byte_ids: list[int], rows: list[list[int]]) -> dict[str, Any]:

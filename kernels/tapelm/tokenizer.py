@@ -15,7 +15,6 @@ Texts are str or bytes, and `decode_bytes(encode(x))` gives the bytes of x alway
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -48,6 +47,7 @@ class Tokenizer:
         self._bpe = _text.Bpe(
             file.tokens, file.merges, list(file.specials.values()), file.pre_tokenizer, file.ignore_merges
         )
+        self._sha256 = file.sha256()
         self.vocab_size = len(file.tokens)
         self.special_tokens = file.specials
 
@@ -209,7 +209,7 @@ class Tokenizer:
             vocab_size=self.vocab_size,
             end_of_text=self.special_tokens[end_of_text],
             specials=[token.encode() for token in self.special_tokens],
-            tokenizer_sha256=hashlib.sha256(json.dumps(self._config, sort_keys=True).encode()).hexdigest(),
+            tokenizer_sha256=self._sha256,
         )
         return encode_files(encoding, [Path(path) for path in paths], out_dir, shard_tokens)
 
