@@ -163,6 +163,8 @@ class AdamW(torch.optim.Optimizer):
         TypeError: unsupported parameter or gradient dtypes, sparse gradients.
     """
 
+    _eager = False
+
     def __init__(
         self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8, weight_decay: float = 1e-2, *, max_grad_norm: float | None = None,
@@ -178,9 +180,14 @@ class AdamW(torch.optim.Optimizer):
         self.state_bits = state_bits
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**defaults, "stochastic_seed": stochastic_seed})
-        # Written in place: torch.compile drops what a traced step assigns to attributes of an optimizer.
+        # Written in place, so that who holds it sees the latest.
         device = next((p.device for group in self.param_groups for p in group["params"]), None)
         self.grad_norm = None if max_grad_norm is None else torch.full((), math.nan, device=device)
+        if not AdamW._eager:
+            # The step count would compile it anew every time. Not a decorator: that would import the compiler
+            # together with tapelm, for seconds.
+            AdamW._eager = True
+            AdamW._update = torch.compiler.disable(AdamW._update, reason="tapelm.AdamW.step is not compiled")
 
     def __getstate__(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in ("max_grad_norm", "state_bits", "grad_norm")}
@@ -218,6 +225,10 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._update()
+        return loss
+
+    def _update(self) -> None:
         # One call of the op takes tensors that share hyperparameters, dtypes, device and step count.
         buckets: dict[tuple[Any, ...], list[tuple[Tensor, int]]] = defaultdict(list)
         first_word = 0
@@ -243,7 +254,6 @@ class AdamW(torch.optim.Optimizer):
                 group["weight_decay"], step, random_key(group["stochastic_seed"] or 0, step),
             )  # fmt: skip
             torch.autograd.graph.increment_version(params)
-        return loss
 
     def _format(self, p: Tensor, group: dict[str, Any]) -> tuple[bool, bool]:
         """Whether p has 8-bit moments, and whether it has a master."""
