@@ -54,7 +54,7 @@ def test_block_sizes(block_size, dtype, device, check):
     check(*functions(weight), x, a, b)
 
 
-def test_weight_in_several_parts(check):
+def test_weight_in_several_parts():
     """More elements than the CPU dequantizes at a time, in rows and in columns."""
     x, weight, a, b = make((8,), 2050, 2100, 4, "nested", torch.float32)
     y, expected = (op(x, a, b) for op in functions(weight))
