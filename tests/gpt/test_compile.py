@@ -111,7 +111,13 @@ def test_trains_as_one_graph_on_fake_cuda(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     count, ops = done.stdout.strip().splitlines()
     assert count == "1"
-    for op in ("attention_forward", "layer_norm_forward", "bias_gelu_forward", "dropout", "linear_forward"):
+    for op in (
+        "attention_forward",
+        "layer_norm_forward",
+        "add_norm_forward",
+        "bias_gelu_forward",
+        "embedding_forward",
+    ):
         assert f"tapelm.{op}" in ops
 
 

@@ -150,7 +150,10 @@ def test_only_matrices_decay() -> None:
     assert len(decayed["params"]) + len(kept["params"]) == len(list(build("plain").parameters()))
 
 
-OPS = ("attention", "layer_norm", "dropout", "linear", "bias_gelu", "linear_cross_entropy", "AdamW")
+OPS = (
+    "embedding", "attention", "layer_norm", "add_layer_norm", "linear", "bias_gelu", "linear_cross_entropy",
+    "AdamW",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("table", TABLES)
