@@ -29,10 +29,10 @@ def once(function: Callable[[], object], **options: object) -> float:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="interprets kernels")
 def test_every_launcher_is_predicted_and_measured() -> None:
-    small = [dataclasses.replace(each, shipped=((BF16, each.odd[0]),)) for each in SUBJECTS]
+    small = [dataclasses.replace(each, shipped=((BF16, each.odd[0]),)) for each in SUBJECTS if each.odd]
     with interpreted_triton():
         rows, left = gpu_check.predictions(CPU, math.inf, once, small)
-        assert left == [] and [row["op"] for row in rows] == [each.launcher for each in SUBJECTS]
+        assert left == [] and [row["op"] for row in rows] == [each.launcher for each in small]
         late, left = gpu_check.predictions(CPU, 0.0, once, small[:1])
     assert late == [] and left == ["attention_forward 1x1x1x1x16"]
     assert all(row["measured_us"] == 2000.0 and 0 < row["predicted_us"] < 1e3 for row in rows)
