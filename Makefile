@@ -44,7 +44,8 @@ sanitize: setup
 	ln -sf $(CURDIR)/kernels/tapelm/*.py $(CURDIR)/kernels/tapelm/_C.*.so build/sanitize/tapelm/
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0:malloc_context_size=2 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitize \
-	$(PY) -m pytest $(FAST) -k "$(SANITIZED_TESTS)" tests/kernels/test_tokenizer*.py tests/kernels/test_loader*.py
+	$(PY) -m pytest $(FAST) -k "$(SANITIZED_TESTS)" tests/kernels/test_tokenizer*.py tests/kernels/test_loader*.py \
+	tests/kernels/test_encode_files.py tests/kernels/test_pretokenizer.py
 
 build/sanitize/tapelm/_text.so: $(TEXT_OBJECTS)
 	@mkdir -p $(@D)

@@ -20,19 +20,38 @@ Permutation::Permutation(uint64_t size, uint64_t seed, uint64_t epoch)
   for (uint64_t& key : keys_) key = mix(state += 0x9E3779B97F4A7C15ull);
 }
 
-uint64_t Permutation::operator()(uint64_t index) const {
+// One pass through the network, whose value may be outside.
+inline uint64_t Permutation::pass(uint64_t index) const {
   const uint64_t mask = (1ull << half_bits_) - 1;
-  do {
-    uint64_t left = index >> half_bits_;
-    uint64_t right = index & mask;
-    for (const uint64_t key : keys_) {
-      const uint64_t swapped = left ^ (mix(right ^ key) & mask);
-      left = right;
-      right = swapped;
-    }
-    index = left << half_bits_ | right;
-  } while (index >= size_);
+  uint64_t left = index >> half_bits_;
+  uint64_t right = index & mask;
+  for (const uint64_t key : keys_) {
+    const uint64_t swapped = left ^ (mix(right ^ key) & mask);
+    left = right;
+    right = swapped;
+  }
+  return left << half_bits_ | right;
+}
+
+uint64_t Permutation::operator()(uint64_t index) const {
+  do index = pass(index);
+  while (index >= size_);
   return index;
+}
+
+// Every index passes once, then those that are outside once more, ...: no pass waits for the one before.
+void Permutation::map(std::span<uint64_t> indices) const {
+  std::vector<uint64_t*> outside;
+  for (uint64_t& index : indices) outside.push_back(&index);
+  while (!outside.empty()) {
+    size_t kept = 0;
+    for (uint64_t* const index : outside) {
+      *index = pass(*index);
+      outside[kept] = index;
+      kept += *index >= size_;
+    }
+    outside.resize(kept);
+  }
 }
 
 Loader::Loader(const std::vector<std::string>& paths, uint32_t end_of_text, LoaderOptions options)
@@ -74,7 +93,7 @@ std::vector<uint64_t> Loader::window_indices(uint64_t step, LoaderCursor& cursor
   for (uint64_t i = 0; i < options_.batch_size; ++i) indices[i] = first + i;
   if (options_.order == Order::kShuffled) {
     const Permutation permutation(windows_, options_.seed, epoch);
-    for (uint64_t& index : indices) index = permutation(index);
+    permutation.map(indices);
   } else if (options_.order == Order::kPacked) {
     if (cursor.epoch != epoch) enter_epoch(epoch, cursor);
     const Permutation groups(packing_->groups(), options_.seed, epoch);

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -18,8 +19,13 @@ class Permutation {
   Permutation(uint64_t size, uint64_t seed, uint64_t epoch);
   uint64_t operator()(uint64_t index) const;
 
+  // Puts the image of every index in its place, all at a time: each is a long chain of multiplications.
+  void map(std::span<uint64_t> indices) const;
+
  private:
   static constexpr int kRounds = 6;
+  uint64_t pass(uint64_t index) const;
+
   uint64_t size_;
   uint32_t half_bits_;
   uint64_t keys_[kRounds];

@@ -296,7 +296,7 @@ def start_encoding(root: Path, delay: float) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={"PYTHONPATH": str(Path(_text.__file__).parents[1])},
+        env=os.environ | {"PYTHONPATH": str(Path(_text.__file__).parents[1])},
     )
 
 
@@ -385,7 +385,7 @@ def test_more_than_two_gibibytes(tokenizer: Tokenizer, tmp_path: Path) -> None:
         [sys.executable, "-c", code, *(str(tmp_path / n) for n in ("tokenizer.json", "big.txt", "out"))],
         capture_output=True,
         text=True,
-        env={"PYTHONPATH": str(Path(_text.__file__).parents[1])},
+        env=os.environ | {"PYTHONPATH": str(Path(_text.__file__).parents[1])},
         check=True,
     )
     tokens, documents, kilobytes = map(int, done.stdout.split())
