@@ -38,7 +38,8 @@ def named(subjects: list[Subject]) -> dict:
 def flat(arguments: tuple) -> list[Tensor]:
     tensors = []
     for each in arguments:
-        tensors += [each] if isinstance(each, Tensor) else each if isinstance(each, list) else []
+        several = each if isinstance(each, list) else [each]
+        tensors += [tensor for tensor in several if isinstance(tensor, Tensor)]
     return tensors
 
 
