@@ -168,7 +168,8 @@ def _linear_cross_entropy(make: Make, rows: int, width: int, vocabulary: int) ->
 
 def _adamw(make: Make, *sizes: Any) -> tuple[Any, ...]:
     """Sizes of the parameters, the last of them maybe a word on how they and their states are stored."""
-    *sizes, variant = sizes if isinstance(sizes[-1], str) else (*sizes, "")
+    *numbers, variant = sizes if isinstance(sizes[-1], str) else (*sizes, "")
+    sizes = tuple(numbers)
     params = [make((size,)) for size in sizes]
     grads = [make((size,), FP32 if "float32" in variant else None) for size in sizes]
     masters = [make((size,), FP32) for size in sizes]

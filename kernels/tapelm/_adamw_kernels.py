@@ -5,7 +5,7 @@ and the launch turns off the contraction of a product and a sum into one roundin
 that the same clip factor gives the same bits on every device.
 """
 
-# Triton's stubs do not know its own language.
+# pyright: reportAssignmentType=false
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations

@@ -187,7 +187,8 @@ class AdamW(torch.optim.Optimizer):
             # The step count would compile it anew every time. Not a decorator: that would import the compiler
             # together with tapelm, for seconds.
             AdamW._eager = True
-            AdamW._update = torch.compiler.disable(AdamW._update, reason="tapelm.AdamW.step is not compiled")
+            reason = "tapelm.AdamW.step is not compiled"
+            AdamW._update = torch.compiler.disable(AdamW._update, reason=reason)  # type: ignore[method-assign]
 
     def __getstate__(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in ("max_grad_norm", "state_bits", "grad_norm")}
