@@ -150,7 +150,7 @@ def broken_rules(row: dict[str, Any]) -> list[str]:
 
 
 def name_of(row: dict[str, Any]) -> str:
-    return f"{row['kernel']} {row['shape']} {row['dtype']} {row['target']}"
+    return f"{row['op']} {row['kernel']} {row['shape']} {row['dtype']} {row['target']}"
 
 
 def _read() -> dict[str, dict[str, Any]]:
