@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 import tyro
 
 from benchmarks import gpu_check, harness, loader, ops, static, static_peers, tokenizer, train, tune
-from gpt.cli import UserError, prepare_output, run_program
+from gpt.cli import UserError, parse_options, prepare_output, run_program
 from gpt.hardware import pick_device, set_threads
 
 
@@ -86,7 +86,7 @@ def run(options: Options) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    options = tyro.cli(Options, args=arguments, prog="python -m benchmarks")
+    options = parse_options(Options, arguments, prog="python -m benchmarks")
     if options.subject == "gpu-check":
         return gpu_check.run()
     if options.subject == "static" and options.peers:

@@ -166,7 +166,7 @@ def _opening(directory: Path) -> list[Row]:
         path.write_bytes(_text.shard_header(2, tokens, documents, VOCAB, END))
         os.truncate(path, HEADER_BYTES + 2 * tokens + 8 * documents)
         entries.append({"file": path.name, "tokens": tokens, "documents": documents, "sha256": ""})
-    manifest = {"format": "tapelm-shards", "version": 1, "vocab_size": VOCAB, "end_of_text": END}
+    manifest = {"format": "tapelm-shards", "version": 2, "vocab_size": VOCAB, "end_of_text": END}
     manifest |= {"tokens": 16 * tokens, "documents": 16 * documents, "shards": entries}
     (directory / MANIFEST).write_text(json.dumps(manifest))
     environment = {**os.environ, "PYTHONPATH": str(Path(_text.__file__).parents[1])}

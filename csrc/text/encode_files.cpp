@@ -1,40 +1,13 @@
 #include "encode_files.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
-#include <exception>
 #include <stdexcept>
-#include <thread>
 
 #include "jsonl.h"
 
 namespace tapelm::text {
 namespace {
-
-// work(i) for i in [0, count) on all cores; the exception of the lowest i is thrown.
-template <typename Work>
-void for_each(size_t count, const Work& work) {
-  std::vector<std::exception_ptr> faults(count);
-  std::atomic<size_t> taken{0};
-  const auto run = [&] {
-    for (size_t i; (i = taken.fetch_add(1)) < count;) {
-      try {
-        work(i);
-      } catch (const std::exception&) {
-        faults[i] = std::current_exception();  // rethrown below, on the calling thread
-      }
-    }
-  };
-  {
-    std::vector<std::jthread> pool;
-    for (size_t t = 1; t < std::min<size_t>(count, std::thread::hardware_concurrency()); ++t) pool.emplace_back(run);
-    run();
-  }
-  for (const auto& fault : faults) {
-    if (fault) std::rethrow_exception(fault);
-  }
-}
 
 template <typename Token>
 void store(const EncodedBatch& batch, const std::vector<bool>& ends, bool continued, uint32_t end_of_text,
@@ -58,7 +31,7 @@ TokenBlock encode(const Bpe& bpe, std::span<const std::string_view> texts, const
                   bool continued, TokenFormat format, const Place& place) {
   EncodedBatch batch;
   try {
-    batch = bpe.encode_batch(texts, false, 0);
+    batch = bpe.encode_batch(texts, false, 1);
   } catch (const std::invalid_argument& fault) {
     for (size_t i = 0; i < texts.size(); ++i) {
       try {
@@ -109,13 +82,13 @@ TokenBlock encode_lines(const Bpe& bpe, std::string_view lines, TokenFormat form
     from = end + 1;
   }
   std::vector<std::string> texts(rows.size());
-  for_each(rows.size(), [&](size_t i) {
+  for (size_t i = 0; i < rows.size(); ++i) {
     try {
       texts[i] = text_field(rows[i]);
     } catch (const std::invalid_argument& fault) {
       throw std::invalid_argument(place(i) + " " + fault.what());
     }
-  });
+  }
   const std::vector<std::string_view> views(texts.begin(), texts.end());
   return encode(bpe, views, std::vector<bool>(views.size(), true), false, format, place);
 }
@@ -123,12 +96,12 @@ TokenBlock encode_lines(const Bpe& bpe, std::string_view lines, TokenFormat form
 TokenBlock encode_pieces(const Bpe& bpe, std::span<const std::string_view> pieces, const std::vector<bool>& ends,
                          bool continued, TokenFormat format, const Place& place) {
   if (ends.size() != pieces.size()) throw std::invalid_argument("ends must have an element for every piece");
-  for_each(pieces.size(), [&](size_t i) {
+  for (size_t i = 0; i < pieces.size(); ++i) {
     const size_t valid = valid_utf8(pieces[i]);
     if (valid != pieces[i].size()) {
       throw std::invalid_argument(place(i) + " is not UTF-8: invalid at byte " + std::to_string(valid));
     }
-  });
+  }
   return encode(bpe, pieces, ends, continued, format, place);
 }
 

@@ -1,4 +1,5 @@
-// What Tokenizer.encode_files does to a block of a file: lines or pieces of text into tokens as shards store them.
+// What Tokenizer.encode_files does to a block of a file: lines or pieces of text into tokens as shards store them. Each
+// call works on one thread; the caller has a block for every core.
 #pragma once
 
 #include <cstdint>
@@ -26,8 +27,8 @@ struct TokenFormat {
 // Where text i of a block comes from, for messages: "news.jsonl, line 7".
 using Place = std::function<std::string(size_t)>;
 
-// A document per line of JSON in its field "text", on all cores. Throws std::invalid_argument that begins with the
-// place of the line at fault.
+// A document per line of JSON in its field "text". Throws std::invalid_argument that begins with the place of the
+// line at fault.
 TokenBlock encode_lines(const Bpe& bpe, std::string_view lines, TokenFormat format, const Place& place);
 
 // Pieces of UTF-8 text; ends[i] says that a document ends with piece i, `continued` that the first piece is not the

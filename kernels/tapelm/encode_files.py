@@ -1,8 +1,8 @@
 """Files into token shards: streamed, on all cores, and continued where a killed run stopped.
 
-While one thread reads the next block of input, the C++ encoder (csrc/text/encode_files.h) has all cores for
-the current one and another thread writes and hashes the one before. Shards grow in OUT.partial; its
-journal.jsonl says for every finished shard where in the inputs encoding goes on after it.
+One thread reads blocks of input, the C++ encoder (csrc/text/encode_files.h) turns one on every core into tokens,
+and another thread writes and hashes these in order. Shards grow in OUT.partial; its journal.jsonl says for every
+finished shard where in the inputs encoding goes on after it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import shutil
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -23,8 +24,8 @@ from tapelm import _text
 from tapelm.shards import ShardWriter, check_settings, replace_directory, replaceable, token_dtype
 
 JOURNAL = "journal.jsonl"
-BLOCK_BYTES = 1 << 23  # of text, encoded at a time
-PIECE_BYTES = 1 << 19  # of a plain text, encoded by one thread
+BLOCK_BYTES = 1 << 21  # of text, encoded at a time
+PIECE_BYTES = 1 << 19  # of a plain text, read at a time
 
 
 @dataclass(frozen=True)
@@ -164,25 +165,29 @@ def _write(
 
     writer = ShardWriter(partial, encoding.vocab_size, encoding.end_of_text, shard_tokens, shards, record)
 
-    def write(position: Position, skip: int, tokens: np.ndarray, starts: np.ndarray) -> None:
+    def write(
+        position: Position, skip: int, encoded: Future[tuple[np.ndarray, np.ndarray]], before: Future[None] | None
+    ) -> None:
         nonlocal current
+        if before is not None:
+            before.result()  # after a failure nothing more is written
+        tokens, starts = encoded.result()
         current = (position, skip)
         writer.add(tokens[skip:], starts[np.searchsorted(starts, skip) :] - np.uint64(skip))
 
-    blocks = read_blocks(paths, position, encoding.specials)
+    cores = os.cpu_count() or 1
+    written: deque[Future[None]] = deque()
     try:
-        with ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(1) as writing:
-            upcoming = reading.submit(next, blocks, None)
-            written: Future[None] | None = None
-            while (block := upcoming.result()) is not None:
-                upcoming = reading.submit(next, blocks, None)
-                tokens, starts = block.encode(encoding)
-                if written is not None:
-                    written.result()
-                written = writing.submit(write, block.position, skip, tokens, starts)
+        with ThreadPoolExecutor(1) as writer_thread, ThreadPoolExecutor(cores) as encoders:
+            for block in read_blocks(paths, position, encoding.specials):
+                before = written[-1] if written else None
+                encoded = encoders.submit(block.encode, encoding)
+                written.append(writer_thread.submit(write, block.position, skip, encoded, before))
                 skip = 0
-            if written is not None:
-                written.result()
+                if len(written) > 2 * cores:
+                    written.popleft().result()
+            while written:
+                written.popleft().result()
     except BaseException:
         writer.close()
         raise

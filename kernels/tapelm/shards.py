@@ -1,8 +1,9 @@
 """Token shards on disk; the Python face of csrc/text/shards.h, which has the layout of a shard file.
 
-A shard directory holds `shard-00000.bin`, ... and `manifest.json` with the counts and the SHA-256 of every
-shard. The shards of a directory are one sequence of tokens in which every document ends with the end-of-text
-token.
+A shard directory holds `shard-00000.bin`, ... and `manifest.json` with the counts of every shard, which are
+those of its header, and the SHA-256 of all behind the header: tokens are hashed as they are written, and counts
+are known at the end. The shards of a directory are one sequence of tokens in which every document ends with the
+end-of-text token.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from tapelm import _text
 
 MANIFEST = "manifest.json"
 _FORMAT = "tapelm-shards"
-_VERSION = 1
+_VERSION = 2
+_SYNC_BYTES = 1 << 22  # written before the disk is waited for, so that little is left to wait for at the end
 
 
 class ShardWriter:
@@ -48,6 +50,8 @@ class ShardWriter:
         self._file: Any = None
         self._tokens = 0
         self._starts: list[np.ndarray] = []
+        self._digest = hashlib.sha256()
+        self._unsynced = 0
         self.dtype = token_dtype(vocab_size)
         self.shards = list(shards)
 
@@ -61,7 +65,7 @@ class ShardWriter:
             part = ids[used : used + self._limit - self._tokens]
             begin, end = np.searchsorted(starts, (used, used + part.size))
             self._starts.append(starts[begin:end] - np.uint64(used) + np.uint64(self._tokens))
-            self._file.write(part.astype(self.dtype, copy=False).data)
+            self._append(part.astype(self.dtype, copy=False).data)
             self._tokens += part.size
             used += part.size
             if self._tokens == self._limit:
@@ -73,25 +77,33 @@ class ShardWriter:
         if self._file is None:
             return
         with self._file as file:
-            file.write(bytes(-file.tell() % 8))
-            file.write(np.concatenate(self._starts).astype("<u8").data)
+            self._append(bytes(-file.tell() % 8))
+            self._append(np.concatenate(self._starts).astype("<u8").data)
+            size = file.tell()
             file.seek(0)
             file.write(self._header())
             file.flush()
             os.fsync(file.fileno())
-            size = os.fstat(file.fileno()).st_size
-            file.seek(0)
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
         self.shards.append(
             {
                 "file": Path(file.name).name,
                 "tokens": self._tokens,
                 "documents": self._documents(),
                 "bytes": size,
-                "sha256": digest,
+                "sha256": self._digest.hexdigest(),
             }
         )
         self._file, self._tokens, self._starts = None, 0, []
+        self._digest, self._unsynced = hashlib.sha256(), 0
+
+    def _append(self, content: bytes | memoryview) -> None:
+        self._file.write(content)
+        self._digest.update(content)
+        self._unsynced += len(memoryview(content).cast("B"))
+        if self._unsynced >= _SYNC_BYTES:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._unsynced = 0
 
     def close(self) -> None:
         """Give up the open shard, if any."""
@@ -100,9 +112,7 @@ class ShardWriter:
             self._file = None
 
     def _header(self) -> bytes:
-        return _text.shard_header(
-            self.dtype.itemsize, self._tokens, self._documents(), self._vocab_size, self._end_of_text
-        )
+        return shard_header(self._vocab_size, self._end_of_text, self._tokens, self._documents())
 
     def _documents(self) -> int:
         return sum(map(len, self._starts))
@@ -132,6 +142,11 @@ class ShardWriter:
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
     """How ids are stored: uint16 up to a vocabulary of 65,536, else uint32."""
     return np.dtype(np.uint16 if vocab_size <= 65536 else np.uint32)
+
+
+def shard_header(vocab_size: int, end_of_text: int, tokens: int, documents: int) -> bytes:
+    itemsize = token_dtype(vocab_size).itemsize
+    return _text.shard_header(itemsize, tokens, documents, vocab_size, end_of_text)
 
 
 def check_settings(vocab_size: int, end_of_text: int, shard_tokens: int) -> None:
@@ -237,7 +252,7 @@ def read_manifest(directory: Path) -> tuple[dict[str, Any], str]:
     match manifest:
         case {
             "format": "tapelm-shards",
-            "version": 1,
+            "version": 2,
             "vocab_size": int(),
             "end_of_text": int(end_of_text),
             "tokens": int(),
@@ -245,7 +260,7 @@ def read_manifest(directory: Path) -> tuple[dict[str, Any], str]:
             "shards": [*shards],
         } if 0 <= end_of_text < 2**32 and all(_is_entry(shard) for shard in shards):
             return manifest, hashlib.sha256(content).hexdigest()
-    raise ValueError(f"{path} is not a manifest of {_FORMAT} version {_VERSION}")
+    raise ValueError(f"{path} is not a manifest of {_FORMAT} version {_VERSION}: encode the text again")
 
 
 def _is_entry(shard: Any) -> bool:
@@ -267,8 +282,13 @@ def verify_shards(shards: str | os.PathLike[str]) -> dict[str, Any]:
         path = directory / entry["file"]
         if not path.is_file():
             raise ValueError(f"shard {path} is missing")
+        counts = entry["tokens"], entry["documents"]
+        expected = shard_header(manifest["vocab_size"], manifest["end_of_text"], *counts)
         with path.open("rb") as file:
+            header = file.read(len(expected))
             digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if header != expected:
+            raise ValueError(f"shard {path} is damaged: its header is not what the manifest says")
         if digest != entry["sha256"]:
             raise ValueError(f"shard {path} is damaged: its SHA-256 is not that of the manifest")
     return manifest

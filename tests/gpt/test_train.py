@@ -81,6 +81,20 @@ def test_both_tables_see_the_same_batches_and_agree(tiny_data: Path, tmp_path: P
     assert summary(tmp_path / "other")["batches_sha256"] != plain["batches_sha256"]
 
 
+@pytest.mark.slow
+def test_seed_model_keeps_the_losses_of_plain_for_50_steps(tiny_data: Path, tmp_path: Path) -> None:
+    """Layers, heads and width of the `seed` preset, float32, no dropout."""
+    seed = preset("seed")
+    size = {"n_layer": seed.n_layer, "n_head": seed.n_head, "n_embd": seed.n_embd, "dropout": 0.0}
+    losses = []
+    for table in TABLES:
+        options = size | {"kernels": table, "max_steps": 50, "batch_size": 2, "block_size": 128}
+        train(tiny(tiny_data, tmp_path / table, **options))
+        losses.append([record["loss"] for record in records(tmp_path / table)])
+    assert len(losses[0]) == 50 and losses[0][-1] < 0.8 * losses[0][0]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
 @pytest.mark.parametrize("table", TABLES)
 def test_resume_is_bit_exact_with_dropout(table: str, tiny_data: Path, tmp_path: Path) -> None:
     straight, halves = tmp_path / "straight", tmp_path / "halves"

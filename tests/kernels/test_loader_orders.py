@@ -297,7 +297,7 @@ def test_a_billion_tokens_open_at_once(tmp_path: Path) -> None:
         entries.append({"file": path.name, "tokens": tokens, "documents": 1000, "sha256": "0" * 64})
     manifest = {
         "format": "tapelm-shards",
-        "version": 1,
+        "version": 2,
         "vocab_size": VOCAB,
         "end_of_text": END,
         "tokens": 16 * tokens,
