@@ -149,9 +149,11 @@ py::tuple to_arrays(TokenBlock&& block, uint32_t token_bytes) {
   return py::make_tuple(bytes.attr("view")(token_bytes == 2 ? "<u2" : "<u4"), to_numpy(std::move(block.starts)));
 }
 
-py::tuple encode_lines_block(const Bpe& bpe, const py::bytes& lines, const std::string& path, uint64_t first_line,
+py::tuple encode_lines_block(const Bpe& bpe, const py::buffer& lines, const std::string& path, uint64_t first_line,
                              uint32_t end_of_text, uint32_t token_bytes) {
-  const std::string_view view = view_of(lines);
+  const py::buffer_info memory = lines.request();
+  if (memory.ndim != 1 || memory.strides[0] != 1) throw py::type_error("lines must be contiguous bytes");
+  const std::string_view view(static_cast<const char*>(memory.ptr), static_cast<size_t>(memory.size));
   TokenBlock block;
   {
     const py::gil_scoped_release release;

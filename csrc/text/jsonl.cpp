@@ -66,7 +66,8 @@ class Reader {
         if (name != "text") return value(1);
         found.reset();
         if (peek() != '"') return value(1);
-        lone = string(&found.emplace());
+        found.emplace().reserve(static_cast<size_t>(end_ - p_));
+        lone = string(&*found);
       });
     } else {
       value(0);

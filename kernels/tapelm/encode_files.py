@@ -1,6 +1,6 @@
 """Files into token shards: streamed, on all cores, and continued where a killed run stopped.
 
-One thread reads blocks of input, the C++ encoder (csrc/text/encode_files.h) turns one on every core into tokens,
+One thread finds blocks of input, the C++ encoder (csrc/text/encode_files.h) turns one on every core into tokens,
 and another thread writes and hashes these in order. Shards grow in OUT.partial; its journal.jsonl says for every
 finished shard where in the inputs encoding goes on after it.
 """
@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import shutil
+import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +27,7 @@ from tapelm.shards import ShardWriter, check_settings, replace_directory, replac
 JOURNAL = "journal.jsonl"
 BLOCK_BYTES = 1 << 21  # of text, encoded at a time
 PIECE_BYTES = 1 << 19  # of a plain text, read at a time
+_of_thread = threading.local()
 
 
 @dataclass(frozen=True)
@@ -45,31 +47,33 @@ class Encoding:
 
 @dataclass(frozen=True)
 class Position:
-    """A place in the inputs: byte `offset` of file number `file`, at `line` or `inside` a plain text."""
+    """A place in the inputs: byte `offset` of file number `file`, perhaps `inside` a plain text."""
 
     file: int = 0
     offset: int = 0
-    line: int = 1
     inside: bool = False
 
 
 @dataclass(frozen=True)
 class Lines:
-    """Whole lines of a .jsonl file."""
+    """Whole lines of a .jsonl file, read by the thread that encodes them."""
 
     position: Position
     path: Path
-    content: bytes
+    size: int
 
     def encode(self, encoding: Encoding) -> tuple[np.ndarray, np.ndarray]:
-        return _text.encode_lines(
-            encoding.bpe,
-            self.content,
-            str(self.path),
-            self.position.line,
-            encoding.end_of_text,
-            encoding.token_bytes,
-        )
+        content = _warm_memory(self.size)
+        with self.path.open("rb") as file:
+            file.seek(self.position.offset)
+            if file.readinto(content) != self.size:
+                raise ValueError(f"{self.path} changed while it was encoded: encode it again")
+        tokens = encoding.end_of_text, encoding.token_bytes
+        try:
+            return _text.encode_lines(encoding.bpe, content, str(self.path), 1, *tokens)
+        except ValueError:  # the same again, with the line counted from the beginning of the file
+            line = _lines_before(self.path, self.position.offset) + 1
+            return _text.encode_lines(encoding.bpe, content, str(self.path), line, *tokens)
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,7 @@ def encode_files(
     partial = target.with_name(f"{target.name}.partial")
     inputs = [_identity(path) for path in paths]
     key = {
-        "version": 1,
+        "version": 2,
         "inputs": inputs,
         "tokenizer_sha256": encoding.tokenizer_sha256,
         "end_of_text": encoding.end_of_text,
@@ -224,24 +228,30 @@ def read_blocks(
 
 
 def _read_lines(path: Path, begin: Position, block_bytes: int) -> Iterator[Lines]:
-    offset, line = begin.offset, begin.line
+    offset, size = begin.offset, path.stat().st_size
     with path.open("rb") as file:
-        file.seek(offset)
-        parts: list[bytes] = []  # of lines, without a line end except in the last
-        while True:
-            chunk = file.read(block_bytes)
-            cut = chunk.rfind(b"\n") + 1 if chunk else 0
-            if chunk and cut == 0:
-                parts.append(chunk)
-                continue
-            content = b"".join([*parts, memoryview(chunk)[:cut]])
-            if content:
-                yield Lines(Position(begin.file, offset, line), path, content)
-            if not chunk:
-                return
-            offset += len(content)
-            line += int(np.count_nonzero(np.frombuffer(content, np.uint8) == ord("\n")))
-            parts = [chunk[cut:]] if cut < len(chunk) else []
+        while offset < size:
+            file.seek(offset + block_bytes - 1)
+            file.readline()
+            end = min(file.tell(), size)
+            yield Lines(Position(begin.file, offset), path, end - offset)
+            offset = end
+
+
+def _warm_memory(size: int) -> memoryview:
+    """`size` bytes that belong to this thread, the same at every call: warm in its cache."""
+    if len(getattr(_of_thread, "memory", b"")) < size:
+        _of_thread.memory = bytearray(size)
+    return memoryview(_of_thread.memory)[:size]
+
+
+def _lines_before(path: Path, offset: int) -> int:
+    lines = 0
+    with path.open("rb") as file:
+        while offset > 0 and (chunk := file.read(min(offset, BLOCK_BYTES))):
+            lines += chunk.count(b"\n")
+            offset -= len(chunk)
+    return lines
 
 
 def _read_pieces(path: Path, begin: Position, specials: list[bytes], piece_bytes: int) -> Iterator[Piece]:
@@ -254,10 +264,10 @@ def _read_pieces(path: Path, begin: Position, specials: list[bytes], piece_bytes
             pending += chunk
             cut = _text.safe_cut(pending, specials)
             if cut:
-                yield Piece(Position(begin.file, offset, 1, inside), path, pending[:cut], False)
+                yield Piece(Position(begin.file, offset, inside), path, pending[:cut], False)
                 pending = pending[cut:]
                 offset, inside = offset + cut, True
-        yield Piece(Position(begin.file, offset, 1, inside), path, pending, True)
+        yield Piece(Position(begin.file, offset, inside), path, pending, True)
 
 
 def _identity(path: Path) -> list[Any]:
