@@ -6,11 +6,76 @@
 #include <stdexcept>
 
 #include "flat_map.h"
+#include "isa.h"
 
 namespace tapelm::text {
 namespace {
 
 constexpr int64_t kIgnoredTarget = -100;  // ignore_index of PyTorch's losses
+
+// Where the windows of a batch go: a row of T each.
+struct Rows {
+  int64_t* inputs;
+  int64_t* targets;
+  int32_t* document_ids;
+};
+
+// `length` inputs out of one token more, in rows of seq_len. csrc/cuda/assemble.h says the same token by token; these
+// loops are written for the vectorizer.
+template <typename Token>
+[[gnu::always_inline]] inline void assemble_anywhere(const Token* tokens, size_t length, size_t seq_len, Token end_of_text,
+                                                     bool packed, Rows row) {
+  for (size_t t = 0; t < length; ++t) row.inputs[t] = tokens[t];
+  std::fill(row.inputs + length, row.inputs + seq_len, end_of_text);
+  if (packed) {
+    for (size_t t = 0; t < length; ++t) {
+      const int64_t next = tokens[t + 1];
+      row.targets[t] = tokens[t] == end_of_text ? kIgnoredTarget : next;
+    }
+    std::fill(row.targets + length, row.targets + seq_len, kIgnoredTarget);
+  } else {
+    for (size_t t = 0; t < length; ++t) row.targets[t] = tokens[t + 1];
+  }
+  int32_t document = 0;
+  for (size_t t = 0; t < length;) {
+    const size_t block = std::min<size_t>(length - t, 64);
+    uint32_t ends = 0;
+    for (size_t i = 0; i < block; ++i) ends += tokens[t + i] == end_of_text;
+    if (ends == 0) {
+      std::fill_n(row.document_ids + t, block, document);
+    } else {
+      for (size_t i = 0; i < block; ++i) {
+        row.document_ids[t + i] = document;
+        document += tokens[t + i] == end_of_text;
+      }
+    }
+    t += block;
+  }
+  std::fill(row.document_ids + length, row.document_ids + seq_len, document);
+}
+
+#ifdef TAPELM_TEXT_AVX2
+template <typename Token>
+[[gnu::target("avx2")]] void assemble_avx2(const Token* tokens, size_t length, size_t seq_len, Token end_of_text,
+                                           bool packed, Rows row) {
+  assemble_anywhere(tokens, length, seq_len, end_of_text, packed, row);
+}
+#endif
+
+template <typename Token>
+void assemble(const uint8_t* row, size_t length, size_t seq_len, uint32_t end_of_text, bool packed, Rows out) {
+  const auto* tokens = reinterpret_cast<const Token*>(row);
+#ifdef TAPELM_TEXT_AVX2
+  if (use_avx2()) return assemble_avx2(tokens, length, seq_len, static_cast<Token>(end_of_text), packed, out);
+#endif
+  assemble_anywhere(tokens, length, seq_len, static_cast<Token>(end_of_text), packed, out);
+}
+
+template <typename Token>
+void pad(uint8_t* row, size_t from, size_t to, uint32_t end_of_text) {
+  auto* tokens = reinterpret_cast<Token*>(row);
+  std::fill(tokens + from, tokens + to, static_cast<Token>(end_of_text));
+}
 
 }  // namespace
 
@@ -97,27 +162,39 @@ std::vector<uint64_t> Loader::window_indices(uint64_t step, LoaderCursor& cursor
   } else if (options_.order == Order::kPacked) {
     if (cursor.epoch != epoch) enter_epoch(epoch, cursor);
     const Permutation groups(packing_->groups(), options_.seed, epoch);
-    for (uint64_t& index : indices) {
-      const auto& starts = cursor.epoch_starts;
-      const auto k = static_cast<uint64_t>(std::upper_bound(starts.begin(), starts.end(), index) - starts.begin()) - 1;
-      const uint64_t group = groups(k);
-      const Permutation windows(starts[k + 1] - starts[k], options_.seed ^ mix(group + 1), epoch);
-      index = packing_->first_window(group) + windows(index - starts[k]);
+    const auto& starts = cursor.epoch_starts;
+    for (auto run = indices.begin(); run != indices.end();) {  // those that are in the same group
+      const auto next = std::upper_bound(starts.begin(), starts.end(), *run);
+      const uint64_t start = *(next - 1), size = *next - start;
+      const uint64_t group = groups(static_cast<uint64_t>(next - starts.begin()) - 1);
+      const auto end = std::lower_bound(run, indices.end(), *next);
+      for (auto index = run; index != end; ++index) *index -= start;
+      Permutation(size, options_.seed ^ mix(group + 1), epoch).map({run, end});
+      for (; run != end; ++run) *run += packing_->first_window(group);
     }
   }
   return indices;
 }
 
-// The windows of a step. Shuffled ones are far apart, and each would wait for memory in turn: it is asked for one step
-// before.
+// The windows of a step. They are far apart, and each would wait for memory in turn: it is asked for one step before.
 std::vector<uint64_t> Loader::asked_windows(uint64_t step, LoaderCursor& cursor) const {
-  if (options_.order != Order::kShuffled) return window_indices(step, cursor);
+  if (options_.order == Order::kSequential) return window_indices(step, cursor);
   std::vector<uint64_t> indices =
       cursor.asked_step == step ? std::move(cursor.asked) : window_indices(step, cursor);
   cursor.asked_step = step + 1;
   cursor.asked = window_indices(step + 1, cursor);
-  for (const uint64_t index : cursor.asked) shards_.prefetch(index * options_.seq_len, options_.seq_len + 1);
+  for (const uint64_t index : cursor.asked) ask(index, cursor);
   return indices;
+}
+
+void Loader::ask(uint64_t index, const LoaderCursor& cursor) const {
+  if (options_.order == Order::kShuffled) return shards_.prefetch(index * options_.seq_len, options_.seq_len + 1);
+  if (cursor.group != packing_->group_of(index)) return;  // not planned yet
+  const uint64_t local = index - packing_->first_window(cursor.group);
+  if (local >= cursor.plan.windows()) return;
+  for (uint64_t i = cursor.plan.first[local]; i < cursor.plan.first[local + 1]; ++i) {
+    shards_.prefetch(cursor.plan.pieces[i].begin, cursor.plan.pieces[i].tokens);
+  }
 }
 
 // Copies the tokens of a window into `row` and returns how many of them are inputs.
@@ -145,59 +222,21 @@ uint32_t Loader::copy_window(uint64_t index, LoaderCursor& cursor, uint8_t* row)
     length += piece.tokens;
     if (more) return static_cast<uint32_t>(seq_len);
   }
-  for (uint64_t t = length; t <= seq_len; ++t) std::memcpy(row + t * width, &end_of_text_, width);
+  (width == 2 ? pad<uint16_t> : pad<uint32_t>)(row, length, seq_len + 1, end_of_text_);
   return static_cast<uint32_t>(length);
-}
-
-// csrc/cuda/assemble.h says the same token by token; these loops are written for the vectorizer.
-template <typename Token>
-void Loader::assemble(const uint8_t* row, size_t length, int64_t* inputs, int64_t* targets,
-                      int32_t* document_ids) const {
-  const auto* tokens = reinterpret_cast<const Token*>(row);
-  const auto end_of_text = static_cast<Token>(end_of_text_);
-  const size_t seq_len = options_.seq_len;
-  for (size_t t = 0; t < length; ++t) inputs[t] = tokens[t];
-  std::fill(inputs + length, inputs + seq_len, end_of_text);
-  if (options_.order == Order::kPacked) {
-    for (size_t t = 0; t < length; ++t) {
-      const int64_t next = tokens[t + 1];
-      targets[t] = tokens[t] == end_of_text ? kIgnoredTarget : next;
-    }
-    std::fill(targets + length, targets + seq_len, kIgnoredTarget);
-  } else {
-    for (size_t t = 0; t < length; ++t) targets[t] = tokens[t + 1];
-  }
-  int32_t document = 0;
-  for (size_t t = 0; t < length;) {
-    const size_t block = std::min<size_t>(length - t, 64);
-    uint32_t ends = 0;
-    for (size_t i = 0; i < block; ++i) ends += tokens[t + i] == end_of_text;
-    if (ends == 0) {
-      std::fill_n(document_ids + t, block, document);
-    } else {
-      for (size_t i = 0; i < block; ++i) {
-        document_ids[t + i] = document;
-        document += tokens[t + i] == end_of_text;
-      }
-    }
-    t += block;
-  }
-  std::fill(document_ids + length, document_ids + seq_len, document);
 }
 
 void Loader::fill(uint64_t step, LoaderCursor& cursor, int64_t* inputs, int64_t* targets,
                   int32_t* document_ids) const {
-  cursor.row.resize((options_.seq_len + 1) * shards_.token_bytes());
+  const size_t seq_len = options_.seq_len;
+  const bool packed = options_.order == Order::kPacked;
+  cursor.row.resize((seq_len + 1) * shards_.token_bytes());
+  Rows out{inputs, targets, document_ids};
   for (const uint64_t index : asked_windows(step, cursor)) {
     const uint32_t length = copy_window(index, cursor, cursor.row.data());
-    if (shards_.token_bytes() == 2) {
-      assemble<uint16_t>(cursor.row.data(), length, inputs, targets, document_ids);
-    } else {
-      assemble<uint32_t>(cursor.row.data(), length, inputs, targets, document_ids);
-    }
-    inputs += options_.seq_len;
-    targets += options_.seq_len;
-    document_ids += options_.seq_len;
+    (shards_.token_bytes() == 2 ? assemble<uint16_t> : assemble<uint32_t>)(cursor.row.data(), length, seq_len, end_of_text_,
+                                                                           packed, out);
+    out = {out.inputs + seq_len, out.targets + seq_len, out.document_ids + seq_len};
   }
 }
 

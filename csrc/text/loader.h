@@ -49,7 +49,7 @@ struct LoaderCursor {
   uint64_t group = ~0ull;
   PackedGroup plan;                    // of `group`
   std::vector<uint8_t> row;            // T + 1 stored tokens
-  uint64_t asked_step = ~0ull;         // shuffled: the step whose windows the memory was asked for ahead
+  uint64_t asked_step = ~0ull;         // the step whose windows the memory was asked for ahead
   std::vector<uint64_t> asked;         // these windows
 };
 
@@ -83,9 +83,8 @@ class Loader {
  private:
   void enter_epoch(uint64_t epoch, LoaderCursor& cursor) const;
   std::vector<uint64_t> asked_windows(uint64_t step, LoaderCursor& cursor) const;
+  void ask(uint64_t index, const LoaderCursor& cursor) const;
   uint32_t copy_window(uint64_t index, LoaderCursor& cursor, uint8_t* row) const;
-  template <typename Token>
-  void assemble(const uint8_t* row, size_t length, int64_t* inputs, int64_t* targets, int32_t* document_ids) const;
 
   ShardSet shards_;
   uint32_t end_of_text_;
