@@ -151,10 +151,12 @@ def adamw8_kernel(
     grad_scale = tl.load(grad_scale_ptr)
     for masked in tl.static_range(2):
         for first in range(whole if masked else 0, length if masked else whole, BLOCK):
-            at = first + tl.reshape(tl.arange(0, BLOCK), [BLOCK // QUANT, QUANT])
+            row, col = tl.arange(0, BLOCK // QUANT), tl.arange(0, QUANT)
+            # A reshaped range would do, but Triton 3.7 forgets that it is contiguous.
+            at = first + row[:, None] * QUANT + col[None, :]
             inside = at < length if masked else None
             fill = 0.0 if masked else None
-            block = first // QUANT + tl.arange(0, BLOCK // QUANT)
+            block = first // QUANT + row
             some = block * QUANT < length if masked else None
             words = tl.reshape(_random_words(key, first_word + first, BLOCK), [BLOCK // QUANT, QUANT])
             g = tl.load(grad_ptr + at, mask=inside, other=fill).to(tl.float32) * grad_scale

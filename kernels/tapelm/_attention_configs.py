@@ -47,6 +47,7 @@ BY_ARCHITECTURE: dict[tuple[str, str], Configs] = {
     # Tiles of 64 keys, the least that these matrix instructions take.
     ("sm_90", "keys"): {(2, 128, True): (32, 64, 8, 1)},
     ("sm_90", "queries"): {(2, 128, True): (64, 32, 8, 2)},
+    ("sm_100", "forward"): {(4, 256, True): (16, 16, 8, 3)},
     ("sm_100", "keys"): {(2, 128, False): (64, 64, 8, 1), (2, 128, True): (64, 64, 8, 1)},
     ("sm_100", "queries"): {
         (2, 128, False): (64, 64, 8, 1), (2, 128, True): (64, 64, 8, 2), (2, 256, False): (64, 32, 8, 1),
@@ -79,7 +80,7 @@ DESCRIBED: dict[tuple[str, str], Configs] = {
     },
     ("sm_90", "queries"): {
         (2, 64, False): (128, 64, 8, 2), (2, 128, False): (128, 64, 8, 2), (2, 128, True): (128, 64, 8, 2),
-        (2, 256, False): (64, 32, 8, 2), (2, 256, True): (64, 16, 8, 2),
+        (2, 256, False): (64, 32, 8, 2), (2, 256, True): (64, 16, 8, 3),
     },
     ("sm_100", "forward"): {
         (2, 64, False): (128, 128, 8, 2), (2, 64, True): (128, 64, 8, 3), (2, 128, False): (128, 128, 8, 2),
@@ -90,7 +91,7 @@ DESCRIBED: dict[tuple[str, str], Configs] = {
         (2, 256, False): (32, 64, 8, 1), (2, 256, True): (16, 64, 8, 1),
     },
     ("sm_100", "queries"): {
-        (2, 64, False): (128, 64, 8, 2), (2, 128, False): (128, 64, 8, 2), (2, 128, True): (128, 64, 8, 2),
+        (2, 64, False): (128, 64, 8, 2), (2, 128, False): (128, 64, 8, 2), (2, 128, True): (128, 64, 8, 3),
         (2, 256, False): (64, 32, 8, 2),
     },
 }  # fmt: skip

@@ -137,8 +137,14 @@ def attention_forward_kernel(
     largest = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    # Products of three TensorFloat-32 ones leave no registers for what LLVM would compute ahead of the loop.
+    # Heads of 128 have them, and spill on sm_90 if it does not.
+    IN_PLACE: tl.constexpr = PRECISION == "tf32x3" and BLOCK_D != 128
     for phase in tl.static_range(LAST + 1):
-        for first_key in range(unmasked if phase == LAST else 0, end if phase == LAST else unmasked, BLOCK_N):
+        for first_key in tl.range(
+            unmasked if phase == LAST else 0, end if phase == LAST else unmasked, BLOCK_N,
+            disable_licm=IN_PLACE,
+        ):  # fmt: skip
             s = first_key + tl.arange(0, BLOCK_N)
             k = _tile(k_ptr, b, key_head, first_key, k_strides[2], time, BLOCK_N, D, BLOCK_D, DESCRIPTORS)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * _LOG2E)
