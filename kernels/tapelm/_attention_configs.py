@@ -6,11 +6,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ._library import architecture
+from ._library import architecture, next_power_of_2
 from ._tuning import choose
 
 Config = tuple[int, int, int, int]
@@ -111,7 +110,7 @@ def launch_config(
     ``masked``: with dropout or document ids; ``described``: with tensor descriptors. Rows that are no
     multiple of 16 bytes take more registers for their addresses and count as masked.
     """
-    block_d = max(16, triton.next_power_of_2(width))
+    block_d = max(16, next_power_of_2(width))
     tile = max(64, block_d)
     name = architecture(device)
     name = RELATIVES.get(name, name)

@@ -148,6 +148,11 @@ def assumed_architecture(name: str) -> Iterator[None]:
         _assumed_architecture = before
 
 
+def next_power_of_2(size: int) -> int:
+    """The least power of two not below ``size``; Triton's own is typed as part of a kernel."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
 def processors(device: torch.device) -> int:
     """Multiprocessors of a CUDA device; a small fixed number for CPU tensors in Triton's interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

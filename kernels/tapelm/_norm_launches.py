@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ._library import architecture, processors
+from ._library import architecture, next_power_of_2, processors
 from ._norm_kernels import (
     norm_backward_kernel,
     norm_forward_kernel,
@@ -29,7 +29,7 @@ WEIGHTS = {"BLOCK_R": 8, "BLOCK_C": 256, "num_warps": 4}
 def forward_config(cols: int, architecture: str) -> Config:
     """Tile of BLOCK_R whole rows and its warps. Up to 1024 columns one warp has whole rows to itself, so
     that statistics need neither shared memory nor barriers; from there 8 or 16 elements per thread."""
-    block = max(32, triton.next_power_of_2(cols))
+    block = max(32, next_power_of_2(cols))
     if block <= 1024:
         # On sm_100 a row of 1024 with its weight and bias spills 8 bytes a thread of a single warp.
         warps = 2 if block == 1024 and architecture == "sm_100" else 1
@@ -39,13 +39,13 @@ def forward_config(cols: int, architecture: str) -> Config:
 
 def backward_config(cols: int) -> Config:
     """Tile of BLOCK_R whole rows and its warps: 16 elements per thread, few programs for few partial sums."""
-    block = max(32, triton.next_power_of_2(cols))
+    block = max(32, next_power_of_2(cols))
     rows = max(1, 2048 // block)
     return {"BLOCK_R": rows, "num_warps": max(4, rows * block // 512)}
 
 
 def _block(cols: int) -> int:
-    return max(32, triton.next_power_of_2(cols))
+    return max(32, next_power_of_2(cols))
 
 
 def _variant(x: Tensor, *parts: Tensor | None) -> tuple[int | bool, ...]:

@@ -41,6 +41,7 @@ from ._library import (
     check_tensors,
     draw_seed,
     forbid_second_derivative,
+    next_power_of_2,
     register_autograd,
     register_cuda,
     register_fake,
@@ -130,7 +131,7 @@ def launch_attention_backward(
     documents = (*_documents(document_ids), seed)
     strides = [x.stride()[:3] for x in (grad, q, k, v)]
     delta = torch.empty_like(lse)
-    block_d = max(16, triton.next_power_of_2(width))
+    block_d = max(16, next_power_of_2(width))
     block_m = max(1, 2048 // block_d)  # 16 elements a thread
     attention_delta_kernel[(batch * heads, triton.cdiv(time, block_m))](
         grad, out, delta, strides[0], out.stride()[:3], heads, time,

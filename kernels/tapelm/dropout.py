@@ -10,7 +10,7 @@ Shapes: x and y (...), float32 / bfloat16 (float16 on CUDA); seed (), int64.
 """
 
 # Triton's stubs do not know its own language and launch options.
-# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 

@@ -22,7 +22,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._library import check_probability, check_tensors, draw_seed, register_cuda, register_fake
+from ._library import (
+    check_probability,
+    check_tensors,
+    draw_seed,
+    next_power_of_2,
+    register_cuda,
+    register_fake,
+)
 from ._norm_kernels import drop
 from .dropout import dropout_reference, keep_scale, keep_threshold
 
@@ -91,7 +98,7 @@ def embedding_backward_kernel(
 
 def launch_config(cols: int) -> dict[str, int]:
     """Tile of rows and columns: 16 elements per thread."""
-    block = min(1024, max(32, triton.next_power_of_2(cols)))
+    block = min(1024, max(32, next_power_of_2(cols)))
     return {"BLOCK_R": 2048 // block, "BLOCK_C": block, "num_warps": 4}
 
 

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._library import check_tensors, register_cuda, register_fake
+from ._library import check_tensors, next_power_of_2, register_cuda, register_fake
 from ._tuning import choose
 
 
@@ -83,7 +83,7 @@ def rope_kernel(
 def launch_config(q: Tensor) -> dict[str, int]:
     """Tile of heads and half their width; 8 elements of each half per thread."""
     half = q.shape[3] // 2
-    block = max(16, triton.next_power_of_2(half))
+    block = max(16, next_power_of_2(half))
     tile = choose("rope", q.device, (q.itemsize, block), {"BLOCK_H": max(1, 512 // block), "num_warps": 2})
     return {"HALF": half, "BLOCK_D": block, **tile}
 
