@@ -70,6 +70,7 @@ def _train(config: TrainConfig, arguments: list[str] | None) -> int:
     shape = config.model(tokenizer.vocab_size)
     ops = load_ops(config.kernels)
     model = GPT(shape, ops, activation_checkpointing=config.activation_checkpointing).initialize(config.seed)
+    initial = [parameter.detach().clone() for parameter in model.parameters()]
     model.to(device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
     optimizer = ops.adamw(
         model.parameter_groups(config.weight_decay),
@@ -78,6 +79,10 @@ def _train(config: TrainConfig, arguments: list[str] | None) -> int:
         eps=config.eps,
         max_grad_norm=config.max_grad_norm,
     )
+    if precision == "bf16":
+        for parameter, value in zip(model.parameters(), initial, strict=True):
+            optimizer.set_master(parameter, value)  # type: ignore[attr-defined]
+    del initial
 
     checkpoints = config.out / "checkpoints"
     step, tokens, seconds, peak_memory, best_val_loss, digest = 0, 0, 0.0, 0, math.inf, ""

@@ -229,6 +229,23 @@ class AdamW(torch.optim.Optimizer):
         self._update()
         return loss
 
+    @torch.no_grad()
+    def set_master(self, p: Tensor, value: Tensor) -> None:
+        """Goes on from ``value``, of p's shape, in place of the float32 master of p; p becomes its rounded copy.
+
+        Made from a half-precision parameter, a master would begin with what the rounding of it has left.
+
+        Raises:
+            ValueError: p has no master here, or ``value`` another shape.
+        """
+        group = next((g for g in self.param_groups if any(q is p for q in g["params"])), None)
+        if group is None or not self._format(p, group)[1]:
+            raise ValueError("AdamW: set_master needs a half-precision parameter of this optimizer.")
+        if value.shape != p.shape:
+            raise ValueError(f"AdamW: value has shape {tuple(value.shape)}; p has {tuple(p.shape)}.")
+        self._state_of(p, group)["master"].copy_(value)
+        p.copy_(value)
+
     def _update(self) -> None:
         # One call of the op takes tensors that share hyperparameters, dtypes, device and step count.
         buckets: dict[tuple[Any, ...], list[tuple[Tensor, int]]] = defaultdict(list)

@@ -170,7 +170,10 @@ def _write(
     writer = ShardWriter(partial, encoding.vocab_size, encoding.end_of_text, shard_tokens, shards, record)
 
     def write(
-        position: Position, skip: int, encoded: Future[tuple[np.ndarray, np.ndarray]], before: Future[None] | None
+        position: Position,
+        skip: int,
+        encoded: Future[tuple[np.ndarray, np.ndarray]],
+        before: Future[None] | None,
     ) -> None:
         nonlocal current
         if before is not None:

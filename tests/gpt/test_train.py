@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from gpt import checkpoint
 from gpt.checkpoint import sha256_of
@@ -111,6 +112,22 @@ def test_resume_is_bit_exact_with_dropout(table: str, tiny_data: Path, tmp_path:
         # The session that ended after step 5 validated there, as eval_interval does.
         assert of_straight == of_halves
     assert summary(straight)["batches_sha256"] == summary(halves)["batches_sha256"]
+
+
+def test_bf16_starts_from_the_weights_of_fp32(tiny_data: Path, tmp_path: Path) -> None:
+    """Not from the masters of rounded ones: those train like another seed, percents away after a hundred steps."""
+    for precision in ("fp32", "bf16"):
+        options = {"precision": precision, "stop_after": 1, "learning_rate": 1e-12, "weight_decay": 0.0}
+        train(tiny(tiny_data, tmp_path / precision, **options))
+    last = "checkpoints/step-00000001"
+    exact = load_file(tmp_path / "fp32" / last / "model.safetensors")
+    masters = load_file(tmp_path / "bf16" / last / "optimizer.safetensors")
+    for name, value in exact.items():
+        assert any(
+            torch.allclose(value, other, atol=1e-9)
+            for other in masters.values()
+            if other.shape == value.shape
+        )
 
 
 @pytest.mark.parametrize("precision", ("bf16", "bf16-autocast"))

@@ -98,6 +98,26 @@ def test_bfloat16_follows_its_float32_master(device):
         assert torch.equal(a, ours.state[a]["master"].bfloat16())
 
 
+def test_a_master_can_begin_unrounded(device):
+    full = parameters(torch.float32, device)
+    half = [torch.nn.Parameter(torch.zeros_like(p, dtype=torch.bfloat16)) for p in full]
+    ours, peer = tapelm.AdamW(half, **SETTINGS), torch.optim.AdamW(full, **SETTINGS)
+    for a, b in zip(half, full, strict=True):
+        ours.set_master(a, b.detach())
+        assert torch.equal(a, b.bfloat16()) and torch.equal(ours.state[a]["master"], b)
+    set_gradients(half)
+    for a, b in zip(half, full, strict=True):
+        b.grad = a.grad.float()
+    ours.step()
+    peer.step()
+    for a, b in zip(half, full, strict=True):
+        torch.testing.assert_close(ours.state[a]["master"], b, rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match="half-precision parameter of this optimizer"):
+        ours.set_master(full[0], full[0].detach())
+    with pytest.raises(ValueError, match="value has shape"):
+        ours.set_master(half[0], torch.zeros(3))
+
+
 @pytest.mark.parametrize("scale", [1e-3, 10.0])
 def test_clipping_equals_torch(scale, device):
     # Two groups and two dtypes, clipped together.
