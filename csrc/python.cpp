@@ -282,7 +282,12 @@ PYBIND11_MODULE(_text, m) {
         py::arg("first_line"), py::arg("end_of_text"), py::arg("token_bytes"));
   m.def("encode_pieces", &encode_pieces_block, py::arg("bpe"), py::arg("pieces"), py::arg("places"), py::arg("ends"),
         py::arg("continued"), py::arg("end_of_text"), py::arg("token_bytes"));
-  m.def("text_field", [](const py::bytes& line) { return py::str(text_field(view_of(line))); }, py::arg("line"));
+  m.def("text_field",
+        [](const py::bytes& line) {
+          std::string unescaped;
+          return py::str(text_field(view_of(line), unescaped));
+        },
+        py::arg("line"));
   m.def("safe_cut",
         [](const py::bytes& text, const std::vector<std::string>& specials) {
           return safe_cut(view_of(text), specials);

@@ -81,16 +81,16 @@ TokenBlock encode_lines(const Bpe& bpe, std::string_view lines, TokenFormat form
     rows.push_back(lines.substr(from, end - from));
     from = end + 1;
   }
-  std::vector<std::string> texts(rows.size());
+  std::vector<std::string_view> texts(rows.size());
+  std::vector<std::string> unescaped(rows.size());
   for (size_t i = 0; i < rows.size(); ++i) {
     try {
-      texts[i] = text_field(rows[i]);
+      texts[i] = text_field(rows[i], unescaped[i]);
     } catch (const std::invalid_argument& fault) {
       throw std::invalid_argument(place(i) + " " + fault.what());
     }
   }
-  const std::vector<std::string_view> views(texts.begin(), texts.end());
-  return encode(bpe, views, std::vector<bool>(views.size(), true), false, format, place);
+  return encode(bpe, texts, std::vector<bool>(texts.size(), true), false, format, place);
 }
 
 TokenBlock encode_pieces(const Bpe& bpe, std::span<const std::string_view> pieces, const std::vector<bool>& ends,

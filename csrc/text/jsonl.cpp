@@ -1,5 +1,6 @@
 #include "jsonl.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <optional>
@@ -13,16 +14,24 @@ constexpr const char* kInvalid = "is not valid JSON";
 
 [[noreturn]] void fail(const std::string& what) { throw std::invalid_argument(what); }
 
+constexpr size_t kBlock = 64;  // bytes looked at in one go
 using Sixteen [[gnu::vector_size(16)]] = uint8_t;
 
-// Whether one of sixteen bytes ends a run of plain characters in a JSON string.
+// Whether a block has a byte that ends a run of plain characters in a JSON string.
 bool ends_run(const char* p) {
-  Sixteen bytes;
-  std::memcpy(&bytes, p, sizeof bytes);
-  const auto ends = (bytes == '"') | (bytes == '\\') | (bytes < 0x20);
+  Sixteen bytes[kBlock / sizeof(Sixteen)], ends{};
+  std::memcpy(bytes, p, kBlock);
+  for (const Sixteen& b : bytes) ends |= (b == '"') | (b == '\\') | (b < 0x20);
   uint64_t halves[2];
   std::memcpy(halves, &ends, sizeof halves);
   return (halves[0] | halves[1]) != 0;
+}
+
+bool is_ascii(const uint8_t* p) {
+  uint64_t words[kBlock / 8], any = 0;
+  std::memcpy(words, p, kBlock);
+  for (const uint64_t word : words) any |= word;
+  return (any & 0x8080808080808080ull) == 0;
 }
 
 // Bytes of the UTF-8 character at p, 0 where there is none.
@@ -57,17 +66,19 @@ class Reader {
  public:
   explicit Reader(std::string_view line) : p_(line.data()), end_(line.data() + line.size()) {}
 
-  std::string text() {
+  // In the line itself, or where it has escapes, in `unescaped`.
+  std::string_view text(std::string& unescaped) {
     space();
-    std::optional<std::string> found;
+    std::optional<std::string_view> found;
     bool lone = false;
     if (peek() == '{') {
       object([&](const std::string& name) {
         if (name != "text") return value(1);
         found.reset();
         if (peek() != '"') return value(1);
-        found.emplace().reserve(static_cast<size_t>(end_ - p_));
-        lone = string(&*found);
+        std::string_view whole;
+        lone = string(&unescaped, &whole);
+        found = whole.data() != nullptr ? whole : std::string_view(unescaped);
       });
     } else {
       value(0);
@@ -76,7 +87,7 @@ class Reader {
     if (p_ != end_) fail(kInvalid);
     if (!found) fail("has no \"text\" that is a string");
     if (lone) fail("contains a lone surrogate (half of a UTF-16 pair) in its \"text\", which is no character");
-    return *std::move(found);
+    return *found;
   }
 
  private:
@@ -153,15 +164,21 @@ class Reader {
     }
   }
 
-  // Reads a string into `out`, if any; true when it holds half of a UTF-16 pair.
-  bool string(std::string* out) {
+  // Reads a string into `out`, if any; true when it holds half of a UTF-16 pair. One without escapes is left where it
+  // is, if `whole` is there to say so.
+  bool string(std::string* out, std::string_view* whole = nullptr) {
     if (out != nullptr) out->clear();
     bool lone = false;
     expect('"');
+    const char* const begin = p_;
     while (true) {
       const char* from = p_;
-      while (end_ - p_ >= 16 && !ends_run(p_)) p_ += 16;
+      while (end_ - p_ >= static_cast<ptrdiff_t>(kBlock) && !ends_run(p_)) p_ += kBlock;
       while (p_ < end_ && *p_ != '"' && *p_ != '\\' && static_cast<uint8_t>(*p_) >= 0x20) ++p_;
+      if (from == begin && whole != nullptr && peek() == '"') {
+        *whole = {begin, static_cast<size_t>(p_++ - begin)};
+        return false;
+      }
       if (out != nullptr) out->append(from, p_);
       if (accept('"')) return lone;
       expect('\\');
@@ -221,26 +238,24 @@ size_t valid_utf8(std::string_view text) {
   const auto* bytes = reinterpret_cast<const uint8_t*>(text.data());
   size_t at = 0;
   while (at < text.size()) {
-    uint64_t eight = 0;
-    if (text.size() - at >= 8) {
-      std::memcpy(&eight, bytes + at, 8);
-      if ((eight & 0x8080808080808080ull) == 0) {
-        at += 8;
-        continue;
-      }
+    if (text.size() - at >= kBlock && is_ascii(bytes + at)) {
+      at += kBlock;
+      continue;
     }
-    const size_t length = character(bytes + at, text.size() - at);
-    if (length == 0) break;
-    at += length;
+    for (const size_t end = std::min(at + kBlock, text.size()); at < end;) {
+      const size_t length = character(bytes + at, text.size() - at);
+      if (length == 0) return at;
+      at += length;
+    }
   }
   return at;
 }
 
-std::string text_field(std::string_view line) {
+std::string_view text_field(std::string_view line, std::string& unescaped) {
   const size_t valid = valid_utf8(line);
   if (valid != line.size()) fail("is not UTF-8 at its byte " + std::to_string(valid));
   if (line.starts_with("\xEF\xBB\xBF")) line.remove_prefix(3);
-  return Reader(line).text();
+  return Reader(line).text(unescaped);
 }
 
 }  // namespace tapelm::text

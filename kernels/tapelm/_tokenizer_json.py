@@ -233,15 +233,11 @@ def _read_specials(added: Any) -> dict[str, int]:
 
 
 def _read_tokens(vocab: dict[str, Any], specials: dict[str, int]) -> list[bytes]:
-    token_of: dict[int, str] = {}
-    for token, index in [*vocab.items(), *specials.items()]:
-        if type(index) is not int or index < 0:
-            raise ValueError(f"has the token {token!r} with the id {index!r}")
-        known = token_of.setdefault(index, token)
-        if known != token:
-            raise ValueError(f"gives the id {index} to both {known!r} and {token!r}")
-        if vocab.get(token, index) != index:
-            raise ValueError(f"has the token {token!r} with the ids {vocab.get(token)} and {index}")
+    every = {**vocab, **specials}
+    token_of = {index: token for token, index in every.items()}
+    ids = set(map(type, every.values())) == {int} and min(token_of) >= 0 and len(token_of) == len(every)
+    if not ids or any(vocab.get(token, index) != index for token, index in specials.items()):
+        raise ValueError(_bad_id(vocab, specials))
     missing = next(index for index in range(len(token_of) + 1) if index not in token_of)
     require(missing == len(token_of), f"has no token with the id {missing}, but higher ids")
     texts = [token_of[index] for index in range(len(token_of))]
@@ -252,8 +248,8 @@ def _read_tokens(vocab: dict[str, Any], specials: dict[str, int]) -> list[bytes]
     except UnicodeEncodeError:
         raise ValueError(_no_byte(plain)) from None
     tokens, begin = [], 0
-    for index, (text, own) in enumerate(zip(texts, plain, strict=True)):
-        require(text != "", f"has an empty token (id {index})")
+    require("" not in every, f"has an empty token (id {every.get('')})")
+    for text, own in zip(texts, plain, strict=True):
         tokens.append(content[begin : begin + len(own)] if own else text.encode())
         begin += len(own)
     for byte, character in enumerate(CHARACTER_OF_BYTE):
@@ -261,6 +257,20 @@ def _read_tokens(vocab: dict[str, Any], specials: dict[str, int]) -> list[bytes]
             character in vocab, f"has no token for byte {byte} ({character!r}): its vocabulary is incomplete"
         )
     return tokens
+
+
+def _bad_id(vocab: dict[str, Any], specials: dict[str, int]) -> str:
+    """What is wrong with the first token whose id is none, or that of another token."""
+    token_of: dict[int, str] = {}
+    for token, index in [*vocab.items(), *specials.items()]:
+        if type(index) is not int or index < 0:
+            return f"has the token {token!r} with the id {index!r}"
+        known = token_of.setdefault(index, token)
+        if known != token:
+            return f"gives the id {index} to both {known!r} and {token!r}"
+        if vocab.get(token, index) != index:
+            return f"has the token {token!r} with the ids {vocab.get(token)} and {index}"
+    raise AssertionError("every token has an id of its own")
 
 
 def _no_byte(tokens: list[str]) -> str:

@@ -231,7 +231,7 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def set_master(self, p: Tensor, value: Tensor) -> None:
-        """Goes on from ``value``, of p's shape, in place of the float32 master of p; p becomes its rounded copy.
+        """Goes on from ``value``, of p's shape, in place of the float32 master of p, and rounds it to p.
 
         Made from a half-precision parameter, a master would begin with what the rounding of it has left.
 

@@ -1,8 +1,8 @@
 """Files into token shards: streamed, on all cores, and continued where a killed run stopped.
 
-One thread finds blocks of input, the C++ encoder (csrc/text/encode_files.h) turns one on every core into tokens,
-and another thread writes and hashes these in order. Shards grow in OUT.partial; its journal.jsonl says for every
-finished shard where in the inputs encoding goes on after it.
+One thread finds blocks of input, the C++ encoder (csrc/text/encode_files.h) turns one on every core into
+tokens, and another thread writes and hashes these in order. Shards grow in OUT.partial; its journal.jsonl
+says for every finished shard where in the inputs encoding goes on after it.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Token shards on disk; the Python face of csrc/text/shards.h, which has the layout of a shard file.
 
 A shard directory holds `shard-00000.bin`, ... and `manifest.json` with the counts of every shard, which are
-those of its header, and the SHA-256 of all behind the header: tokens are hashed as they are written, and counts
-are known at the end. The shards of a directory are one sequence of tokens in which every document ends with the
-end-of-text token.
+those of its header, and the SHA-256 of all behind the header: tokens are hashed as they are written, and
+counts are known at the end. The shards of a directory are one sequence of tokens in which every document ends
+with the end-of-text token.
 """
 
 from __future__ import annotations

@@ -15,9 +15,11 @@ Texts are str or bytes, and `decode_bytes(encode(x))` gives the bytes of x alway
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,18 @@ from tapelm._rank_files import ranks_of
 from tapelm._tokenizer_files import check_arguments, has_rank_suffix, read_tokenizer_file, tokenizer_file
 from tapelm._tokenizer_json import CHARACTER_OF_BYTE, new_config, read_config
 from tapelm.encode_files import Encoding, encode_files
+
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """No garbage collection: of the many small objects of a vocabulary, each few hundred set it off."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 class Tokenizer:
@@ -125,7 +139,8 @@ class Tokenizer:
         check_arguments(pretokenizer, special_tokens)
         file = tokenizer_file(Path(path))
         try:
-            return cls(read_tokenizer_file(file, pretokenizer, special_tokens))
+            with _collector_paused():
+                return cls(read_tokenizer_file(file, pretokenizer, special_tokens))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{file}: {error}") from error
 

@@ -115,14 +115,14 @@ def test_resume_is_bit_exact_with_dropout(table: str, tiny_data: Path, tmp_path:
 
 
 def test_bf16_starts_from_the_weights_of_fp32(tiny_data: Path, tmp_path: Path) -> None:
-    """Not from the masters of rounded ones: those train like another seed, percents away after a hundred steps."""
+    """Not from the rounded ones: those train like another seed, percents away after a hundred steps."""
     for precision in ("fp32", "bf16"):
         options = {"precision": precision, "stop_after": 1, "learning_rate": 1e-12, "weight_decay": 0.0}
         train(tiny(tiny_data, tmp_path / precision, **options))
     last = "checkpoints/step-00000001"
     exact = load_file(tmp_path / "fp32" / last / "model.safetensors")
     masters = load_file(tmp_path / "bf16" / last / "optimizer.safetensors")
-    for name, value in exact.items():
+    for value in exact.values():
         assert any(
             torch.allclose(value, other, atol=1e-9)
             for other in masters.values()
