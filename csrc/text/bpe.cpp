@@ -45,6 +45,7 @@ Bpe::Bpe(BpeModel model) : model_(std::move(model)) {
   check_merges(is_special);
   merger_ = std::make_unique<Merger>(byte_ids, model_.merges);
   seed();
+  give_back(borrow());  // the first call finds its state in memory that is there
 }
 
 void Bpe::check_merges(const std::vector<bool>& is_special) const {
