@@ -1,5 +1,6 @@
 #include "split_ascii.h"
 
+#include <array>
 #include <bit>
 #include <cstring>
 
@@ -13,13 +14,6 @@ namespace tapelm::text {
 
 #ifdef TAPELM_TEXT_AVX2
 
-#ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx2,bmi,bmi2,lzcnt,popcnt"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,bmi,bmi2,lzcnt,popcnt")
-#endif
-namespace avx2 {
 namespace {
 
 constexpr size_t kBlock = 64;
@@ -30,6 +24,17 @@ constexpr size_t kMaxOffset = size_t{1} << 31;  // ends must fit into 32 bits
 struct Masks {
   uint64_t letter = 0, digit = 0, space = 0, blank = 0, apostrophe = 0, high = 0;
 };
+
+}  // namespace
+
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,bmi,bmi2,lzcnt,popcnt"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,bmi,bmi2,lzcnt,popcnt")
+#endif
+namespace avx2 {
+namespace {
 
 template <int shift>
 inline void classify_half(const uint8_t* p, Masks& masks) {
@@ -52,98 +57,88 @@ inline void classify_half(const uint8_t* p, Masks& masks) {
   masks.high |= bits(bytes);
 }
 
-// Bytes of the contraction at the apostrophe p, or 0.
-inline uint32_t contraction(const uint8_t* p) {
-  const uint8_t a = p[1], b = p[2];
-  if (a == 's' || a == 't' || a == 'm' || a == 'd') return 2;
-  return (a == 'r' && b == 'e') || (a == 'v' && b == 'e') || (a == 'l' && b == 'l') ? 3 : 0;
+inline Masks classify(const uint8_t* block) {
+  Masks masks;
+  classify_half<0>(block, masks);
+  classify_half<32>(block + 32, masks);
+  return masks;
 }
 
-inline bool is_space(uint8_t byte) { return byte == ' ' || static_cast<uint8_t>(byte - '\t') < 5; }
-
-// A word begins where the class changes, with these exceptions: a blank belongs to the letters, digits or others that
-// follow it; of a run of white space only the last character may be a word's beginning besides the first; and a
-// contraction ends after its letters.
-size_t split_gpt2(const uint8_t* begin, const uint8_t* end, const uint8_t* base, uint32_t* ends, size_t capacity) {
-  uint8_t tail[2 * kBlock];
-  uint32_t* write = ends;
-  const uint32_t* const full = ends + (capacity - kSplitSlack);
-  const auto total = static_cast<size_t>(end - begin);
-  const auto origin = static_cast<uint32_t>(begin - base);
-  Masks before;             // of the last block, of which only the highest bits matter
-  uint64_t forced = 0;      // beginnings in the next block that a contraction asks for
-  uint64_t suppressed = 1;  // and beginnings that it takes away; the first word's own beginning ends no word
-  uint64_t at_begin = 1;    // yet an apostrophe there may begin a contraction
-  for (size_t offset = 0; write <= full && offset < kMaxOffset; offset += kBlock) {
-    const size_t left = total - offset;
-    const uint8_t* block = begin + offset;
-    if (left < kBlock + kLookAhead) {
-      std::memset(tail, ' ', sizeof tail);  // the end of the text acts like white space
-      std::memcpy(tail, block, left);
-      block = tail;
+// Writes place + the number of every bit that is set, and up to seven values more.
+inline void write_places(uint64_t bits, uint32_t place, uint32_t* write) {
+  for (auto left = std::popcount(bits); left > 0; left -= 8) {
+    for (size_t k = 0; k < 8; ++k) {
+      *write++ = place + static_cast<uint32_t>(_tzcnt_u64(bits));
+      bits = _blsr_u64(bits);
     }
-    Masks now;
-    classify_half<0>(block, now);
-    classify_half<32>(block + 32, now);
-    const auto previous = [](uint64_t mask, uint64_t mask_before) { return mask << 1 | mask_before >> 63; };
-    const uint64_t other = ~(now.letter | now.digit | now.space);
-    const uint64_t other_before = ~(before.letter | before.digit | before.space);
-    const uint64_t same = (now.letter & previous(now.letter, before.letter)) |
-                          (now.digit & previous(now.digit, before.digit)) | (other & previous(other, other_before));
-    const uint64_t last_of_run = ~now.space >> 1 | static_cast<uint64_t>(!is_space(block[kBlock])) << 63;
-    uint64_t starts = (~now.space & ~same & ~previous(now.blank, before.blank)) |
-                      (now.space & (~previous(now.space, before.space) | last_of_run));
-    uint64_t quotes = now.apostrophe & (starts | at_begin);
-    starts = (starts & ~suppressed) | forced;
-    forced = suppressed = at_begin = 0;
-    for (; quotes != 0; quotes &= quotes - 1) {
-      const auto at = static_cast<uint32_t>(std::countr_zero(quotes));
-      const uint32_t length = contraction(block + at);
-      if (length == 0) continue;
-      if (at + 1 < kBlock) {
-        starts &= ~(2ull << at);
-      } else {
-        suppressed = 1;
-      }
-      if (at + length < kBlock) {
-        starts |= 1ull << (at + length);
-      } else {
-        forced |= 1ull << (at + length - kBlock);
-      }
-    }
-    // Beginnings at the end of the text are none; what is just before a non-ASCII character depends on its class.
-    uint64_t valid = block[kBlock] < 0x80 ? ~0ull : ~0ull >> 1;
-    if (left < kBlock) valid = (1ull << left) - 1;
-    if (now.high != 0) valid &= ((now.high & -now.high) - 1) >> 1;
-    starts &= valid;
-    const auto place = origin + static_cast<uint32_t>(offset);
-    const auto count = static_cast<size_t>(std::popcount(starts));
-    for (size_t i = 0; i < count; i += 8) {
-      for (size_t k = 0; k < 8; ++k) {
-        write[i + k] = place + static_cast<uint32_t>(_tzcnt_u64(starts));
-        starts = _blsr_u64(starts);
-      }
-    }
-    write += count;
-    if (now.high != 0) break;
-    if (left <= kBlock) {
-      *write++ = origin + static_cast<uint32_t>(total);
-      break;
-    }
-    before = now;
   }
-  return static_cast<size_t>(write - ends);
 }
+
+#include "split_ascii.inl"
 
 }  // namespace
 }  // namespace avx2
+#ifdef __clang__
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx512bw,avx512vl,avx512vbmi2,bmi,bmi2,lzcnt,popcnt"))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512bw,avx512vl,avx512vbmi2,bmi,bmi2,lzcnt,popcnt")
+#endif
+namespace avx512 {
+namespace {
+
+inline Masks classify(const uint8_t* block) {
+  const __m512i bytes = _mm512_loadu_si512(block);
+  const auto in_range = [](__m512i v, int first, int count) {
+    return _mm512_cmplt_epu8_mask(_mm512_sub_epi8(v, _mm512_set1_epi8(static_cast<char>(first))),
+                                  _mm512_set1_epi8(static_cast<char>(count)));
+  };
+  Masks masks;
+  masks.letter = in_range(_mm512_or_si512(bytes, _mm512_set1_epi8(0x20)), 'a', 26);
+  masks.digit = in_range(bytes, '0', 10);
+  masks.blank = _mm512_cmpeq_epi8_mask(bytes, _mm512_set1_epi8(' '));
+  masks.space = masks.blank | in_range(bytes, '\t', 5);
+  masks.apostrophe = _mm512_cmpeq_epi8_mask(bytes, _mm512_set1_epi8('\''));
+  masks.high = _mm512_movepi8_mask(bytes);
+  return masks;
+}
+
+// Writes place + the number of every bit that is set, and up to 15 values more.
+inline void write_places(uint64_t bits, uint32_t place, uint32_t* write) {
+  alignas(64) static constexpr auto kNumbers = [] {
+    std::array<uint8_t, 64> numbers{};
+    for (size_t i = 0; i < numbers.size(); ++i) numbers[i] = static_cast<uint8_t>(i);
+    return numbers;
+  }();
+  const __m512i set = _mm512_maskz_compress_epi8(bits, _mm512_load_si512(kNumbers.data()));
+  const auto sixteen = [&](__m128i numbers, uint32_t* to) {
+    const __m512i first = _mm512_set1_epi32(static_cast<int>(place));
+    _mm512_storeu_si512(to, _mm512_add_epi32(_mm512_cvtepu8_epi32(numbers), first));
+  };
+  const auto count = std::popcount(bits);
+  sixteen(_mm512_castsi512_si128(set), write);
+  if (count <= 16) return;
+  sixteen(_mm512_extracti32x4_epi32(set, 1), write + 16);
+  if (count <= 32) return;
+  sixteen(_mm512_extracti32x4_epi32(set, 2), write + 32);
+  sixteen(_mm512_extracti32x4_epi32(set, 3), write + 48);
+}
+
+#include "split_ascii.inl"
+
+}  // namespace
+}  // namespace avx512
 #ifdef __clang__
 #pragma clang attribute pop
 #else
 #pragma GCC pop_options
 #endif
 
-AsciiSplitter gpt2_ascii_splitter() { return use_avx2() ? avx2::split_gpt2 : nullptr; }
+AsciiSplitter gpt2_ascii_splitter() {
+  return use_avx512() ? avx512::split_gpt2 : use_avx2() ? avx2::split_gpt2 : nullptr;
+}
 
 #else
 
