@@ -7,7 +7,7 @@ SECONDS ?= 60
 FUZZERS := text shards
 TEXT := $(wildcard csrc/text/*.cpp)
 TEXT_OBJECTS := $(patsubst csrc/%.cpp,build/sanitize/%.o,$(TEXT) csrc/python.cpp)
-HEADERS := $(wildcard csrc/text/*.h)
+HEADERS := $(wildcard csrc/text/*.h csrc/text/*.inl)
 SANITIZERS = -O1 -g -std=c++20 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 
 CUDA := $(BIN)/../lib/python*/site-packages/nvidia/cu13
@@ -19,7 +19,7 @@ CUDA_TARGETS := $(foreach sm,80 90 100,-gencode arch=compute_$(sm),code=sm_$(sm)
 setup: .venv/.installed
 
 # numpy, setuptools and ninja come first so that the extension builds against the torch of this environment.
-.venv/.installed: pyproject.toml constraints.txt setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*.inl csrc/text/*.cpp csrc/text/*.h csrc/cuda/*)
+.venv/.installed: pyproject.toml constraints.txt setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*.inl csrc/text/*.cpp csrc/text/*.h csrc/text/*.inl csrc/cuda/*)
 	test -x $(PY) || $(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet -c constraints.txt torch setuptools wheel ninja numpy
 	$(PY) -m pip install --quiet --no-build-isolation -c constraints.txt -e ".[dev]"

@@ -151,8 +151,9 @@ def test_many_different_words_overflow_no_cache() -> None:
     assert tokenizer.decode(np.concatenate(again)) == "".join(pieces)
 
 
-def test_every_instruction_set_gives_the_same_ids(tmp_path: Path) -> None:
-    """This process uses what the CPU has, the other one nothing beyond the compiler's baseline."""
+@pytest.mark.parametrize("lower", ["generic", "avx2"])
+def test_every_instruction_set_gives_the_same_ids(tmp_path: Path, lower: str) -> None:
+    """This process uses what the CPU has, the other one less."""
     texts = [*strings(10, 3000), " ".join(strings(11, 2000)), *("word " * n for n in range(1, 40))]
     Tokenizer.train(texts, 700).save(tmp_path / "tokenizer.json")
     (tmp_path / "texts").write_bytes(b"\xff".join(text.encode() for text in texts))
@@ -167,7 +168,7 @@ for text in pathlib.Path(sys.argv[1], "texts").read_bytes().split(b"\\xff"):
         [sys.executable, "-c", code, str(tmp_path)],
         capture_output=True,
         text=True,
-        env=os.environ | {"TAPELM_ISA": "generic", "PYTHONPATH": str(Path(_text.__file__).parents[1])},
+        env=os.environ | {"TAPELM_ISA": lower, "PYTHONPATH": str(Path(_text.__file__).parents[1])},
         timeout=120,
         check=True,
     )
