@@ -85,7 +85,7 @@ def test_both_tables_see_the_same_batches_and_agree(tiny_data: Path, tmp_path: P
 @pytest.mark.slow
 def test_seed_model_keeps_the_losses_of_plain_for_50_steps(tiny_data: Path, tmp_path: Path) -> None:
     """Layers, heads and width of the `seed` preset, float32, no dropout."""
-    seed = preset("seed")
+    seed = preset("seed", data=tiny_data, out=tmp_path)
     size = {"n_layer": seed.n_layer, "n_head": seed.n_head, "n_embd": seed.n_embd, "dropout": 0.0}
     losses = []
     for table in TABLES:
