@@ -16,15 +16,8 @@ except ImportError:
     )
 
 # OpenMP is compiled in but not linked: torch's runtime, already loaded, serves both with one thread pool.
-FLAGS = [
-    "-O3",
-    "-g0",
-    "-std=c++20",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-ffp-contract=fast",
-    "-Wno-psabi",
-]
+FLOATS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+FLAGS = ["-O3", "-g0", "-std=c++20", "-Wno-psabi", *FLOATS]
 TORCH_INCLUDE = str(Path(torch.__file__).parent / "include")
 # A module linked to CUDA loads only beside it.
 CUDA = torch.version.cuda is not None and CUDA_HOME is not None

@@ -110,11 +110,19 @@ def load_model(path: Path, *, kernels: str = "auto", device: str = "cpu") -> tup
 
 
 def newest(root: Path) -> Path | None:
-    """The newest valid checkpoint under `root`, or None; one line names every corrupt one it stepped over."""
-    for path in reversed(_steps(root)):
+    """The newest valid checkpoint under `root`, None where there is none; names every corrupt one on the way.
+
+    Raises UserError when all are corrupt: beginning anew would bury what may be left of the run.
+    """
+    steps = _steps(root)
+    for path in reversed(steps):
         try:
             verify(path)
         except UserError as error:
+            if path == steps[0]:
+                raise UserError(
+                    f"{error}, and no older one is whole: start afresh in another --out"
+                ) from error
             print(f"warning: {error}; falling back to the previous checkpoint", file=sys.stderr)
             continue
         return path

@@ -113,8 +113,8 @@ def prepare_output(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise UserError(f"cannot write {path}: {error.filename} is not a directory") from error
-    if path.is_dir():
-        raise UserError(f"cannot write {path}: it is a directory")
+    if path.exists() and not path.is_file():
+        raise UserError(f"cannot write {path}: it is {'a directory' if path.is_dir() else 'no regular file'}")
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from gpt.checkpoint import sha256_of
 from gpt.cli import UserError
 from gpt.config import TrainConfig
 from tapelm import Tokenizer, TokenLoader
@@ -57,6 +58,14 @@ def check_shards(data: Path, tokenizer: Tokenizer) -> None:
                 f"{data / split} was encoded with {vocab_size} token ids, but {data / 'tokenizer.json'} has "
                 f"{tokenizer.vocab_size}: run python -m data.prepare again"
             )
+    card = data / "data_card.json"
+    outputs = json.loads(card.read_text(encoding="utf-8"))["outputs"] if card.is_file() else {}
+    made = outputs.get("tokenizer.json", {}).get("sha256")
+    if made not in (None, sha256_of(data / "tokenizer.json")):
+        raise UserError(
+            f"{data / 'tokenizer.json'} is not the one that the shards were made with: "
+            "run python -m data.prepare again"
+        )
 
 
 def fixed_batches(config: TrainConfig, device: torch.device) -> list[Batch]:

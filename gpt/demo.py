@@ -24,7 +24,8 @@ from pathlib import Path
 from rich.console import Console
 
 from gpt.cli import UserError, parse_options, run_program, write_atomically
-from gpt.config import PRESETS
+from gpt.config import PRESETS, preset
+from gpt.hardware import pick_device, set_threads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,14 +188,19 @@ def main(arguments: list[str]) -> int:
     config = parse_options(DemoConfig, arguments, prog="python -m gpt.demo")
     if config.preset not in PRESETS:
         raise UserError(f"unknown preset {config.preset!r}; choose one of: {', '.join(PRESETS)}")
-    for name in ("threads", "max_new_tokens", "evaluate_bytes"):
+    for name in ("max_new_tokens", "evaluate_bytes"):
         if getattr(config, name) < 0:
             raise UserError(f"{name} must not be negative, got {getattr(config, name)}")
+    data = config.data or config.out / "data"
+    # What a stage would refuse is refused before anything of an earlier call is removed.
+    steps = {} if config.max_steps is None else {"max_steps": config.max_steps}
+    preset(config.preset, data=data, out=config.out, **steps)
+    pick_device(config.device)
+    set_threads(config.threads)
     console = Console(stderr=True, highlight=False)
     stamps = config.out / "stages"
     stamps.mkdir(parents=True, exist_ok=True)
     console.print("data, train plain, train optimized, evaluate, generate, report: minutes on two cores")
-    data = config.data or config.out / "data"
     if config.data is None:
         prepare = ["--source", "packages", "--out", str(data)]
         output = data / "data_card.json"

@@ -67,7 +67,11 @@ ROWS = (
 
 
 # What files written by an earlier version lack.
-NEEDED = {"summary": ("date",), "evaluation": ("max_bytes",), "sample": ("ms_per_token",)}
+NEEDED = {
+    "summary": ("date", "model", "config"),
+    "evaluation": ("max_bytes", "step"),
+    "sample": ("ms_per_token",),
+}
 
 
 def read_run(directory: Path) -> dict[str, Any]:
@@ -90,6 +94,17 @@ def build(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
     scored = [{key: runs[name]["evaluation"][key] for key in ("split", "max_bytes")} for name in RUNS]
     if scored[0] != scored[1]:
         raise UserError(f"the runs were evaluated on different text: {scored[0]} and {scored[1]}")
+    summaries = {name: runs[name]["summary"] for name in RUNS}
+    for name in RUNS:
+        if (kernels := summaries[name]["config"]["kernels"]) != name:
+            raise UserError(f"--{name} is a run with --kernels {kernels}")
+        if (evaluated := runs[name]["evaluation"]["step"]) != (trained := runs[name]["metrics"][-1]["step"]):
+            raise UserError(
+                f"{name} was evaluated at step {evaluated} and trained to {trained}: evaluate again"
+            )
+    models = [{**summaries[name]["model"], "seed": summaries[name]["config"]["seed"]} for name in RUNS]
+    if models[0] != models[1]:
+        raise UserError(f"the runs are of different models: {models[0]} and {models[1]}")
     table = []
     for row in ROWS:
         numbers = {}
@@ -100,7 +115,6 @@ def build(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
             numbers[name] = float(value)
         ratio = numbers["optimized"] / numbers["plain"] if numbers["plain"] else None
         table.append({"metric": row.label, **numbers, "ratio": ratio})
-    summaries = {name: runs[name]["summary"] for name in RUNS}
     return {
         "dates": {name: summaries[name]["date"] for name in RUNS},
         "machine": f"{summaries['plain']['device']}, {platform.system()} {platform.machine()}",

@@ -1,6 +1,7 @@
 #include "jsonl.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 #include <cstring>
 #include <optional>
@@ -17,14 +18,24 @@ constexpr const char* kInvalid = "is not valid JSON";
 constexpr size_t kBlock = 64;  // bytes looked at in one go
 using Sixteen [[gnu::vector_size(16)]] = uint8_t;
 
-// Whether a block has a byte that ends a run of plain characters in a JSON string.
-bool ends_run(const char* p) {
-  Sixteen bytes[kBlock / sizeof(Sixteen)], ends{};
-  std::memcpy(bytes, p, kBlock);
-  for (const Sixteen& b : bytes) ends |= (b == '"') | (b == '\\') | (b < 0x20);
-  uint64_t halves[2];
-  std::memcpy(halves, &ends, sizeof halves);
-  return (halves[0] | halves[1]) != 0;
+Sixteen ends_of_runs(const char* p) {
+  Sixteen bytes;
+  std::memcpy(&bytes, p, sizeof bytes);
+  return (bytes == '"') | (bytes == '\\') | (bytes < 0x20);
+}
+
+// Where a run of plain characters of a JSON string ends, at a quote, a backslash, a control character or at `end`.
+const char* end_of_run(const char* p, const char* end) {
+  for (; end - p >= static_cast<ptrdiff_t>(sizeof(Sixteen)); p += sizeof(Sixteen)) {
+    const Sixteen ends = ends_of_runs(p);
+    uint64_t halves[2];
+    std::memcpy(halves, &ends, sizeof halves);
+    if ((halves[0] | halves[1]) == 0) continue;
+    const int bits = halves[0] != 0 ? std::countr_zero(halves[0]) : 64 + std::countr_zero(halves[1]);
+    return p + bits / 8;  // little-endian, as shards.cpp demands
+  }
+  while (p < end && *p != '"' && *p != '\\' && static_cast<uint8_t>(*p) >= 0x20) ++p;
+  return p;
 }
 
 bool is_ascii(const uint8_t* p) {
@@ -173,12 +184,12 @@ class Reader {
     const char* const begin = p_;
     while (true) {
       const char* from = p_;
-      while (end_ - p_ >= static_cast<ptrdiff_t>(kBlock) && !ends_run(p_)) p_ += kBlock;
-      while (p_ < end_ && *p_ != '"' && *p_ != '\\' && static_cast<uint8_t>(*p_) >= 0x20) ++p_;
+      p_ = end_of_run(p_, end_);
       if (from == begin && whole != nullptr && peek() == '"') {
         *whole = {begin, static_cast<size_t>(p_++ - begin)};
         return false;
       }
+      if (from == begin && whole != nullptr) out->reserve(static_cast<size_t>(end_ - begin));
       if (out != nullptr) out->append(from, p_);
       if (accept('"')) return lone;
       expect('\\');

@@ -233,10 +233,12 @@ def _read_specials(added: Any) -> dict[str, int]:
 
 
 def _read_tokens(vocab: dict[str, Any], specials: dict[str, int]) -> list[bytes]:
+    if {*map(type, vocab.values()), *map(type, specials.values())} - {int}:
+        raise ValueError(_bad_id(vocab, specials))
     every = {**vocab, **specials}
     token_of = {index: token for token, index in every.items()}
-    ids = set(map(type, every.values())) == {int} and min(token_of) >= 0 and len(token_of) == len(every)
-    if not ids or any(vocab.get(token, index) != index for token, index in specials.items()):
+    distinct = min(token_of, default=0) >= 0 and len(token_of) == len(every)
+    if not distinct or any(vocab.get(token, index) != index for token, index in specials.items()):
         raise ValueError(_bad_id(vocab, specials))
     missing = next(index for index in range(len(token_of) + 1) if index not in token_of)
     require(missing == len(token_of), f"has no token with the id {missing}, but higher ids")

@@ -297,25 +297,50 @@ def _read_journal(
 ) -> tuple[list[dict[str, Any]], Position, int]:
     """Finished shards, where to go on, and how many tokens from there are in them.
 
-    A journal of other inputs, tokenizer or settings is begun anew; a last line that was not completed does
-    not count.
+    A journal of other inputs, tokenizer or settings is begun anew. Of one that fits, what follows the first
+    line that is damaged, or whose shard is not there, does not count.
     """
     journal.seek(0)
-    records = []
-    for line in journal:
-        if not line.endswith("\n"):
+    records: list[dict[str, Any]] = []
+    good = 0  # bytes
+    for line in journal.buffer.read().splitlines(keepends=True):  # type: ignore[attr-defined]
+        record = _read_record(line)
+        if record is None or (record != key if not records else not _is_finished(record, partial)):
             break
-        records.append(json.loads(line))
-    if not records or records[0] != key:
-        records = [key]
-    journal.truncate(0)
-    for record in records:
-        _append(journal, record)
+        records.append(record)
+        good += len(line)
+    journal.truncate(good)
+    if not records:
+        _append(journal, key)
     shards = [record["shard"] for record in records[1:]]
     kept = {shard["file"] for shard in shards} | {JOURNAL}
     for path in partial.iterdir():
-        if path.name not in kept:
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in kept:
             path.unlink()
     if not shards:
         return [], Position(), 0
     return shards, Position(**records[-1]["position"]), records[-1]["skip"]
+
+
+def _read_record(line: bytes) -> dict[str, Any] | None:
+    """A whole line of the journal, None when it is no JSON object."""
+    try:
+        record = json.loads(line) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _is_finished(record: dict[str, Any], partial: Path) -> bool:
+    """Whether a line of the journal is about a shard that is there in full."""
+    match record:
+        case {
+            "shard": {"file": str(name), "bytes": int(size), "tokens": int(), "documents": int(), **hashed},
+            "position": {"file": int(), "offset": int(), "inside": bool(), **rest},
+            "skip": int(),
+        } if "sha256" in hashed and not rest and Path(name).name == name:
+            path = partial / name
+            return path.is_file() and path.stat().st_size == size
+    return False

@@ -60,7 +60,7 @@ class ShardWriter:
         used = 0
         while used < ids.size:
             if self._file is None:
-                self._file = (self._directory / f"shard-{len(self.shards):05d}.bin").open("w+b")
+                self._file = (self._directory / _file_name(len(self.shards))).open("w+b")
                 self._file.write(self._header())
             part = ids[used : used + self._limit - self._tokens]
             begin, end = np.searchsorted(starts, (used, used + part.size))
@@ -142,6 +142,10 @@ class ShardWriter:
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
     """How ids are stored: uint16 up to a vocabulary of 65,536, else uint32."""
     return np.dtype(np.uint16 if vocab_size <= 65536 else np.uint32)
+
+
+def _file_name(number: int) -> str:
+    return f"shard-{number:05d}.bin"
 
 
 def shard_header(vocab_size: int, end_of_text: int, tokens: int, documents: int) -> bytes:
@@ -247,26 +251,30 @@ def read_manifest(directory: Path) -> tuple[dict[str, Any], str]:
     content = path.read_bytes()
     try:
         manifest = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON") from error
     match manifest:
         case {
             "format": "tapelm-shards",
             "version": 2,
-            "vocab_size": int(),
+            "vocab_size": int(vocab_size),
             "end_of_text": int(end_of_text),
-            "tokens": int(),
-            "documents": int(),
-            "shards": [*shards],
-        } if 0 <= end_of_text < 2**32 and all(_is_entry(shard) for shard in shards):
+            "tokens": int(tokens),
+            "documents": int(documents),
+            "shards": [_, *_] as shards,
+        } if 0 <= end_of_text < vocab_size < 2**32 and all(map(_is_entry, shards, range(len(shards)))):
+            if (tokens, documents) != tuple(sum(s[name] for s in shards) for name in ("tokens", "documents")):
+                raise ValueError(f"{path} is damaged: its totals are not those of its shards")
+            if manifest.get("dtype", expected := token_dtype(vocab_size).name) != expected:
+                raise ValueError(f"{path} is damaged: vocab_size {vocab_size} is stored as {expected}")
             return manifest, hashlib.sha256(content).hexdigest()
     raise ValueError(f"{path} is not a manifest of {_FORMAT} version {_VERSION}: encode the text again")
 
 
-def _is_entry(shard: Any) -> bool:
+def _is_entry(shard: Any, number: int) -> bool:
     match shard:
-        case {"file": str(name), "tokens": int(), "documents": int(), "sha256": str()}:
-            return Path(name).name == name
+        case {"file": str(name), "tokens": int(tokens), "documents": int(documents), "sha256": str()}:
+            return name == _file_name(number) and 0 <= tokens < 2**48 and 0 <= documents < 2**48
     return False
 
 
@@ -287,7 +295,8 @@ def verify_shards(shards: str | os.PathLike[str]) -> dict[str, Any]:
         with path.open("rb") as file:
             header = file.read(len(expected))
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if header != expected:
+            size = file.tell()
+        if header != expected or entry.get("bytes", size) != size:
             raise ValueError(f"shard {path} is damaged: its header is not what the manifest says")
         if digest != entry["sha256"]:
             raise ValueError(f"shard {path} is damaged: its SHA-256 is not that of the manifest")

@@ -121,6 +121,8 @@ def test_outputs_that_cannot_be_written_are_refused_before_the_work(tmp_path: Pa
     for path in (tmp_path / "a", tmp_path / "file" / "result.json", tmp_path / "file" / "x" / "result.json"):
         with pytest.raises(UserError, match="cannot write"):
             prepare_output(path)
+    with pytest.raises(UserError, match="cannot write /dev/null: it is no regular file"):
+        prepare_output(Path("/dev/null"))
 
 
 @pytest.mark.parametrize("name", ("meta", "cuda:x", "cpu:1", "cuda:-1", "cuda:99", "cuda:999", "CPU", ""))

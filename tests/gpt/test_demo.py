@@ -112,6 +112,17 @@ def test_results_depend_on_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert [name for name in keys[0] if keys[0][name] == keys[1][name]] == ["report"]
 
 
+@pytest.mark.parametrize("bad", [["--max-steps", "0"], ["--threads", "5000"], ["--preset", "nosuch"]])
+def test_bad_options_remove_nothing(bad: list[str], tmp_path: Path) -> None:
+    (tmp_path / "stages").mkdir()
+    (tmp_path / "stages" / "train-plain.json").write_text('{"key": "old", "done": true, "seconds": 1.0}')
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "summary.json").write_text("{}")
+    with pytest.raises(UserError):
+        gpt.demo.main(["--out", str(tmp_path), "--data", str(tmp_path / "data"), *bad])
+    assert (tmp_path / "plain" / "summary.json").is_file()
+
+
 @pytest.mark.slow
 def test_whole_demo_on_a_tiny_corpus(tiny_data: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "gpt.demo", "--out", str(tmp_path), "--data", str(tiny_data)]

@@ -17,7 +17,7 @@ def row(bits: float) -> dict[str, float]:
     return {"bits_per_byte": bits, "perplexity": 9.5, **others}
 
 
-def write_run(directory: Path, *, speed: float, batches: str) -> None:
+def write_run(directory: Path, *, speed: float, batches: str, layers: int = 1, step: int = 5) -> None:
     directory.mkdir()
     summary = {
         "tokens_per_second": speed,
@@ -32,10 +32,13 @@ def write_run(directory: Path, *, speed: float, batches: str) -> None:
         "device": "a <CPU>",
         "precision": "bf16" if speed > 2000 else "fp32",
         "versions": {"torch": "2.13"},
+        "model": {"n_layer": layers},
+        "config": {"seed": 1, "kernels": "optimized" if speed > 2000 else "plain"},
         "batches_sha256": batches,
     }
     evaluation = {
         "split": "val",
+        "step": step,
         "max_bytes": 1000,
         "domains": {"news & more": row(1.25)},
         "total": row(1.25),
@@ -100,3 +103,21 @@ def test_missing_part_is_named(tmp_path: Path) -> None:
     (tmp_path / "p" / "sample.json").unlink()
     with pytest.raises(UserError, match=r"no sample\.json in .*p"):
         main(["--plain", str(tmp_path / "p"), "--optimized", str(tmp_path / "p"), "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("plain", "optimized", "match"),
+    [
+        ({"speed": 1000.0}, {"speed": 1100.0}, "--optimized is a run with --kernels plain"),
+        ({"speed": 1000.0}, {"speed": 2500.0, "layers": 2}, "different models"),
+        ({"speed": 1000.0, "step": 4}, {"speed": 2500.0}, "plain was evaluated at step 4 and trained to 5"),
+    ],
+)
+def test_runs_that_cannot_be_compared_are_refused(
+    tmp_path: Path, plain: dict[str, float], optimized: dict[str, float], match: str
+) -> None:
+    write_run(tmp_path / "p", batches="aa", **plain)  # type: ignore[arg-type]
+    write_run(tmp_path / "o", batches="aa", **optimized)  # type: ignore[arg-type]
+    runs = ["--plain", str(tmp_path / "p"), "--optimized", str(tmp_path / "o")]
+    with pytest.raises(UserError, match=match):
+        main([*runs, "--out", str(tmp_path / "report")])

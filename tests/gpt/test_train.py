@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -276,7 +277,24 @@ def test_truncated_and_missing_files_are_corrupt_too(tiny_data: Path, tmp_path: 
     (path / "manifest.json").write_text("{")
     with pytest.raises(UserError, match=r"manifest\.json cannot be read"):
         checkpoint.verify(path)
-    assert checkpoint.newest(tmp_path / "checkpoints") is None
+    with pytest.raises(UserError, match="no older one is whole"):
+        checkpoint.newest(tmp_path / "checkpoints")
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match="no older one is whole"):
+        train(tiny(tiny_data, tmp_path, resume="auto"))
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_tokenizer_of_other_data_is_refused(tiny_data: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(tiny_data, data)
+    outputs = {"tokenizer.json": {"sha256": sha256_of(data / "tokenizer.json")}}
+    (data / "data_card.json").write_text(json.dumps({"outputs": outputs}))
+    train(tiny(data, tmp_path / "right", max_steps=1))
+    text = (data / "tokenizer.json").read_text()
+    (data / "tokenizer.json").write_text(text + " ")
+    with pytest.raises(UserError, match="is not the one that the shards were made with"):
+        train(tiny(data, tmp_path / "wrong", max_steps=1))
 
 
 def test_metrics_of_repeated_steps_are_dropped(tiny_data: Path, tmp_path: Path) -> None:

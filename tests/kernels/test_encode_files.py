@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 
 from tapelm import _text
 from tapelm.encode_files import Position, read_blocks
-from tapelm.shards import verify_shards
+from tapelm.shards import ShardWriter, verify_shards
 from tapelm.tokenizer import Tokenizer
 
 END = "<|endoftext|>"
@@ -365,6 +366,59 @@ def test_a_journal_of_something_else_is_not_continued(tokenizer: Tokenizer, tmp_
         fcntl.flock(journal, fcntl.LOCK_EX)
         with pytest.raises(ValueError, match="another process is encoding to"):
             tokenizer.encode_files([source], tmp_path / "out")
+
+
+def cut_off(directory: Path) -> None:
+    (directory / "shard-00002.bin").write_bytes(b"short")
+
+
+def damage(line: bytes) -> Callable[[Path], object]:
+    def write(directory: Path) -> None:
+        with (directory / "journal.jsonl").open("ab") as journal:
+            journal.write(line)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("harm", "kept"),
+    [
+        (lambda directory: (directory / "shard-00002.bin").unlink(), 2),
+        (cut_off, 2),
+        (lambda directory: (directory / "stray").mkdir(), 5),
+        (damage(b"{}\n"), 5),
+        (damage(b"5\n"), 5),
+        (damage(b"\xff\n"), 5),
+        (damage(b"\0\0\n"), 5),
+        (damage(b'{"shard": {"file": "../x", "bytes": 1}, "position": {}, "skip": 0}\n'), 5),
+    ],
+)
+def test_a_damaged_partial_directory_is_continued_from_what_is_good(
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    harm: Callable[[Path], object],
+    kept: int,
+) -> None:
+    source, out, partial = tmp_path / "x.jsonl", tmp_path / "out", tmp_path / "out.partial"
+    source.write_text("".join(json.dumps({"text": prose(n, 100)}) + "\n" for n in range(80)))
+    tokenizer.encode_files([source], out, shard_tokens=1000)
+    expected = contents(out)
+    finish = ShardWriter.finish
+
+    def interrupted(writer: ShardWriter) -> None:
+        if len(writer.shards) == 5:
+            raise KeyboardInterrupt
+        finish(writer)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ShardWriter, "finish", interrupted)
+        tokenizer.encode_files([source], out, shard_tokens=1000)
+    stamps = [(partial / f"shard-{n:05d}.bin").stat().st_mtime_ns for n in range(5)]
+    harm(partial)
+    tokenizer.encode_files([source], out, shard_tokens=1000)
+    assert contents(out) == expected and not partial.exists()
+    assert [(out / f"shard-{n:05d}.bin").stat().st_mtime_ns for n in range(kept)] == stamps[:kept]
 
 
 @pytest.mark.slow

@@ -6,7 +6,9 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -269,12 +271,46 @@ def test_missing_files_are_named(shards: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{", "[]", '{"format": "tapelm-shards"}', '{"format": "other", "version": 1}', "\x00"],
+    [
+        "",
+        "{",
+        "[]",
+        "[" * 100_000,
+        '{"format": "tapelm-shards"}',
+        '{"format": "other", "version": 1}',
+        "\x00",
+    ],
 )
 def test_broken_manifests_are_named(shards: Path, content: str) -> None:
     (shards / "manifest.json").write_text(content)
     with pytest.raises(ValueError, match=r"manifest\.json is not"):
         TokenLoader(shards, 2, 16)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda m: m.update(tokens=m["tokens"] + 1), "totals"),
+        (lambda m: m.update(documents=0), "totals"),
+        (lambda m: m.update(dtype="uint32"), "is stored as uint16"),
+        (lambda m: m.update(vocab_size=-1), "is not a manifest"),
+        (lambda m: m.update(vocab_size=2**70), "is not a manifest"),
+        (lambda m: m.update(shards=[]), "is not a manifest"),
+        (lambda m: m["shards"].reverse(), "is not a manifest"),
+        (lambda m: m["shards"].pop(), "totals"),
+        (lambda m: m["shards"][0].update(tokens=-1), "is not a manifest"),
+        (lambda m: m["shards"][0].update(file="\ud800"), "is not a manifest"),
+    ],
+)
+def test_damaged_manifests_are_found(
+    shards: Path, change: Callable[[dict[str, Any]], object], match: str
+) -> None:
+    manifest = json.loads((shards / "manifest.json").read_text())
+    change(manifest)
+    (shards / "manifest.json").write_text(json.dumps(manifest))
+    for use in (verify_shards, lambda directory: TokenLoader(directory, 2, 16)):
+        with pytest.raises(ValueError, match=match):
+            use(shards)
 
 
 def test_a_manifest_cannot_name_files_elsewhere(shards: Path) -> None:

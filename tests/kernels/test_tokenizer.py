@@ -338,6 +338,9 @@ FAULTS = {
     "hole": (_set("model.vocab.a", 5000), "no token with the id"),
     "negative id": (_set("model.vocab.a", -1), "with the id -1"),
     "not an id": (_set("model.vocab.a", "7"), "with the id '7'"),
+    "a list for an id": (_set("model.vocab.a", [1]), r"with the id \[1\]"),
+    "a bool for an id": (_set(f"model.vocab.{END}", False), "with the id False"),
+    "empty vocabulary": (_set("model.vocab", {}), "has no token"),
     "not byte-level": (_set("model.vocab.日", 1400), "not byte-level"),
     "missing parent": (
         lambda config: config["model"]["merges"].append(["qqq", "e"]),
