@@ -19,9 +19,7 @@ from benchmarks.harness import Row, ceiling, timed
 from gpt.cli import UserError
 from gpt.config import PRESETS, preset
 from gpt.hardware import device_name, pick_precision
-from gpt.model import GPT
-from gpt.ops import ClippedAdamW, load_ops
-from gpt.train import autocast
+from gpt.train import autocast, model_and_optimizer
 
 
 def measure(
@@ -105,19 +103,9 @@ class Step:
         self.device, self.precision = device, pick_precision(self.config, device)
         self.label = f"{kernels} {self.precision}{' torch.compile' if compiled else ''}"
         self.dtype = torch.float32 if self.precision == "fp32" else torch.bfloat16
-        ops = load_ops(self.config.kernels)
-        self.model = GPT(shape, ops).initialize(self.config.seed)
-        self.model.to(device=device, dtype=torch.bfloat16 if self.precision == "bf16" else torch.float32)
+        fused = {"fused": True} if kernels == "plain" and self.precision != "fp32" else {}
+        self.model, self.optimizer = model_and_optimizer(self.config, shape, self.precision, device, **fused)
         self.run = torch.compile(self.model) if compiled else self.model
-        fused = {"fused": True} if ops.adamw is ClippedAdamW and self.precision != "fp32" else {}
-        self.optimizer = ops.adamw(
-            self.model.parameter_groups(self.config.weight_decay),
-            lr=self.config.learning_rate,
-            betas=(self.config.beta1, self.config.beta2),
-            eps=self.config.eps,
-            max_grad_norm=self.config.max_grad_norm,
-            **fused,
-        )
         self.tokens = batch_size * shape.block_size
         self.flops = shape.flops_per_token() * self.tokens
         generator = torch.Generator().manual_seed(0)

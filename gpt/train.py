@@ -68,21 +68,7 @@ def _train(config: TrainConfig, arguments: list[str] | None) -> int:
     total_steps = config.max_steps or config.epochs * steps_per_epoch
 
     shape = config.model(tokenizer.vocab_size)
-    ops = load_ops(config.kernels)
-    model = GPT(shape, ops, activation_checkpointing=config.activation_checkpointing).initialize(config.seed)
-    initial = [parameter.detach().clone() for parameter in model.parameters()]
-    model.to(device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
-    optimizer = ops.adamw(
-        model.parameter_groups(config.weight_decay),
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        max_grad_norm=config.max_grad_norm,
-    )
-    if precision == "bf16":
-        for parameter, value in zip(model.parameters(), initial, strict=True):
-            optimizer.set_master(parameter, value)  # type: ignore[attr-defined]
-    del initial
+    model, optimizer = model_and_optimizer(config, shape, precision, device)
 
     checkpoints = config.out / "checkpoints"
     step, tokens, seconds, peak_memory, best_val_loss, digest = 0, 0, 0.0, 0, math.inf, ""
@@ -220,6 +206,27 @@ def _train(config: TrainConfig, arguments: list[str] | None) -> int:
         f"({summary['val_bits_per_byte']:.3f} bits per byte), {summary['tokens_per_second']:,.0f} tokens/s",
     )
     return 0
+
+
+def model_and_optimizer(
+    config: TrainConfig, shape: ModelConfig, precision: str, device: torch.device, **adamw_options: Any
+) -> tuple[GPT, torch.optim.Optimizer]:
+    """What a run starts from: in bf16, too, its float32 masters are the initial weights, unrounded."""
+    ops = load_ops(config.kernels)
+    model = GPT(shape, ops, activation_checkpointing=config.activation_checkpointing).initialize(config.seed)
+    masters = [parameter.detach().clone() for parameter in model.parameters()] if precision == "bf16" else []
+    model.to(device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    optimizer = ops.adamw(
+        model.parameter_groups(config.weight_decay),
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        max_grad_norm=config.max_grad_norm,
+        **adamw_options,
+    )
+    for parameter, master in zip(model.parameters(), masters, strict=False):
+        optimizer.set_master(parameter, master)  # type: ignore[attr-defined]
+    return model, optimizer
 
 
 def choose_checkpoint(config: TrainConfig, checkpoints: Path) -> Path | None:

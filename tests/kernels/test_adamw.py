@@ -83,19 +83,24 @@ def test_equals_float64_reference(device):
     torch.testing.assert_close(optimizer.state[p]["exp_avg_sq"].double(), state[2], rtol=1e-6, atol=0)
 
 
+def step_beside(ours, half, peer, full):
+    """One step of both with the gradients of `half`; the masters of ours are the parameters of the peer."""
+    set_gradients(half)
+    for a, b in zip(half, full, strict=True):
+        b.grad = a.grad.float()
+    ours.step()
+    peer.step()
+    for a, b in zip(half, full, strict=True):
+        torch.testing.assert_close(ours.state[a]["master"], b, rtol=1e-6, atol=1e-6)
+        assert torch.equal(a, ours.state[a]["master"].bfloat16())
+
+
 def test_bfloat16_follows_its_float32_master(device):
     half = parameters(torch.bfloat16, device)
     full = [torch.nn.Parameter(p.detach().float()) for p in half]
     ours, peer = tapelm.AdamW(half, **SETTINGS), torch.optim.AdamW(full, **SETTINGS)
     for _ in range(10):
-        set_gradients(half)
-        for a, b in zip(half, full, strict=True):
-            b.grad = a.grad.float()
-        ours.step()
-        peer.step()
-    for a, b in zip(half, full, strict=True):
-        torch.testing.assert_close(ours.state[a]["master"], b, rtol=1e-6, atol=1e-6)
-        assert torch.equal(a, ours.state[a]["master"].bfloat16())
+        step_beside(ours, half, peer, full)
 
 
 def test_a_master_can_begin_unrounded(device):
@@ -105,13 +110,7 @@ def test_a_master_can_begin_unrounded(device):
     for a, b in zip(half, full, strict=True):
         ours.set_master(a, b.detach())
         assert torch.equal(a, b.bfloat16()) and torch.equal(ours.state[a]["master"], b)
-    set_gradients(half)
-    for a, b in zip(half, full, strict=True):
-        b.grad = a.grad.float()
-    ours.step()
-    peer.step()
-    for a, b in zip(half, full, strict=True):
-        torch.testing.assert_close(ours.state[a]["master"], b, rtol=1e-6, atol=1e-6)
+    step_beside(ours, half, peer, full)
     with pytest.raises(ValueError, match="half-precision parameter of this optimizer"):
         ours.set_master(full[0], full[0].detach())
     with pytest.raises(ValueError, match="value has shape"):
