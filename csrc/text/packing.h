@@ -26,7 +26,7 @@ struct PackedGroup {
 
 class Packing {
  public:
-  // Reads every document start once (8 bytes per document); keeps 16 bytes per group.
+  // Reads every document start once (8 bytes per document) and counts windows; keeps 16 bytes per group.
   // Throws std::invalid_argument where the shards hold no documents, or damaged starts.
   Packing(const ShardSet& shards, uint64_t seq_len);
 
@@ -37,8 +37,6 @@ class Packing {
   PackedGroup plan(uint64_t group) const;
 
  private:
-  PackedGroup pack(uint64_t first_document, uint64_t last_document) const;
-
   const ShardSet& shards_;
   uint64_t seq_len_;
   std::vector<uint64_t> first_document_{0};

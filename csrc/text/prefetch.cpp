@@ -4,13 +4,13 @@
 
 #include <algorithm>
 #include <atomic>
-#include <condition_variable>
+#include <bit>
 #include <cstdlib>
-#include <deque>
 #include <exception>
 #include <mutex>
 #include <new>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace tapelm::text {
@@ -61,103 +61,117 @@ class Pool : public std::enable_shared_from_this<Pool> {
 struct Prepared {
   BatchMemory memory;
   std::exception_ptr fault;  // instead of the memory
+  uint32_t position = 0;     // PrefetchState::position when it was begun
 };
 
 }  // namespace
 
+// A ring of prepared batches between one producer, the thread, and one consumer at a time. Neither takes a lock that
+// the other holds unless the consumer jumps; each sleeps on a counter that the other raises.
 struct PrefetchState {
   PrefetchState(size_t batch_bytes, Prefetcher::Fill fill_batch)
       : process(::getpid()),
-        depth(std::clamp(kAheadBytes / std::max<size_t>(batch_bytes, 1), kFewest, kMost)),
-        pool(std::make_shared<Pool>(batch_bytes, depth + 2)),
+        ring(std::bit_floor(std::clamp(kAheadBytes / std::max<size_t>(batch_bytes, 1), kFewest, kMost))),
+        pool(std::make_shared<Pool>(batch_bytes, ring.size() + 2)),
         fill(std::move(fill_batch)),
         thread([this] { run(); }) {}
 
   ~PrefetchState() {
-    {
-      const std::lock_guard lock(mutex);
-      stop = true;
-    }
-    room.notify_one();
+    stop = true;
+    ring_bell();
     thread.join();
   }
 
   void run() {
-    std::unique_lock lock(mutex);
+    const auto depth = static_cast<uint32_t>(ring.size());
+    uint32_t begun = 0;      // the position that `step` counts from
+    uint64_t step = 0;
+    bool asleep = true;      // until there is a position, after a fault, and from a full ring to one half empty
+    bool faulted = false;
     while (true) {
-      // Once full, the queue is refilled when half of it is gone: half as many wake-ups.
-      if (idle || ready.size() >= depth) {
-        room.wait(lock, [&] { return stop || (!idle && ready.size() <= depth / 2); });
-      }
+      const uint32_t rung = bell;  // read before what it announces
       if (stop) return;
-      const uint64_t step = first + ready.size();
-      const uint64_t restarts_before = restarts;
-      lock.unlock();
-      Prepared prepared;
-      try {
-        prepared.memory = pool->take();
-        fill(step, prepared.memory.get());
-      } catch (...) {
-        prepared = {nullptr, std::current_exception()};  // rethrown by next(), on the caller's thread
+      if (begun != position) {
+        const std::lock_guard lock(jump);
+        begun = position;
+        step = wanted;
+        faulted = asleep = false;
       }
-      lock.lock();
-      if (restarts_before != restarts) continue;
-      idle = prepared.fault != nullptr;
-      ready.push_back(std::move(prepared));
-      arrivals.fetch_add(1, std::memory_order_release);
-      if (waiting) arrived.notify_one();
+      const uint32_t ahead = produced - consumed;
+      asleep = asleep ? faulted || begun == 0 || ahead > depth / 2 : ahead == depth;
+      if (asleep) {
+        bell.wait(rung);
+        continue;
+      }
+      Prepared& slot = ring[produced % depth];
+      slot.position = begun;
+      try {
+        slot.memory = pool->take();
+        fill(step++, slot.memory.get());
+      } catch (...) {
+        slot.memory = nullptr;
+        slot.fault = std::current_exception();  // rethrown by next(), on the caller's thread
+        faulted = asleep = true;
+      }
+      ++produced;
+      produced.notify_one();
     }
   }
 
   BatchMemory next(uint64_t step) {
-    std::unique_lock lock(mutex);
-    const uint64_t arrivals_before = arrivals.load(std::memory_order_relaxed);
-    if (!continues || step != first) {
-      ready.clear();
-      first = step;
-      ++restarts;
-      continues = true;
-      idle = false;
-      room.notify_one();
-    }
-    if (ready.empty()) {
-      // A batch is often microseconds away: looking for it that long is cheaper than being put to sleep and woken.
-      lock.unlock();
-      for (int i = 0; i < kSpins && arrivals.load(std::memory_order_acquire) == arrivals_before; ++i) {
-        std::this_thread::yield();
-      }
-      lock.lock();
-    }
-    waiting = true;
-    arrived.wait(lock, [&] { return !ready.empty(); });
-    waiting = false;
-    const Prepared prepared = std::move(ready.front());
-    ready.pop_front();
-    ++first;
-    if (prepared.fault != nullptr) {
-      continues = false;
+    const std::lock_guard consumer(consuming);
+    if (position == 0 || step != first) jump_to(step);
+    while (true) {
+      await_one();
+      const Prepared prepared = std::exchange(ring[consumed % ring.size()], {});
+      ++consumed;
+      // The producer went to sleep at a full ring, so that this comes by on the way to an empty one.
+      if (produced - consumed == ring.size() / 2) ring_bell();
+      if (prepared.position != position) continue;  // begun before the jump
+      ++first;
+      if (prepared.fault == nullptr) return prepared.memory;
+      first = kNowhere;
       std::rethrow_exception(prepared.fault);
     }
-    if (ready.size() == depth / 2) room.notify_one();
-    return prepared.memory;
   }
 
+  void jump_to(uint64_t step) {
+    while (consumed != produced) ring[consumed++ % ring.size()] = {};
+    {
+      const std::lock_guard lock(jump);
+      wanted = first = step;
+      if (++position == 0) ++position;  // 0 says that there was none yet
+    }
+    ring_bell();
+  }
+
+  void await_one() {
+    // A batch is often microseconds away: looking for it that long is cheaper than being put to sleep and woken.
+    for (int i = 0; i < kSpins && produced == consumed; ++i) std::this_thread::yield();
+    for (uint32_t seen; (seen = produced) == consumed;) produced.wait(seen);
+  }
+
+  void ring_bell() {
+    ++bell;
+    bell.notify_one();
+  }
+
+  static constexpr uint64_t kNowhere = ~0ull;
+
   const pid_t process;
-  const size_t depth;  // batches prepared ahead
+  std::vector<Prepared> ring;  // a power of two, so that the counters may wrap; [consumed, produced) are ready
   const std::shared_ptr<Pool> pool;
   Prefetcher::Fill fill;
-  std::mutex mutex;
-  std::condition_variable room;
-  std::condition_variable arrived;
-  std::deque<Prepared> ready;  // of steps first, first + 1, ...
-  uint64_t first = 0;
-  uint64_t restarts = 0;
-  std::atomic<uint64_t> arrivals{0};
-  bool continues = false;  // next(first) needs no restart
-  bool idle = true;        // nothing was asked for yet, or the last of `ready` is a fault
-  bool waiting = false;
-  bool stop = false;
-  std::thread thread;  // the last member: it starts when all others are there
+  std::atomic<uint32_t> produced{0};
+  std::atomic<uint32_t> consumed{0};
+  std::atomic<uint32_t> bell{0};      // something changed that the producer may sleep on
+  std::atomic<uint32_t> position{0};  // raised by every jump
+  std::atomic<bool> stop{false};
+  std::mutex consuming;
+  std::mutex jump;        // of position and wanted together
+  uint64_t wanted = 0;    // first step of the position
+  uint64_t first = 0;     // the consumer's: the step that needs no jump
+  std::thread thread;     // the last member: it starts when all others are there
 };
 
 Prefetcher::Prefetcher(size_t batch_bytes, Fill fill) : batch_bytes_(batch_bytes), fill_(std::move(fill)) {}

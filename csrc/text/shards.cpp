@@ -113,20 +113,28 @@ void ShardSet::prefetch(uint64_t begin, size_t count) const {
   for (size_t offset = 0; offset < bytes + 63; offset += 64) __builtin_prefetch(at + offset);  // past the end: nothing
 }
 
-uint64_t ShardSet::document_begin(uint64_t document) const {
+size_t ShardSet::shard_of_document(uint64_t document) const {
   const auto after = std::upper_bound(document_starts_.begin(), document_starts_.end(), document);
-  const size_t shard = static_cast<size_t>(after - document_starts_.begin()) - 1;
+  return static_cast<size_t>(after - document_starts_.begin()) - 1;
+}
+
+// They end the file, aligned: see shard_bytes.
+const uint64_t* ShardSet::document_starts_in(size_t shard) const {
   const Mapping& mapping = mappings_[shard];
-  const uint64_t from_end = 8 * (headers_[shard].documents - (document - document_starts_[shard]));
-  uint64_t begin = 0;
-  std::memcpy(&begin, mapping.address + mapping.bytes - from_end, sizeof(begin));
-  if (begin >= headers_[shard].tokens) fail_documents(document);
-  return starts_[shard] + begin;
+  return reinterpret_cast<const uint64_t*>(mapping.address + mapping.bytes - 8 * headers_[shard].documents);
+}
+
+void ShardSet::release_document_starts() const {
+  const auto page = static_cast<uintptr_t>(::sysconf(_SC_PAGESIZE));
+  for (size_t shard = 0; shard < headers_.size(); ++shard) {
+    const auto begin = reinterpret_cast<uintptr_t>(document_starts_in(shard)) / page * page;
+    const auto end = reinterpret_cast<uintptr_t>(mappings_[shard].address) + mappings_[shard].bytes;
+    ::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+  }
 }
 
 void ShardSet::fail_documents(uint64_t document) const {
-  const auto after = std::upper_bound(document_starts_.begin(), document_starts_.end(), document);
-  throw std::invalid_argument("shard " + paths_[static_cast<size_t>(after - document_starts_.begin()) - 1] +
+  throw std::invalid_argument("shard " + paths_[shard_of_document(document)] +
                               " is damaged: the start of document " + std::to_string(document) +
                               " is not between its neighbours");
 }

@@ -7,6 +7,7 @@
 // A document may begin in one shard and end in a later one: the shards of a directory are one sequence of tokens.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <string>
@@ -59,14 +60,24 @@ class ShardSet {
   template <typename Visit>
   void each_document(uint64_t first, uint64_t last, const Visit& visit) const {
     if (first >= last) return;
-    uint64_t begin = document_begin(first);
-    for (uint64_t i = first; i < last; ++i) {
-      const uint64_t end = i + 1 < documents() ? document_begin(i + 1) : tokens();
-      if (end <= begin) fail_documents(i);
-      visit(begin, end - begin);
-      begin = end;
+    uint64_t begin = 0;
+    for (size_t shard = shard_of_document(first); shard < headers_.size() && document_starts_[shard] <= last; ++shard) {
+      const uint64_t* const starts = document_starts_in(shard);
+      const uint64_t tokens = headers_[shard].tokens;
+      const uint64_t to = std::min(last + 1, document_starts_[shard + 1]);
+      for (uint64_t i = std::max(first, document_starts_[shard]); i < to; ++i) {
+        const uint64_t local = starts[i - document_starts_[shard]];
+        const uint64_t start = starts_[shard] + local;
+        if (local >= tokens || (i > first && start <= begin)) fail_documents(i);
+        if (i > first) visit(begin, start - begin);
+        begin = start;
+      }
     }
+    if (last == documents()) visit(begin, this->tokens() - begin);
   }
+
+  // Gives back the memory that reading the document starts took; they can be read again.
+  void release_document_starts() const;
 
  private:
   struct Mapping {
@@ -75,7 +86,8 @@ class ShardSet {
   };
   void map(const std::string& path);
   void unmap();
-  uint64_t document_begin(uint64_t document) const;
+  size_t shard_of_document(uint64_t document) const;
+  const uint64_t* document_starts_in(size_t shard) const;
   [[noreturn]] void fail_documents(uint64_t document) const;
 
   std::vector<std::string> paths_;

@@ -9,7 +9,9 @@ import random
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -249,6 +251,38 @@ def test_faults_come_out_of_next_and_pass(shards: Path) -> None:
     assert loader.state_dict()["step"] == 0
     fresh = TokenLoader(shards, 2, 16, order="packed")
     assert torch.equal(next(loader).inputs, next(fresh).inputs)
+
+
+@pytest.mark.parametrize("batch_size", [1, 50])  # a deep ring of small batches, a shallow one of large
+def test_jumps_at_any_time_give_the_batch_of_the_step(tmp_path: Path, batch_size: int) -> None:
+    """The ring drops what was prepared for the position before, however full it is and whoever sleeps."""
+    documents = documents_of([1000] * 300)
+    write(tmp_path / "x", documents, shard_tokens=200_000)
+    seq_len = 4000 // batch_size
+    loader = TokenLoader(tmp_path / "x", batch_size, seq_len)
+    expected = [next(loader).inputs.clone() for _ in range(len(loader))]
+    generator = np.random.default_rng(0)
+    state = loader.state_dict()
+    for _ in range(400):
+        step = int(generator.integers(len(loader)))
+        loader.load_state_dict({**state, "step": step})
+        for at in range(step, min(step + int(generator.integers(1, 40)), len(loader))):
+            assert torch.equal(next(loader).inputs, expected[at])
+        if generator.random() < 0.05:
+            time.sleep(0.005)  # until the ring is full and the thread asleep
+
+
+def test_threads_may_share_a_source(shards: Path) -> None:
+    """Each call gets the batch of the step that it asked for."""
+    source = TokenLoader(shards, 2, 16)._loader
+    expected = [source.next(step)[0].copy() for step in range(50)]
+
+    def read(seed: int) -> bool:
+        steps = np.random.default_rng(seed).integers(0, 50, 300)
+        return all(np.array_equal(source.next(int(step))[0], expected[step]) for step in steps)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(read, range(4)))
 
 
 def test_forked_children_continue(shards: Path) -> None:
