@@ -36,8 +36,9 @@ test-full: setup
 	$(MAKE) sanitize
 	$(MAKE) fuzz SECONDS=600
 
-# The text tests on csrc/text built with ASan and UBSan. Python is not instrumented, so that leaks are not counted, and
-# a test that starts another Python without the sanitizer is left out, as are those in which the peers do most of the work.
+# The text tests on csrc/text built with ASan and UBSan, then the prefetch thread's ring under TSan. Python is not
+# instrumented, so that leaks are not counted, and a test that starts another Python without the sanitizer is left out, as
+# are those in which the peers do most of the work.
 SANITIZED_TESTS := not full_disk and not every_code_point and not corpora and not hypothesis_strings and not splits_alike
 sanitize: setup
 	$(MAKE) --no-print-directory -j2 build/sanitize/tapelm/_text.so
@@ -46,6 +47,9 @@ sanitize: setup
 	ASAN_OPTIONS=detect_leaks=0:malloc_context_size=2 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitize \
 	$(PY) -m pytest $(FAST) -k "$(SANITIZED_TESTS)" tests/kernels/test_tokenizer*.py tests/kernels/test_loader*.py \
 	tests/kernels/test_encode_files.py tests/kernels/test_pretokenizer.py
+	$(CXX) -O1 -g -std=c++20 -fsanitize=thread -Icsrc/text tests/fuzz/race_prefetch.cpp csrc/text/prefetch.cpp \
+	  -pthread -o build/sanitize/race_prefetch
+	build/sanitize/race_prefetch
 
 build/sanitize/tapelm/_text.so: $(TEXT_OBJECTS)
 	@mkdir -p $(@D)

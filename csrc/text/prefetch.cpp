@@ -136,7 +136,7 @@ struct PrefetchState {
   }
 
   void jump_to(uint64_t step) {
-    while (consumed != produced) ring[consumed++ % ring.size()] = {};
+    for (; consumed != produced; ++consumed) ring[consumed % ring.size()] = {};
     {
       const std::lock_guard lock(jump);
       wanted = first = step;
