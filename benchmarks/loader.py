@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -228,13 +229,14 @@ def _encoding(directory: Path, device: torch.device, rounds: int) -> list[Row]:
     if not np.array_equal(stored, expected):
         raise UserError("encode_files and encode_batch differ, nothing was timed")
     size = sum(map(len, texts))
+    outputs = (directory / f"out-{number}" for number in count())  # replacing one would be timed, too
     case = Case(
         subject="encode_files",
         shape=f"{size / 1e6:.0f} MB, {len(texts)} lines",
         dtype=torch.uint16,
         variants={
             "encode_batch in memory": lambda: tokenizer.encode_batch(texts),
-            "file to shards": lambda: tokenizer.encode_files([source], directory / "out"),
+            "file to shards": lambda: tokenizer.encode_files([source], next(outputs)),
         },
         bound="copy",
         work=float(size + source.stat().st_size),

@@ -164,9 +164,7 @@ void Bpe::give_back(std::unique_ptr<EncoderState> state) const {
 
 IdBuffer Bpe::encode(std::string_view text, bool allow_special) const {
   IdBuffer ids;
-  auto state = borrow();
-  encode_text(text, 0, allow_special, *state, ids);
-  give_back(std::move(state));
+  Encoder(*this).encode(text, allow_special, ids);
   ids.shrink();
   return ids;
 }

@@ -60,6 +60,24 @@ class Bpe {
 
   size_t vocab_size() const { return model_.tokens.size(); }
 
+  // Encodes text after text with the same working memory, on one thread at a time.
+  class Encoder {
+   public:
+    explicit Encoder(const Bpe& bpe) : bpe_(bpe), state_(bpe.borrow()) {}
+    ~Encoder() { bpe_.give_back(std::move(state_)); }
+    Encoder(const Encoder&) = delete;
+    Encoder& operator=(const Encoder&) = delete;
+
+    // Appends the ids of `text`; throws as Bpe::encode does.
+    void encode(std::string_view text, bool allow_special, IdBuffer& out) {
+      bpe_.encode_text(text, 0, allow_special, *state_, out);
+    }
+
+   private:
+    const Bpe& bpe_;
+    std::unique_ptr<EncoderState> state_;
+  };
+
  private:
   // Words of a text: word i ends at text + ends[i], where the next one begins.
   struct Words {

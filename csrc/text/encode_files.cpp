@@ -1,55 +1,49 @@
 #include "encode_files.h"
 
 #include <algorithm>
-#include <cstring>
 #include <stdexcept>
+#include <utility>
 
 #include "jsonl.h"
 
 namespace tapelm::text {
 namespace {
 
-template <typename Token>
-void store(const EncodedBatch& batch, const std::vector<bool>& ends, bool continued, uint32_t end_of_text,
-           TokenBlock& block) {
-  const size_t texts = batch.offsets.size() - 1;
-  const auto documents = static_cast<size_t>(std::count(ends.begin(), ends.end(), true));
-  block.tokens.resize((batch.ids.size() + documents) * sizeof(Token));
-  auto* const first = reinterpret_cast<Token*>(block.tokens.data());
-  Token* out = first;
-  bool begins = !continued;
-  for (size_t i = 0; i < texts; ++i) {
-    if (begins) block.starts.push_back(static_cast<uint64_t>(out - first));
-    out = std::transform(batch.ids.data() + batch.offsets[i], batch.ids.data() + batch.offsets[i + 1], out,
-                         [](uint32_t id) { return static_cast<Token>(id); });
-    begins = ends[i];
-    if (begins) *out++ = static_cast<Token>(end_of_text);
+// Puts together a TokenBlock, one text at a time, so that what a text needs stays in the cache.
+class BlockWriter {
+ public:
+  BlockWriter(const Bpe& bpe, TokenFormat format, size_t bytes, bool continued)
+      : encoder_(bpe), format_(format), begins_(!continued) {
+    block_.tokens.reserve(bytes / 3 * format.token_bytes);
   }
-}
 
-TokenBlock encode(const Bpe& bpe, std::span<const std::string_view> texts, const std::vector<bool>& ends,
-                  bool continued, TokenFormat format, const Place& place) {
-  EncodedBatch batch;
-  try {
-    batch = bpe.encode_batch(texts, false, 1);
-  } catch (const std::invalid_argument& fault) {
-    for (size_t i = 0; i < texts.size(); ++i) {
-      try {
-        bpe.encode(texts[i], false);
-      } catch (const std::invalid_argument& at_fault) {
-        throw std::invalid_argument(place(i) + ": " + at_fault.what());
-      }
-    }
-    throw;
+  void add(std::string_view text, bool ends) {
+    if (begins_) block_.starts.push_back(block_.tokens.size() / format_.token_bytes);
+    begins_ = ends;
+    ids_.clear();
+    encoder_.encode(text, false, ids_);
+    if (ends) ids_.push_back(format_.end_of_text);
+    format_.token_bytes == 2 ? store<uint16_t>() : store<uint32_t>();
   }
-  TokenBlock block;
-  if (format.token_bytes == 2) {
-    store<uint16_t>(batch, ends, continued, format.end_of_text, block);
-  } else {
-    store<uint32_t>(batch, ends, continued, format.end_of_text, block);
+
+  TokenBlock take() { return std::move(block_); }
+
+ private:
+  template <typename Token>
+  void store() {
+    const size_t before = block_.tokens.size();
+    block_.tokens.resize(before + ids_.size() * sizeof(Token));
+    auto* const out = reinterpret_cast<Token*>(block_.tokens.data() + before);
+    const uint32_t* const ids = ids_.data();
+    for (size_t i = 0; i < ids_.size(); ++i) out[i] = static_cast<Token>(ids[i]);
   }
-  return block;
-}
+
+  Bpe::Encoder encoder_;
+  const TokenFormat format_;
+  bool begins_;
+  IdBuffer ids_;
+  TokenBlock block_;
+};
 
 bool is_ascii_space(uint8_t c) { return c == ' ' || (c >= '\t' && c <= '\r'); }
 
@@ -75,34 +69,44 @@ bool splits_at(const uint8_t* text, size_t at) {
 }  // namespace
 
 TokenBlock encode_lines(const Bpe& bpe, std::string_view lines, TokenFormat format, const Place& place) {
-  std::vector<std::string_view> rows;
-  for (size_t from = 0; from < lines.size();) {
+  BlockWriter block(bpe, format, lines.size(), false);
+  std::string unescaped;
+  for (size_t from = 0, number = 0; from < lines.size(); ++number) {
     const size_t end = std::min(lines.find('\n', from), lines.size());
-    rows.push_back(lines.substr(from, end - from));
+    std::string_view text;
+    try {
+      text = text_field(lines.substr(from, end - from), unescaped);
+    } catch (const std::invalid_argument& fault) {
+      throw std::invalid_argument(place(number) + " " + fault.what());
+    }
+    try {
+      block.add(text, true);
+    } catch (const std::invalid_argument& fault) {
+      throw std::invalid_argument(place(number) + ": " + fault.what());
+    }
     from = end + 1;
   }
-  std::vector<std::string_view> texts(rows.size());
-  std::vector<std::string> unescaped(rows.size());
-  for (size_t i = 0; i < rows.size(); ++i) {
-    try {
-      texts[i] = text_field(rows[i], unescaped[i]);
-    } catch (const std::invalid_argument& fault) {
-      throw std::invalid_argument(place(i) + " " + fault.what());
-    }
-  }
-  return encode(bpe, texts, std::vector<bool>(texts.size(), true), false, format, place);
+  return block.take();
 }
 
 TokenBlock encode_pieces(const Bpe& bpe, std::span<const std::string_view> pieces, const std::vector<bool>& ends,
                          bool continued, TokenFormat format, const Place& place) {
   if (ends.size() != pieces.size()) throw std::invalid_argument("ends must have an element for every piece");
+  size_t bytes = 0;
+  for (const std::string_view piece : pieces) bytes += piece.size();
+  BlockWriter block(bpe, format, bytes, continued);
   for (size_t i = 0; i < pieces.size(); ++i) {
     const size_t valid = valid_utf8(pieces[i]);
     if (valid != pieces[i].size()) {
       throw std::invalid_argument(place(i) + " is not UTF-8: invalid at byte " + std::to_string(valid));
     }
+    try {
+      block.add(pieces[i], ends[i]);
+    } catch (const std::invalid_argument& fault) {
+      throw std::invalid_argument(place(i) + ": " + fault.what());
+    }
   }
-  return encode(bpe, pieces, ends, continued, format, place);
+  return block.take();
 }
 
 size_t safe_cut(std::string_view text, std::span<const std::string> specials) {
