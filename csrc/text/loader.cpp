@@ -60,12 +60,19 @@ template <typename Token>
                                            bool packed, Rows row) {
   assemble_anywhere(tokens, length, seq_len, end_of_text, packed, row);
 }
+
+template <typename Token>
+[[gnu::target("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")]] void assemble_avx512(
+    const Token* tokens, size_t length, size_t seq_len, Token end_of_text, bool packed, Rows row) {
+  assemble_anywhere(tokens, length, seq_len, end_of_text, packed, row);
+}
 #endif
 
 template <typename Token>
 void assemble(const uint8_t* row, size_t length, size_t seq_len, uint32_t end_of_text, bool packed, Rows out) {
   const auto* tokens = reinterpret_cast<const Token*>(row);
 #ifdef TAPELM_TEXT_AVX2
+  if (use_avx512()) return assemble_avx512(tokens, length, seq_len, static_cast<Token>(end_of_text), packed, out);
   if (use_avx2()) return assemble_avx2(tokens, length, seq_len, static_cast<Token>(end_of_text), packed, out);
 #endif
   assemble_anywhere(tokens, length, seq_len, static_cast<Token>(end_of_text), packed, out);

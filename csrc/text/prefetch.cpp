@@ -16,7 +16,7 @@
 namespace tapelm::text {
 namespace {
 
-constexpr size_t kAheadBytes = size_t{2} << 20;  // prepared ahead: enough batches to wake a thread seldom, warm in L3
+constexpr size_t kAheadBytes = size_t{4} << 20;  // prepared ahead: enough batches to wake a thread seldom, warm in L3
 constexpr size_t kFewest = 4, kMost = 32;
 constexpr int kSpins = 50;
 
