@@ -1,6 +1,7 @@
 """The batch loader against torch.utils.data.DataLoader and a memmap read per window; opening; files.
 
-A step of the loader rows gives STEPS batches. Before timing, the peers' windows are found equal to ours. The
+A step of the loader rows gives enough batches for TOKENS tokens: some milliseconds also of ours, as within less the
+scheduler may not yet have found the thread that prepares batches a core of its own. Before timing, the peers' windows are found equal to ours. The
 ceiling is a copy that writes as many bytes as the batches have (inputs, targets, document ids: 20 per token).
 """
 
@@ -28,7 +29,7 @@ from tapelm import Tokenizer, TokenLoader, _text, write_shards
 from tapelm.loader import ORDERS
 from tapelm.shards import MANIFEST
 
-STEPS = 200
+TOKENS = 8 << 20  # a timing of batches
 VOCAB, END = 16_384, 0
 HEADER_BYTES = 64  # csrc/text/shards.h
 TEXT_BYTES = 48_000_000
@@ -85,7 +86,7 @@ def measure_all(device: torch.device, rounds: int, preset: str, batch_size: int)
         for shape in ((batch_size, step.config.block_size), (64, 1024)):
             rows += _batches(root / f"{shape[1]}", *shape, rounds)
         for row in rows[: len(rows) // 2]:
-            row.extra["fraction_of_training_step"] = row.median_ms / 1e3 / STEPS / min(seconds)
+            row.extra["fraction_of_training_step"] = 1 / row.extra["batches_per_second"] / min(seconds)
         return rows + _opening(root / "open") + _encoding(root / "encode", device, rounds)
 
 
@@ -108,7 +109,6 @@ def _batches(directory: Path, batch_size: int, seq_len: int, rounds: int) -> lis
     sequential = TokenLoader(directory, batch_size, seq_len, order="sequential")
     peers: dict[str, Iterator[object]] = {
         "DataLoader, 0 workers": endless(dataset, batch_size, 0),
-        "DataLoader, 2 workers": endless(dataset, batch_size, 2),
         "memmap per window": memmap_batches(tokens, batch_size, seq_len),
     }
     for order in ORDERS:
@@ -124,26 +124,33 @@ def _batches(directory: Path, batch_size: int, seq_len: int, rounds: int) -> lis
             if not torch.equal(batch.inputs[row], dataset[index][0]):
                 raise UserError("the shuffled loader's windows differ from the memmap's, nothing was timed")
 
+    batches = TOKENS // (batch_size * seq_len)
+
     def steps(source: Iterator[object]) -> Step:
         def run() -> None:
-            for _ in range(STEPS):
+            for _ in range(batches):
                 next(source)
 
         return run
 
-    case = Case(
-        subject="loader",
-        shape=f"{STEPS} x {batch_size} x {seq_len}",
-        dtype=torch.int64,
-        variants={name: steps(source) for name, source in peers.items()},
-        bound="copy",
-        work=2.0 * 20 * batch_size * seq_len * STEPS,
-        agree=lambda ours, expected: None,  # checked above: the orders differ by design
-    )
-    rows = measure(case, torch.device("cpu"), rounds)
+    def case(sources: dict[str, Iterator[object]]) -> Case:
+        return Case(
+            subject="loader",
+            shape=f"{batches} x {batch_size} x {seq_len}",
+            dtype=torch.int64,
+            variants={name: steps(source) for name, source in sources.items()},
+            bound="copy",
+            work=2.0 * 20 * batch_size * seq_len * batches,
+            agree=lambda ours, expected: None,  # checked above: the orders differ by design
+        )
+
+    rows = measure(case(peers), torch.device("cpu"), rounds)
+    # Apart, as its processes would stay and disturb the others.
+    workers = {f"DataLoader, {count} workers": endless(dataset, batch_size, count) for count in (0, 2)}
+    rows += measure(case(workers), torch.device("cpu"), rounds)[1:]
     for row in rows:
-        row.extra["batches_per_second"] = 1e3 * STEPS / row.median_ms
-        row.extra["tokens_per_second"] = 1e3 * STEPS * batch_size * seq_len / row.median_ms
+        row.extra["batches_per_second"] = 1e3 * batches / row.median_ms
+        row.extra["tokens_per_second"] = 1e3 * batches * batch_size * seq_len / row.median_ms
     return rows
 
 
