@@ -1,8 +1,9 @@
 """The batch loader against torch.utils.data.DataLoader and a memmap read per window; opening; files.
 
-A step of the loader rows gives enough batches for TOKENS tokens: some milliseconds also of ours, as within less the
-scheduler may not yet have found the thread that prepares batches a core of its own. Before timing, the peers' windows are found equal to ours. The
-ceiling is a copy that writes as many bytes as the batches have (inputs, targets, document ids: 20 per token).
+A timing takes batches of TOKENS tokens in all: some milliseconds also of ours, as within less the scheduler
+may not yet have found the thread that prepares them a core of its own. Before timing, the peers' windows are
+found equal to ours. The ceiling is a copy that writes as many bytes as the batches have (inputs, targets,
+document ids: 20 per token).
 """
 
 from __future__ import annotations
