@@ -196,9 +196,9 @@ std::vector<uint64_t> Loader::asked_windows(uint64_t step, LoaderCursor& cursor)
 
 void Loader::ask(uint64_t index, const LoaderCursor& cursor) const {
   if (options_.order == Order::kShuffled) return shards_.prefetch(index * options_.seq_len, options_.seq_len + 1);
-  if (cursor.group != packing_->group_of(index)) return;  // not planned yet
+  if (cursor.group == kNoGroup) return;
   const uint64_t local = index - packing_->first_window(cursor.group);
-  if (local >= cursor.plan.windows()) return;
+  if (local >= cursor.plan.windows()) return;  // of a group that is not planned yet
   for (uint64_t i = cursor.plan.first[local]; i < cursor.plan.first[local + 1]; ++i) {
     shards_.prefetch(cursor.plan.pieces[i].begin, cursor.plan.pieces[i].tokens);
   }
@@ -212,13 +212,13 @@ uint32_t Loader::copy_window(uint64_t index, LoaderCursor& cursor, uint8_t* row)
     shards_.copy(index * seq_len, seq_len + 1, row);
     return static_cast<uint32_t>(seq_len);
   }
-  const uint64_t group = packing_->group_of(index);
-  if (cursor.group != group) {
-    cursor.group = ~0ull;  // should planning fail, there is no plan
+  if (cursor.group == kNoGroup || index - packing_->first_window(cursor.group) >= cursor.plan.windows()) {
+    const uint64_t group = packing_->group_of(index);
+    cursor.group = kNoGroup;  // should planning fail, there is no plan
     cursor.plan = packing_->plan(group);
     cursor.group = group;
   }
-  const uint64_t local = index - packing_->first_window(group);
+  const uint64_t local = index - packing_->first_window(cursor.group);
   uint64_t length = 0;
   if (local >= cursor.plan.windows()) throw std::invalid_argument("the shards have changed while they are open");
   for (uint64_t i = cursor.plan.first[local]; i < cursor.plan.first[local + 1]; ++i) {

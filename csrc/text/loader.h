@@ -42,11 +42,13 @@ struct LoaderOptions {
   Order order;
 };
 
+inline constexpr uint64_t kNoGroup = ~0ull;
+
 // What one reader of a Loader remembers between its steps, to save repeating it.
 struct LoaderCursor {
   uint64_t epoch = ~0ull;
   std::vector<uint64_t> epoch_starts;  // packed: first position in the epoch of its k-th group, then the total
-  uint64_t group = ~0ull;
+  uint64_t group = kNoGroup;
   PackedGroup plan;                    // of `group`
   std::vector<uint8_t> row;            // T + 1 stored tokens
   uint64_t asked_step = ~0ull;         // the step whose windows the memory was asked for ahead

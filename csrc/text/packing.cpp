@@ -169,6 +169,7 @@ PackedGroup Packing::plan(uint64_t group) const {
   uint64_t windows = 0;
   std::vector<uint64_t> window_of;
   std::vector<uint64_t> loose;  // indices of the pieces shorter than T
+  std::vector<uint64_t> place(seq_len_ + 1, 0);  // of the first loose piece of a length, the longest first
   shards_.each_document(first_document_[group], first_document_[group + 1], [&](uint64_t begin, uint64_t length) {
     for (; length >= seq_len_; begin += seq_len_, length -= seq_len_) {
       pieces.push_back({begin, seq_len_});
@@ -176,13 +177,15 @@ PackedGroup Packing::plan(uint64_t group) const {
     }
     if (length == 0) return;
     loose.push_back(pieces.size());
+    ++place[length - 1];
     pieces.push_back({begin, length});
     window_of.push_back(kNone);
   });
-  std::stable_sort(loose.begin(), loose.end(),
-                   [&](uint64_t a, uint64_t b) { return pieces[a].tokens > pieces[b].tokens; });
+  for (uint64_t length = seq_len_; length-- > 0;) place[length] += place[length + 1];
+  std::vector<uint64_t> longest_first(loose.size());
+  for (const uint64_t piece : loose) longest_first[place[pieces[piece].tokens]++] = piece;
   OpenWindows open(seq_len_);
-  for (const uint64_t piece : loose) {
+  for (const uint64_t piece : longest_first) {
     uint64_t room = seq_len_;
     uint64_t window = open.take(pieces[piece].tokens, room);
     if (window == kNone) window = windows++, room = seq_len_;
