@@ -17,6 +17,19 @@ using namespace tapelm::text;
 
 namespace {
 
+// Other Python threads run while it lives. A thread that wants the lock back while the interpreter ends is unwound by
+// Python, which the destructor lets pass; pybind11's own would end the process with an abort.
+class ReleasedGil {
+ public:
+  ReleasedGil() : state_(PyEval_SaveThread()) {}
+  ~ReleasedGil() noexcept(false) { PyEval_RestoreThread(state_); }
+  ReleasedGil(const ReleasedGil&) = delete;
+  ReleasedGil& operator=(const ReleasedGil&) = delete;
+
+ private:
+  PyThreadState* state_;
+};
+
 template <typename T>
 using Array = py::array_t<T, py::array::c_style>;
 
@@ -77,7 +90,7 @@ Array<uint32_t> encode(const Bpe& bpe, const py::object& text, bool allow_specia
   const std::string_view view = view_of(text);
   IdBuffer ids;
   {
-    const py::gil_scoped_release release;
+    const ReleasedGil released;
     ids = bpe.encode(view, allow_special);
   }
   return to_numpy(std::move(ids));
@@ -90,7 +103,7 @@ py::tuple encode_batch(const Bpe& bpe, const py::tuple& texts, bool allow_specia
   for (const py::handle text : texts) views.push_back(view_of(text));
   EncodedBatch batch;
   {
-    const py::gil_scoped_release release;
+    const ReleasedGil released;
     batch = bpe.encode_batch(views, allow_special, threads);
   }
   return py::make_tuple(to_numpy(std::move(batch.ids)), to_numpy(std::move(batch.offsets)));
@@ -99,7 +112,7 @@ py::tuple encode_batch(const Bpe& bpe, const py::tuple& texts, bool allow_specia
 py::bytes decode(const Bpe& bpe, const Array<uint32_t>& ids) {
   std::string text;
   {
-    const py::gil_scoped_release release;
+    const ReleasedGil released;
     text = bpe.decode({ids.data(), static_cast<size_t>(ids.size())});
   }
   return py::bytes(text);
@@ -107,7 +120,7 @@ py::bytes decode(const Bpe& bpe, const Array<uint32_t>& ids) {
 
 void feed(BpeTrainer& trainer, const py::object& text) {
   const std::string_view view = view_of(text);
-  const py::gil_scoped_release release;
+  const ReleasedGil released;
   trainer.feed(view);
 }
 
@@ -115,7 +128,7 @@ Array<uint32_t> train(const BpeTrainer& trainer, size_t vocab_size, const std::v
                       const std::vector<std::string>& reserved, uint64_t min_frequency) {
   std::vector<Merge> merges;
   {
-    const py::gil_scoped_release release;
+    const ReleasedGil released;
     merges = trainer.train(vocab_size, byte_ids, reserved, min_frequency);
   }
   return to_rows(merges);
@@ -156,7 +169,7 @@ py::tuple encode_lines_block(const Bpe& bpe, const py::buffer& lines, const std:
   const std::string_view view(static_cast<const char*>(memory.ptr), static_cast<size_t>(memory.size));
   TokenBlock block;
   {
-    const py::gil_scoped_release release;
+    const ReleasedGil released;
     block = encode_lines(bpe, view, {end_of_text, token_bytes}, [&](size_t i) {
       return path + ", line " + std::to_string(first_line + i);
     });
@@ -172,7 +185,7 @@ py::tuple encode_pieces_block(const Bpe& bpe, const std::vector<py::bytes>& piec
   if (places.size() != views.size()) throw py::value_error("places must have an element for every piece");
   TokenBlock block;
   {
-    const py::gil_scoped_release release;
+    const ReleasedGil released;
     block = encode_pieces(bpe, views, ends, continued, {end_of_text, token_bytes},
                           [&](size_t i) { return places[i]; });
   }
@@ -208,9 +221,10 @@ class PrefetchingLoader {
 
   // (inputs, targets, document_ids) of a step, or with `rows` (rows, lengths).
   py::tuple next(uint64_t step) {
+    prefetcher_.start();
     BatchMemory memory;
     {
-      const py::gil_scoped_release release;
+      const ReleasedGil released;
       memory = prefetcher_.next(step);
     }
     if (rows_) {

@@ -45,6 +45,7 @@ Bpe::Bpe(BpeModel model) : model_(std::move(model)) {
   check_merges(is_special);
   merger_ = std::make_unique<Merger>(byte_ids, model_.merges);
   seed();
+  idle_ = new IdleStates;
   give_back(borrow());  // the first call finds its state in memory that is there
 }
 
@@ -141,12 +142,21 @@ void Bpe::encode_text(std::string_view text, size_t offset, bool allow_special, 
   encode_plain(text.substr(from), state, out);
 }
 
+IdleStates& Bpe::idle() const {
+  IdleStates* here = idle_;
+  if (here->process == ::getpid()) return *here;
+  auto fresh = std::make_unique<IdleStates>();  // that of the parent is left alone
+  if (idle_.compare_exchange_strong(here, fresh.get())) return *fresh.release();
+  return *here;
+}
+
 std::unique_ptr<EncoderState> Bpe::borrow() const {
+  IdleStates& idle = this->idle();
   {
-    const std::lock_guard lock(mutex_);
-    if (!idle_.empty()) {
-      auto state = std::move(idle_.back());
-      idle_.pop_back();
+    const std::lock_guard lock(idle.mutex);
+    if (!idle.states.empty()) {
+      auto state = std::move(idle.states.back());
+      idle.states.pop_back();
       return state;
     }
   }
@@ -158,8 +168,9 @@ std::unique_ptr<EncoderState> Bpe::borrow() const {
 void Bpe::give_back(std::unique_ptr<EncoderState> state) const {
   if (state->merge.symbols.capacity() > kKeptBuffer) state->merge = {};
   if (state->word.size() > kKeptBuffer) state->word = {};
-  const std::lock_guard lock(mutex_);
-  idle_.push_back(std::move(state));
+  IdleStates& idle = this->idle();
+  const std::lock_guard lock(idle.mutex);
+  idle.states.push_back(std::move(state));
 }
 
 IdBuffer Bpe::encode(std::string_view text, bool allow_special) const {

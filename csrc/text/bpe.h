@@ -4,6 +4,10 @@
 // Hugging Face `tokenizers` defines it.
 #pragma once
 
+#include <sys/types.h>
+#include <unistd.h>
+
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -42,11 +46,21 @@ struct EncoderState {
   IdBuffer word;  // ids of the word being learnt
 };
 
+// The states that no thread uses, of one process: in a forked child the mutex may be locked for ever.
+struct IdleStates {
+  const pid_t process = ::getpid();
+  std::mutex mutex;
+  std::vector<std::unique_ptr<EncoderState>> states;
+};
+
 class Bpe {
  public:
   // Throws std::invalid_argument when ids are out of range, a byte has no token, or a merge is not the
   // concatenation of its parents.
   explicit Bpe(BpeModel model);
+  ~Bpe() { delete idle_.load(); }
+  Bpe(const Bpe&) = delete;
+  Bpe& operator=(const Bpe&) = delete;
 
   // Ids of `text`. With allow_special, the text of a special token becomes its id; without, it throws
   // std::invalid_argument. Safe to call from several threads.
@@ -104,6 +118,7 @@ class Bpe {
   void merge_word(std::string_view word, EncoderState& state) const;
   size_t find_special(std::string_view text, size_t from, uint32_t& id) const;
   std::vector<Piece> cut(std::span<const std::string_view> texts, bool divide) const;
+  IdleStates& idle() const;
   std::unique_ptr<EncoderState> borrow() const;
   void give_back(std::unique_ptr<EncoderState> state) const;
 
@@ -114,8 +129,7 @@ class Bpe {
   std::vector<uint32_t> specials_;                        // longest text first
   std::string special_first_bytes_;
   bool specials_allow_cuts_ = true;  // no special token can reach over a safe cut
-  mutable std::mutex mutex_;
-  mutable std::vector<std::unique_ptr<EncoderState>> idle_;
+  mutable std::atomic<IdleStates*> idle_{nullptr};  // owned
 };
 
 }  // namespace tapelm::text

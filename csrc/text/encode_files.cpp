@@ -49,10 +49,17 @@ bool is_ascii_space(uint8_t c) { return c == ' ' || (c >= '\t' && c <= '\r'); }
 
 bool is_ascii_word(uint8_t c) { return (c >= '0' && c <= '9') || ((c | 0x20) >= 'a' && (c | 0x20) <= 'z'); }
 
-// Whether the bytes of a non-ASCII character may be Unicode white space: all of it starts with one of these two bytes.
-bool may_be_space(uint8_t first, uint8_t second) {
-  return (first == 0xC2 && (second == 0x85 || second == 0xA0)) || (first == 0xE1 && second == 0x9A) ||
-         (first == 0xE2 && (second == 0x80 || second == 0x81)) || (first == 0xE3 && second == 0x80);
+// Whether a non-ASCII character of three bytes, or two and whatever follows, is Unicode white space.
+bool is_wide_space(const uint8_t* c) {
+  switch (c[0]) {
+    case 0xC2: return c[1] == 0x85 || c[1] == 0xA0;
+    case 0xE1: return c[1] == 0x9A && c[2] == 0x80;
+    case 0xE2:
+      if (c[1] == 0x80) return c[2] <= 0x8A || c[2] == 0xA8 || c[2] == 0xA9 || c[2] == 0xAF;
+      return c[1] == 0x81 && c[2] == 0x9F;
+    case 0xE3: return c[1] == 0x80 && c[2] == 0x80;
+    default: return false;
+  }
 }
 
 // Every splitting ends a word between an ASCII letter or digit and white space, without looking further. It also ends
@@ -63,7 +70,7 @@ bool splits_at(const uint8_t* text, size_t at) {
   if (is_ascii_space(text[at - 2])) return false;
   size_t lead = at - 2;
   while (lead > 0 && (text[lead] & 0xC0) == 0x80) --lead;
-  return !may_be_space(text[lead], text[lead + 1]) && !may_be_space(text[at], text[at + 1]);
+  return !is_wide_space(text + lead) && !is_wide_space(text + at);
 }
 
 }  // namespace

@@ -123,7 +123,7 @@ class Reader {
     std::string name;
     do {
       space();
-      string(&name);
+      if (string(&name)) name.clear();  // half of a UTF-16 pair is in no name that is asked for
       space();
       expect(':');
       space();

@@ -129,14 +129,14 @@ void Permutation::map(std::span<uint64_t> indices) const {
 Loader::Loader(const std::vector<std::string>& paths, uint32_t end_of_text, LoaderOptions options)
     : shards_(paths), end_of_text_(end_of_text), options_(options) {
   const uint64_t tokens = shards_.tokens();
-  if (options.order == Order::kPacked) {
-    windows_ = packing_.emplace(shards_, options.seq_len).windows();
-  } else if (tokens < options.seq_len + 1) {
+  const bool packed = options.order == Order::kPacked;
+  const uint64_t least = packed ? options.seq_len : options.seq_len + 1;
+  if (tokens < least) {
     throw std::invalid_argument("corpus of " + std::to_string(tokens) + " tokens is smaller than one block of " +
-                                std::to_string(options.seq_len + 1) + " (seq_len + 1): add text or lower seq_len");
-  } else {
-    windows_ = (tokens - 1) / options.seq_len;
+                                std::to_string(least) + (packed ? " (seq_len)" : " (seq_len + 1)") +
+                                ": add text or lower seq_len");
   }
+  windows_ = packed ? packing_.emplace(shards_, options.seq_len).windows() : (tokens - 1) / options.seq_len;
   if (steps_per_epoch() == 0) {
     throw std::invalid_argument("corpus of " + std::to_string(tokens) + " tokens has " + std::to_string(windows_) +
                                 " blocks of seq_len " + std::to_string(options.seq_len) +

@@ -14,6 +14,8 @@ namespace {
 constexpr uint64_t kGroupTokens = 1 << 22;
 constexpr uint64_t kGroupDocuments = 1 << 16;
 
+constexpr uint64_t kReleasedDocuments = 1 << 18;  // of which the starts, 2 MB, may be in memory while windows are counted
+
 constexpr uint64_t kNone = ~0ull;
 
 // A set of rooms left in windows, 0 .. T.
@@ -142,10 +144,14 @@ Packing::Packing(const ShardSet& shards, uint64_t seq_len) : shards_(shards), se
   uint64_t document = 0;
   uint64_t tokens = 0;
   WindowCount count(seq_len);
+  uint64_t released = 0;
   const auto close = [&] {
     first_window_.push_back(first_window_.back() + count.take());
     first_document_.push_back(document);
     tokens = 0;
+    if (document - released < kReleasedDocuments) return;
+    released = document;
+    shards.release_document_starts();
   };
   shards.each_document(0, shards.documents(), [&](uint64_t begin, uint64_t length) {
     if (document == 0 && begin != 0) throw std::invalid_argument("the first shard does not begin with a document");

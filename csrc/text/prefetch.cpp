@@ -180,12 +180,13 @@ Prefetcher::~Prefetcher() {
   if (state_ != nullptr && state_->process != ::getpid()) static_cast<void>(state_.release());
 }
 
-BatchMemory Prefetcher::next(uint64_t step) {
+void Prefetcher::start() {
   if (state_ != nullptr && state_->process != ::getpid()) {
-    static_cast<void>(state_.release());  // of the parent: its thread is not here, and its mutex may be locked
+    static_cast<void>(state_.release());  // of the parent: its thread is not here, and a mutex may be locked
   }
   if (state_ == nullptr) state_ = std::make_unique<PrefetchState>(batch_bytes_, fill_);
-  return state_->next(step);
 }
+
+BatchMemory Prefetcher::next(uint64_t step) { return state_->next(step); }
 
 }  // namespace tapelm::text

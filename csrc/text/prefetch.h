@@ -26,9 +26,12 @@ class Prefetcher {
   Prefetcher(const Prefetcher&) = delete;
   Prefetcher& operator=(const Prefetcher&) = delete;
 
-  // The batch of `step`. A few of the following ones are then prepared; asking for another step drops them, so that
-  // the caller's step is the only position there is. May be called again after an exception.
-  // In a forked child, which has no such thread, a new one is started.
+  // Starts the thread, unless this process has it: a forked child has not. One caller at a time.
+  void start();
+
+  // The batch of `step`, after start(). A few of the following ones are then prepared; asking for another step drops
+  // them, so that the caller's step is the only position there is. May be called again after an exception, and by
+  // several threads.
   BatchMemory next(uint64_t step);
 
  private:

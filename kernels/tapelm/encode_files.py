@@ -128,7 +128,7 @@ def encode_files(
         "shard_tokens": shard_tokens,
     }
     partial.mkdir(parents=True, exist_ok=True)
-    resumable = False
+    kept = False
     with (partial / JOURNAL).open("a+", encoding="utf-8") as journal:
         _lock(journal, out_dir)
         try:
@@ -138,15 +138,16 @@ def encode_files(
                 if _identity(path) != before:
                     raise ValueError(f"{path} changed while it was encoded: encode it again")
             manifest = writer.write_manifest()
-            (partial / JOURNAL).unlink()
             replace_directory(partial, target)
+            kept = True
+            (target / JOURNAL).unlink()  # after the lock on it has kept others out of `partial`
         except ValueError:
             raise  # a fault of the inputs: nothing of this is of use
         except BaseException:
-            resumable = True
+            kept = True
             raise
         finally:
-            if not resumable:
+            if not kept:
                 shutil.rmtree(partial, ignore_errors=True)
     return manifest
 
@@ -162,7 +163,8 @@ def _write(
     skip: int,
 ) -> ShardWriter:
     """Encode from `position` on, without the first `skip` tokens of it, into shards after `shards`."""
-    current = (position, skip)  # of the block that is being written, and what was left out of it
+    current = (position, 0)  # of the block that is being written, and what was left out of it
+    left_out = skip
 
     def record(entry: dict[str, Any], used: int) -> None:
         _append(journal, {"shard": entry, "position": asdict(current[0]), "skip": current[1] + used})
@@ -170,15 +172,15 @@ def _write(
     writer = ShardWriter(partial, encoding.vocab_size, encoding.end_of_text, shard_tokens, shards, record)
 
     def write(
-        position: Position,
-        skip: int,
-        encoded: Future[tuple[np.ndarray, np.ndarray]],
-        before: Future[None] | None,
+        position: Position, encoded: Future[tuple[np.ndarray, np.ndarray]], before: Future[None] | None
     ) -> None:
-        nonlocal current
+        nonlocal current, left_out
         if before is not None:
             before.result()  # after a failure nothing more is written
         tokens, starts = encoded.result()
+        # Blocks need not be those of the run that was killed: what it wrote may be several of them.
+        skip = min(left_out, tokens.size)
+        left_out -= skip
         current = (position, skip)
         writer.add(tokens[skip:], starts[np.searchsorted(starts, skip) :] - np.uint64(skip))
 
@@ -189,8 +191,7 @@ def _write(
             for block in read_blocks(paths, position, encoding.specials):
                 before = written[-1] if written else None
                 encoded = encoders.submit(block.encode, encoding)
-                written.append(writer_thread.submit(write, block.position, skip, encoded, before))
-                skip = 0
+                written.append(writer_thread.submit(write, block.position, encoded, before))
                 if len(written) > 2 * cores:
                     written.popleft().result()
             while written:

@@ -16,6 +16,7 @@ int read_batches(size_t bytes, uint32_t seed) {
     if (step % 97 == 96 && ++failures % 2) throw std::runtime_error("a fault that passes");
     std::memcpy(batch, &step, sizeof(step));
   });
+  prefetcher.start();
   std::mt19937 random(seed);
   uint64_t step = 0;
   int faults = 0;

@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -216,6 +217,8 @@ def test_json_is_read_as_python_reads_it(
         rb'{"text": "\ud83d\u0041"}',
         rb'{"text": "\ud83d\ud83d\ude00"}',
         rb'{"other": "\ud83d", "text": "fine"}',
+        rb'{"te\ud800xt": "a"}',
+        rb'{"text": "real", "text\udfff": "other"}',
         b'{"text": "a\tb"}',
         b'{"text": "a"} x',
         b'{"text": "a",}',
@@ -344,6 +347,84 @@ def test_a_killed_run_continues(tokenizer: Tokenizer, tmp_path: Path) -> None:
     for path, stamp in stamps.items():
         assert (tmp_path / "out" / path.name).stat().st_mtime_ns == stamp
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["out"]
+
+
+def test_resumed_blocks_may_be_others(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resumed run cuts plain text elsewhere, and may cut it to less than was written of one block."""
+    sizes = (60_000, 20_000)
+    monkeypatch.setattr(read_blocks, "__defaults__", sizes)
+    monkeypatch.chdir(tmp_path)
+    words = random.Random(5)
+    source = Path("a.txt")
+    source.write_text(
+        "".join("the rate rose by 5 percent. " * words.randint(1, 20) + "\n" for _ in range(9000))
+    )
+    specials = [END.encode()]
+    end = 0
+    for block in read_blocks([source], Position(), specials):
+        size = sum(len(piece.content) for piece in block.pieces)
+        again = next(iter(read_blocks([source], block.position, specials)))
+        end += size
+        if sum(len(piece.content) for piece in again.pieces) < size:
+            break
+    else:
+        pytest.fail("no block of this text is cut otherwise when it is read again")
+    shard_tokens = tokenizer.encode(source.read_text()[:end]).size
+    tokenizer.encode_files([source], "expected", shard_tokens=shard_tokens)
+    if (child := os.fork()) == 0:
+        finish = ShardWriter.finish
+
+        def killed(writer: ShardWriter) -> None:
+            if len(writer.shards) == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            finish(writer)
+
+        monkeypatch.setattr(ShardWriter, "finish", killed)
+        tokenizer.encode_files([source], "out", shard_tokens=shard_tokens)
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL and Path("out.partial").is_dir()
+    tokenizer.encode_files([source], "out", shard_tokens=shard_tokens)
+    assert np.array_equal(tokens_of(Path("out")), tokens_of(Path("expected")))
+
+
+@pytest.mark.parametrize("end", ["。", "」", "…", "—", "”", "é", "x"])
+def test_lines_that_end_in_any_character_are_cut(tokenizer: Tokenizer, tmp_path: Path, end: str) -> None:
+    """No white space but line ends: only at these can the text be cut, and the pieces are as many."""
+    source = tmp_path / "a.txt"
+    source.write_text(f"中文中文中文{end}\n" * 3000, encoding="utf-8")
+    blocks = list(read_blocks([source], Position(), [END.encode()], 9000, 3000))
+    assert len(blocks) > 5
+    ids = [tokenizer.encode(piece.content) for block in blocks for piece in block.pieces]
+    assert np.array_equal(np.concatenate(ids), tokenizer.encode(source.read_text(encoding="utf-8")))
+
+
+def test_forked_children_encode_while_the_parent_does(tokenizer: Tokenizer) -> None:
+    """What the parent's threads hold locked at the moment of the fork is of no concern to the child."""
+    stop = threading.Event()
+
+    def encode() -> None:
+        while not stop.is_set():
+            tokenizer.encode(b"")
+
+    threads = [threading.Thread(target=encode) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(60):
+            if (child := os.fork()) == 0:
+                tokenizer.encode(b"the rate")
+                os._exit(0)
+            watchdog = threading.Timer(20, os.kill, (child, signal.SIGKILL))
+            watchdog.start()
+            status = os.waitpid(child, 0)[1]
+            watchdog.cancel()
+            assert status == 0
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
 
 
 def test_a_journal_of_something_else_is_not_continued(tokenizer: Tokenizer, tmp_path: Path) -> None:

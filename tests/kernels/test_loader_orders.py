@@ -285,6 +285,46 @@ def test_threads_may_share_a_source(shards: Path) -> None:
         assert all(pool.map(read, range(4)))
 
 
+def test_threads_may_come_first_together(shards: Path) -> None:
+    for _ in range(50):
+        source = TokenLoader(shards, 2, 16)._loader
+        barrier = threading.Barrier(4)
+
+        def first(source: _text.Loader = source, barrier: threading.Barrier = barrier) -> int:
+            barrier.wait()
+            return int(source.next(0)[0].sum())
+
+        with ThreadPoolExecutor(4) as pool:
+            assert len({future.result(20) for future in [pool.submit(first) for _ in range(4)]}) == 1
+
+
+def test_exit_while_daemon_threads_read(shards: Path) -> None:
+    """Python unwinds a thread that wants its lock back at the end; nothing may turn that into an abort."""
+    code = (
+        "import sys, threading, time; from tapelm import TokenLoader\n"
+        "def read(loader):\n"
+        "    while True: next(loader)\n"
+        "for _ in range(6):\n"
+        "    threading.Thread(target=read, args=(TokenLoader(sys.argv[1], 8, 64),), daemon=True).start()\n"
+        "time.sleep(0.2)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(shards)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(_text.__file__).parents[1])},
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_packed_windows_are_no_longer_than_the_corpus(shards: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"smaller than one block of 2147483647 \(seq_len\): add text or lower"
+    ):
+        TokenLoader(shards, 1, 2**31 - 1, order="packed")
+
+
 def test_forked_children_continue(shards: Path) -> None:
     """A child has no prefetch thread; it starts its own and goes on where the parent was."""
     loader = TokenLoader(shards, 2, 16, order="packed")
