@@ -172,8 +172,8 @@ print(*sorted(seconds), resident("VmHWM") - before)
 
 
 def _opening(directory: Path) -> list[Row]:
-    """2^30 tokens in 16 shards, sparse but for the starts of 1.6 million documents of lognormal lengths; in fresh
-    processes, where the memory is the most that was resident."""
+    """2^30 tokens in 16 shards, sparse but for the starts of 1.6 million documents of lognormal lengths; in
+    fresh processes, where the memory is the most that was resident."""
     directory.mkdir()
     tokens, documents = 2**26, 100_000
     generator = np.random.default_rng(0)

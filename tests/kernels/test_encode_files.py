@@ -361,7 +361,7 @@ def test_resumed_blocks_may_be_others(
     source.write_text(
         "".join("the rate rose by 5 percent. " * words.randint(1, 20) + "\n" for _ in range(9000))
     )
-    specials = [END.encode()]
+    specials = [END.encode(), SPACED.encode()]
     end = 0
     for block in read_blocks([source], Position(), specials):
         size = sum(len(piece.content) for piece in block.pieces)
