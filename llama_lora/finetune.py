@@ -95,7 +95,9 @@ def _finetune(config: FinetuneConfig, arguments: list[str] | None) -> int:
     def record_evaluation(record: dict[str, Any]) -> None:
         """Evaluate, keep the adapter when it is the best so far, and count how long there was none."""
         nonlocal best, waited
-        record["val_loss"] = evaluate(backend, model, validation, config, device)
+        record["val_loss"] = evaluate_rows(
+            backend, model, validation, config.batch_size, config.eval_rows, device
+        )
         check_finite(record)
         improved = record["val_loss"] < best
         best, waited = min(best, record["val_loss"]), 0 if improved else waited + 1
@@ -197,11 +199,13 @@ def training_step(
 
 
 @torch.no_grad()
-def evaluate(backend: Backend, model: Any, rows: Rows, config: FinetuneConfig, device: torch.device) -> float:
-    """Mean loss over the learned targets of the validation rows, in nats per token."""
+def evaluate_rows(
+    backend: Backend, model: Any, rows: Rows, batch_size: int, limit: int, device: torch.device
+) -> float:
+    """Mean loss over the learned targets of up to `limit` rows (0: all), in nats per token."""
     model.eval()
     total, count = 0.0, 0
-    for batch in rows.batches(config.batch_size, device, config.eval_rows):
+    for batch in rows.batches(batch_size, device, limit):
         total += backend.loss(model, batch).item() * batch.valid
         count += batch.valid
     return total / count

@@ -94,7 +94,7 @@ def test_a_run_that_changed_is_not_resumed(settings) -> None:
 
 def test_early_stop_keeps_the_best_adapter(settings, monkeypatch) -> None:
     losses = iter([3.0, 2.0, 2.5, 2.25, 1.0])
-    monkeypatch.setattr("llama_lora.finetune.evaluate", lambda *arguments: next(losses))
+    monkeypatch.setattr("llama_lora.finetune.evaluate_rows", lambda *arguments: next(losses))
     config = FinetuneConfig(**settings | {"eval_interval": 1, "max_steps": 20}, patience=2)
     finetune(config)
     assert records(config.out)[-1]["step"] == 3
