@@ -1,4 +1,4 @@
-"""The cache changes nothing but time, batches equal single prompts, the sampling controls do what they say."""
+"""The cache changes nothing but time, batches equal single prompts, sampling controls do what they say."""
 
 from __future__ import annotations
 
