@@ -121,7 +121,7 @@ def interleaved(
     subject: str, shape: str, dtype: torch.dtype, functions: dict[str, Callable[[], Any]], bound: str,
     work: float, device: torch.device, rounds: int,
 ) -> list[Row]:  # fmt: skip
-    """Rows of functions taken in turn after a warm-up, ratios to the first; the ceiling follows each round."""
+    """Rows of functions taken in turn after a warm-up, ratios to the first."""
     limit, limit_work = ceiling(bound, dtype, device)
     for function in (*functions.values(), limit):
         function()

@@ -37,6 +37,10 @@ def bitsandbytes() -> ModuleType:
     return _load("bitsandbytes", "llama")
 
 
+def gguf() -> ModuleType:
+    return _load("gguf", "llama")
+
+
 def unsloth() -> ModuleType:
     """To be imported before transformers, parts of which it replaces."""
     return _load("unsloth", "unsloth")

