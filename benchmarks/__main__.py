@@ -1,9 +1,11 @@
-"""Benchmarks: python -m benchmarks {ops,train,tokenizer,loader,static,tune,all,gpu-check} [--json FILE]
+"""Benchmarks: python -m benchmarks SUBJECT [--json FILE], where SUBJECT is one of
 
 ops        every kernel against PyTorch, forward and backward
 train      a whole training step, plain against optimized
 tokenizer  encoding and training a tokenizer, against its peers
 loader     batches per second against DataLoader, opening, files to shards
+llama      fine-tuning steps and decoding, against peft, bitsandbytes and transformers
+ladder     what each technique does to a fine-tuning: --model llama --base DIR --data DIR
 static     compiles every Triton kernel for every target, no GPU needed; --check compares with the lock file
 tune       measures launch configurations on the GPU at hand and writes the table that the library reads
 all        ops, train, tokenizer and loader
@@ -28,7 +30,9 @@ class Options:
     """Options of `python -m benchmarks`."""
 
     subject: Annotated[
-        Literal["ops", "train", "tokenizer", "loader", "static", "tune", "all", "gpu-check"],
+        Literal[
+            "ops", "train", "tokenizer", "loader", "llama", "ladder", "static", "tune", "all", "gpu-check"
+        ],
         tyro.conf.Positional,
     ]
     json: Path | None = None
@@ -52,6 +56,18 @@ class Options:
     """static: change nothing, fail when what compiles now differs from the lock file."""
     peers: bool = False
     """static: compile other libraries' kernels instead, where installed, beside ours."""
+    base: Path = Path("runs/smollm2")
+    """llama, ladder: a local Llama model; SmolLM2-135M is fetched there if there is none."""
+    model: Literal["llama"] = "llama"
+    """ladder: which model's techniques."""
+    data: Path = Path("runs/corpus")
+    """ladder: what to train on, as for python -m llama_lora.finetune."""
+    out: Path = Path("runs/ladder")
+    """ladder: the runs go here; those that are there are not taken again."""
+    steps: int = 30
+    """ladder: optimizer steps of each run."""
+    sweeps: bool = False
+    """ladder: also sweep batch size and rank."""
     seconds: float = float("inf")
     """static: start no compilation after this many seconds; run it again for the rest. tune: the same for
     kernels, leaving the others as they ship."""
@@ -81,8 +97,19 @@ def run(options: Options) -> int:
         rows += tokenizer.measure(options.text, options.rounds)
     if options.subject in ("loader", "all"):
         rows += loader.measure_all(device, options.rounds, options.preset, options.batch_size)
+    if options.subject == "llama":
+        from benchmarks import llama
+
+        rows += llama.measure(fetched(options.base), options.batch_size, device, options.rounds)
     harness.report(f"python -m benchmarks {options.subject}", rows, device, options.json)
     return 0
+
+
+def fetched(base: Path) -> Path:
+    """`base`, filled with SmolLM2-135M where there is no model yet."""
+    from llama_lora.fetch import fetch
+
+    return base if (base / "config.json").is_file() else fetch(base)
 
 
 def main(arguments: list[str]) -> int:
@@ -92,6 +119,13 @@ def main(arguments: list[str]) -> int:
     if options.subject == "static" and options.peers:
         static_peers.report()
         return 0
+    if options.subject == "ladder":
+        from benchmarks import ladder
+
+        return ladder.run(
+            fetched(options.base), options.data, options.out, options.steps, sweeps=options.sweeps,
+            json_path=options.json,
+        )  # fmt: skip
     if options.subject == "static":
         return static.run(options.check, options.seconds)
     if options.subject == "tune":

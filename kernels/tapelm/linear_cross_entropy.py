@@ -101,6 +101,22 @@ def launch_linear_cross_entropy_forward(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, ignore_index: int, need_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Triton launch of ``tapelm::linear_cross_entropy_forward``."""
+    return _launch(hidden, weight, targets, bias, ignore_index, need_grad, need_grad)
+
+
+@register_cuda("frozen_cross_entropy_forward")
+def launch_frozen_cross_entropy_forward(
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, need_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """Triton launch of ``tapelm::frozen_cross_entropy_forward``, for a weight that does not train."""
+    return _launch(hidden, weight, targets, None, ignore_index, need_grad, False)[:2]
+
+
+def _launch(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, ignore_index: int, need_grad: bool,
+    need_weight_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(loss, dhidden, dweight, dbias); gradients that are not needed are empty."""
     hidden, weight, targets = hidden.contiguous(), weight.contiguous(), targets.contiguous()
     rows, vocabulary = hidden.shape[0], weight.shape[0]
     chunk = min(max(rows, 1), max(128, CHUNK_ELEMENTS // max(vocabulary, 1) // 128 * 128))
@@ -108,7 +124,7 @@ def launch_linear_cross_entropy_forward(
     valid = (targets != ignore_index).sum()
     share = 1.0 / valid.clamp(min=1)
     dhidden = torch.empty_like(hidden) if need_grad else hidden.new_empty(0)
-    dweight = torch.zeros_like(weight, dtype=torch.float32) if need_grad else weight.new_empty(0)
+    dweight = torch.zeros_like(weight, dtype=torch.float32) if need_weight_grad else weight.new_empty(0)
     dbias = (
         weight.new_zeros(vocabulary, dtype=torch.float32)
         if need_grad and bias is not None
@@ -125,7 +141,8 @@ def launch_linear_cross_entropy_forward(
         if need_grad:
             zero = hidden.new_zeros(hidden[part].shape, dtype=torch.float32)
             dhidden[part] = _add_product(zero, logits, weight).mul_(share)
-            _add_product(dweight, logits.T, hidden[part])
+            if need_weight_grad:
+                _add_product(dweight, logits.T, hidden[part])
             if bias is not None:
                 dbias += logits.sum(0, dtype=torch.float32)
     # Dividing makes 0 / 0 = NaN when no row is valid.
@@ -152,21 +169,55 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad: Tensor | None, *of_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+def _check_backward(ctx: Any, *of_gradients: Tensor | None) -> None:
     # The gradients are outputs of the forward op: what reaches them is a second derivative.
     if any(given is not None for given in of_gradients):
         raise NotImplementedError("linear_cross_entropy: second derivatives are not supported.")
-    if grad is None:
-        return (None,) * 6
     if not ctx.need_grad:
         raise RuntimeError(
             "linear_cross_entropy: the loss was computed without gradients; call it with grad enabled."
         )
+
+
+def _backward(ctx: Any, grad: Tensor | None, *of_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    _check_backward(ctx, *of_gradients)
+    if grad is None:
+        return (None,) * 6
     dhidden, dweight, dbias = ctx.saved_tensors
     return grad * dhidden, grad * dweight, None, grad * dbias if ctx.has_bias else None, None, None
 
 
 register_autograd("linear_cross_entropy_forward", _setup, _backward)
+
+
+@register_fake("frozen_cross_entropy_forward")
+def _(
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, need_grad: bool
+) -> tuple[Tensor, Tensor]:
+    return hidden.new_empty((), dtype=torch.float32), hidden.new_empty(hidden.shape if need_grad else 0)
+
+
+def _setup_frozen(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.need_grad = inputs[-1]
+    ctx.save_for_backward(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward_frozen(ctx: Any, grad: Tensor | None, of_gradient: Tensor | None) -> tuple[Tensor | None, ...]:
+    _check_backward(ctx, of_gradient)
+    (dhidden,) = ctx.saved_tensors
+    return None if grad is None else grad * dhidden, None, None, None, None
+
+
+register_autograd("frozen_cross_entropy_forward", _setup_frozen, _backward_frozen)
+
+
+@register_flop_formula(torch.ops.tapelm.frozen_cross_entropy_forward)
+def _(
+    hidden_shape: Any, weight_shape: Any, targets_shape: Any, ignore_index: int, need_grad: bool,
+    *args: Any, out_shape: Any = None, **kwargs: Any,
+) -> int:  # fmt: skip
+    return (4 if need_grad else 2) * hidden_shape[0] * weight_shape[0] * weight_shape[1]
 
 
 @register_flop_formula(torch.ops.tapelm.linear_cross_entropy_forward)
@@ -222,6 +273,11 @@ def linear_cross_entropy(
         tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)
     )
     hidden = hidden.reshape(targets.numel(), hidden.shape[-1])
+    if bias is None and not weight.requires_grad:
+        # The weight is large: its gradient would be a third of the work.
+        return torch.ops.tapelm.frozen_cross_entropy_forward(
+            hidden, weight, targets.reshape(-1), ignore_index, need_grad
+        )[0]
     loss, *_ = torch.ops.tapelm.linear_cross_entropy_forward(
         hidden, weight, targets.reshape(-1), bias, ignore_index, need_grad
     )

@@ -57,6 +57,36 @@ def test_upstream_gradient_scales(device):
     assert torch.equal(one / 2, half)
 
 
+@pytest.mark.parametrize("n,c,v", [(1, 1, 2), (21, 16, 130), (300, 24, 4100)])
+def test_frozen_weight(n, c, v, dtype, device, check):
+    hidden, weight, _, targets = make(n, c, v, dtype, device)
+    targets[: n // 3] = -100
+    check(
+        lambda hidden: tapelm.linear_cross_entropy(hidden, weight, targets),
+        lambda hidden: linear_cross_entropy_reference(hidden, weight.to(hidden.dtype), targets),
+        hidden,
+    )
+
+
+def test_frozen_weight_gives_the_same_bits_and_fewer_flops(device):
+    hidden, weight, _, targets = make(40, 16, 130, torch.float32, device)
+    losses, gradients, flops = [], [], []
+    for trains in (True, False):
+        leaf = hidden.clone().requires_grad_()
+        with FlopCounterMode(display=False) as counter:
+            losses.append(tapelm.linear_cross_entropy(leaf, weight.requires_grad_(trains), targets))
+        flops.append(counter.get_total_flops())
+        (gradient,) = torch.autograd.grad(losses[-1], leaf)
+        gradients.append(gradient)
+    assert losses[0].item() == losses[1].item()
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-7)
+    assert flops == [6 * 40 * 16 * 130, 4 * 40 * 16 * 130]
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        leaf = hidden.clone().requires_grad_()
+        loss = tapelm.linear_cross_entropy(leaf, weight, targets)
+        torch.autograd.grad(loss**2, leaf, create_graph=True)[0].sum().backward()
+
+
 def test_second_derivative_is_refused(device):
     """The gradients leave with the loss: but for this error they would count as constants."""
     hidden, weight, bias, targets = make(20, 8, 40, torch.float32, device)
@@ -107,6 +137,19 @@ def test_registration():
     )
 
 
+def test_frozen_registration_and_compilation():
+    hidden, weight, _, targets = make(6, 4, 9, torch.float32)
+    hidden.requires_grad_()
+    overload = torch.ops.tapelm.frozen_cross_entropy_forward.default
+    utils = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(overload, (hidden, weight, targets, -100, True), test_utils=utils)
+    check_registration("frozen_cross_entropy_forward", hidden.detach(), weight, targets, -100, False)
+    compiled = torch.compile(tapelm.linear_cross_entropy, fullgraph=True, backend="aot_eager")
+    (expected,) = torch.autograd.grad(tapelm.linear_cross_entropy(hidden, weight, targets), hidden)
+    (found,) = torch.autograd.grad(compiled(hidden, weight, targets), hidden)
+    assert torch.equal(expected, found)
+
+
 def test_compiles():
     hidden, weight, bias, targets = make(6, 4, 9, torch.float32)
     inputs = [t.requires_grad_() for t in (hidden, weight, bias)]
@@ -123,7 +166,7 @@ def test_flops():
         tapelm.linear_cross_entropy(hidden, weight, targets)
     assert counter.get_total_flops() == 2 * 6 * 4 * 9
     with FlopCounterMode(display=False) as counter:
-        tapelm.linear_cross_entropy(hidden.requires_grad_(), weight, targets).backward()
+        tapelm.linear_cross_entropy(hidden.requires_grad_(), weight.requires_grad_(), targets).backward()
     assert counter.get_total_flops() == 6 * 6 * 4 * 9
 
 

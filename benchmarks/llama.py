@@ -1,0 +1,229 @@
+"""LoRA and QLoRA on a Llama model, ours against peft and bitsandbytes, and decoding against transformers.
+
+A step is forward, backward, clip and update on rows packed with documents of different lengths; tokens per
+second count no padding. All variants start from the same adapters and see the same batches, and their losses
+are compared before anything is timed. Peak memory is that of a process of its own that takes two steps. The
+fraction of the ceiling counts products with the frozen weights and attention, not those of the adapters.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.harness import Row, ceiling, timed
+from gpt.cli import UserError
+from gpt.hardware import device_name, peak_memory_bytes
+from llama_lora import adapters as files
+from llama_lora.adapters import Recipe
+from llama_lora.backends import TapelmBackend, get_backend, open_base
+from llama_lora.config import FinetuneConfig
+from llama_lora.dataset import IGNORED, Example
+from llama_lora.decoder import Decoder
+from llama_lora.generate import generate
+from llama_lora.packing import Rows
+from llama_lora.results import flops_per_token, model_bytes, pick_dtype
+
+BACKENDS = ("hf", "tapelm")
+METHODS = ("qlora", "lora")
+BLOCK_SIZE = 512
+PROMPT_TOKENS, NEW_TOKENS = 32, 256
+
+
+@dataclass
+class Step:
+    """A model with its optimizer; calling it takes one step on the next of a few fixed batches."""
+
+    backend_name: str
+    method: str
+    path: Path
+    batch_size: int
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        self.backend, self.dtype = get_backend(self.backend_name), pick_dtype("auto", self.device)
+        self.config = FinetuneConfig(
+            self.path, Path(), Path(), method=self.method, backend=self.backend_name,  # type: ignore[arg-type]
+            batch_size=self.batch_size, block_size=BLOCK_SIZE,
+        )  # fmt: skip
+        self.model: Any = self.backend.load(self.path, Recipe(self.method), self.dtype, self.device)
+        files.reset(self.backend.adapters(self.model), 0)
+        self.optimizer = self.backend.optimizer(self.model, self.config)
+        rows = Rows(
+            documents(self.model.config.vocab_size, 4 * self.batch_size * BLOCK_SIZE), BLOCK_SIZE,
+            packing=True, pad_id=0,
+        )  # fmt: skip
+        self.batches = [rows.training_batch(i, self.batch_size, 0, self.device) for i in range(3)]
+        self.tokens = statistics.fmean(batch.tokens for batch in self.batches)
+        self.flops = flops_per_token(self.model.config, self.config) * self.tokens
+        self.count = 0
+
+    def loss(self) -> torch.Tensor:
+        return self.backend.loss(self.model, self.batches[self.count % len(self.batches)])
+
+    def __call__(self) -> None:
+        self.model.train()
+        self.loss().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.count += 1
+
+
+def documents(vocab_size: int, tokens: int) -> list[Example]:
+    """Random ids in documents of 50 to 700 tokens, the same ones every time."""
+    generator, examples = np.random.default_rng(0), []
+    while tokens > 0:
+        ids = generator.integers(0, vocab_size, int(generator.integers(50, 700)))
+        examples.append(Example(ids, np.append(ids[1:], IGNORED)))
+        tokens -= len(ids)
+    return examples
+
+
+def measure(path: Path, batch_size: int, device: torch.device, rounds: int) -> list[Row]:
+    """Rows of the training steps, both methods, and of decoding."""
+    rows: list[Row] = []
+    for method in METHODS:
+        memory = {name: peak_memory(name, method, path, batch_size, device) for name in BACKENDS}
+        steps = {name: Step(name, method, path, batch_size, device) for name in BACKENDS}
+        agree(steps)
+        shape = f"{batch_size} x {BLOCK_SIZE}"
+        functions: dict[str, Callable[[], Any]] = dict(steps)
+        step = steps["hf"]
+        made = interleaved(
+            f"llama {method}", shape, step.dtype, functions, "gemm", step.flops, device, rounds
+        )
+        for row in made:
+            row.extra["tokens_per_second"] = 1e3 * step.tokens / row.median_ms
+            row.extra["peak_memory_bytes"] = memory[row.variant]
+        rows += made
+    for method in METHODS:
+        rows += decoding(path, method, device, max(1, rounds // 3))
+    return rows
+
+
+def agree(steps: dict[str, Step]) -> None:
+    losses = {}
+    for name, step in steps.items():
+        with torch.no_grad():
+            losses[name] = step.loss().item()
+    if not abs(losses["tapelm"] - losses["hf"]) <= 1e-2 * losses["hf"]:
+        raise UserError(f"the backends disagree, nothing was timed: losses {losses}")
+
+
+def interleaved(
+    subject: str, shape: str, dtype: torch.dtype, functions: dict[str, Callable[[], Any]], bound: str,
+    work: float, device: torch.device, rounds: int,
+) -> list[Row]:  # fmt: skip
+    """Rows of functions taken in turn after a warm-up, ratios to the first."""
+    limit, limit_work = ceiling(bound, dtype, device)
+    for function in (*functions.values(), limit):
+        function()
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    limits = []
+    for _ in range(rounds):
+        for name, function in functions.items():
+            seconds[name].append(timed(function, device))
+            limits.append(timed(limit, device))
+    rate, unit = limit_work / statistics.median(limits), "GFLOP/s GEMM" if bound == "gemm" else "GB/s copy"
+    first = next(iter(functions))
+    return [
+        Row(
+            subject=subject,
+            variant=name,
+            shape=shape,
+            dtype=str(dtype).removeprefix("torch."),
+            device=device_name(device),
+            median_ms=1e3 * statistics.median(own),
+            fastest_ms=1e3 * min(own),
+            slowest_ms=1e3 * max(own),
+            ratio_vs={
+                first: statistics.median(base / mine for base, mine in zip(seconds[first], own, strict=True))
+            },
+            ceiling=f"{rate / 1e9:.0f} {unit}",
+            fraction_of_ceiling=work / statistics.median(own) / rate,
+        )
+        for name, own in seconds.items()
+    ]
+
+
+def decoding(path: Path, method: str, device: torch.device, rounds: int) -> list[Row]:
+    """Rows of NEW_TOKENS greedy tokens: transformers, ours without cache, ours; in ms for all of them.
+
+    The ceiling is reading the weights once for every token.
+    """
+    dtype = pick_dtype("auto", device)
+    ours: Any = TapelmBackend().load(path, Recipe(method), dtype, device).eval()
+    theirs: Any = (
+        open_base(path, dtype).to(device)
+        if method == "lora"
+        else get_backend("hf").load(path, Recipe(method), dtype, device).get_base_model()  # type: ignore[operator]
+    )
+    theirs.eval()
+    prompt = np.random.default_rng(0).integers(0, ours.config.vocab_size, PROMPT_TOKENS).tolist()
+    ids = torch.tensor([prompt], device=device)
+
+    def transformers() -> Any:
+        with torch.no_grad():
+            return theirs.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS,
+                min_new_tokens=NEW_TOKENS, do_sample=False,
+            )  # fmt: skip
+
+    def cached(use_cache: bool) -> Any:
+        return generate(ours, [prompt], max_new_tokens=NEW_TOKENS, use_cache=use_cache)
+
+    functions: dict[str, Callable[[], Any]] = {
+        "transformers": transformers,
+        "tapelm, no cache": lambda: cached(False),
+        "tapelm": lambda: cached(True),
+    }
+    check_logits(ours, theirs, prompt)
+    shape = f"{PROMPT_TOKENS} + {NEW_TOKENS}"
+    read = model_bytes(ours) * NEW_TOKENS
+    made = interleaved(f"decode {method}", shape, dtype, functions, "copy", read, device, rounds)
+    for row in made:
+        row.extra["ms_per_token"] = row.median_ms / NEW_TOKENS
+    return made
+
+
+def check_logits(ours: Any, theirs: Any, prompt: list[int]) -> None:
+    """The next token's logits after the prompt, ours and those of transformers, within bf16's rounding."""
+    found = Decoder(ours, [prompt], 1, use_cache=True).logits()[0].float()
+    with torch.no_grad():
+        expected = theirs(torch.tensor([prompt], device=found.device)).logits[0, -1].float()
+    apart = float((found - expected).norm() / expected.norm())
+    if not apart <= 0.05:
+        raise UserError(f"decoded logits are {apart:.2g} of their norm apart, nothing was timed")
+
+
+def peak_memory(name: str, method: str, path: Path, batch_size: int, device: torch.device) -> int:
+    """Peak bytes of a new process that loads a model and takes two steps."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    arguments = (sender, name, method, path, batch_size, str(device), torch.get_num_threads())
+    process = context.Process(target=_two_steps, args=arguments)
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError as error:
+        raise UserError(f"two steps of {name} {method} failed in a process of their own") from error
+    finally:
+        process.join()
+
+
+def _two_steps(
+    sender: Any, name: str, method: str, path: Path, batch_size: int, device: str, threads: int
+) -> None:
+    torch.set_num_threads(threads)
+    step = Step(name, method, path, batch_size, torch.device(device))
+    for _ in range(2):
+        step()
+    sender.send(peak_memory_bytes(torch.device(device)))

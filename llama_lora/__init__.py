@@ -1,0 +1,1 @@
+"""LLaMA adapted with LoRA or QLoRA: tapelm kernels inside transformers, checked before every run."""

@@ -1,0 +1,99 @@
+"""Decoding with a model of the tapelm backend: a cache of keys and values that is written in place.
+
+transformers' own loop spends most of a token of a small model outside of products; this one calls the ops of
+a block and nothing else.
+
+Shapes: B rows, T new tokens, S tokens so far, Hkv heads, D head width, V vocabulary. Prompts of a batch end
+together: shorter ones have padding before them, which nobody attends to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import tapelm
+
+
+class Decoder:
+    """The logits of the next token, for a batch of prompts and then token by token.
+
+    With `use_cache` False all tokens are computed anew for each, by the same ops: what the cache is compared
+    with.
+    """
+
+    def __init__(
+        self, model: Any, prompts: Sequence[Sequence[int]], most_new: int, *, use_cache: bool
+    ) -> None:
+        self.llama, self.head, self.use_cache = model.model, model.lm_head.weight, use_cache
+        self.device = self.head.device
+        longest = max(len(prompt) for prompt in prompts)
+        self.padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=self.device)
+        self.padded = bool(self.padding.any())
+        rows = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+        self.ids = torch.zeros(len(prompts), longest + most_new, dtype=torch.int64, device=self.device)
+        self.ids[:, :longest] = torch.tensor(rows, device=self.device)
+        self.length, self.done = longest, 0
+        config = model.config
+        positions = torch.arange(longest + most_new, device=self.device)
+        positions = (positions[None] - self.padding[:, None]).clamp(min=0)  # (B, S)
+        with torch.no_grad():
+            self.cos, self.sin = self.llama.rotary_emb(self.head[:1, None], position_ids=positions)
+        width = self.llama.layers[0].self_attn.head_dim
+        shape = (len(prompts), config.num_key_value_heads, longest + most_new, width)
+        self.keys, self.values = (
+            [self.head.new_empty(shape) for _ in self.llama.layers] if use_cache else [] for _ in range(2)
+        )
+
+    @torch.no_grad()
+    def logits(self) -> Tensor:
+        """(B, V) after all tokens so far."""
+        start = self.done if self.use_cache else 0
+        x = F.embedding(self.ids[:, start : self.length], self.llama.embed_tokens.weight)  # (B, T, C)
+        mask = self._mask(start)
+        for index, block in enumerate(self.llama.layers):
+            attention = block.self_attn
+            h = block.input_layernorm(x)
+            q, k, v = (
+                project(h).view(*h.shape[:2], -1, attention.head_dim).transpose(1, 2)
+                for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+            )
+            q, k = tapelm.rope(q, k, self.cos[:, start : self.length], self.sin[:, start : self.length])
+            y = self._attend(index, q, k, v, start, mask, attention.scaling)
+            x = x + attention.o_proj(y.transpose(1, 2).reshape(*h.shape[:2], -1))
+            x = x + block.mlp(block.post_attention_layernorm(x))
+        self.done = self.length
+        return F.linear(self.llama.norm(x[:, -1]), self.head)
+
+    def append(self, tokens: Tensor) -> None:
+        """tokens (B,) int64 follow."""
+        self.ids[:, self.length] = tokens
+        self.length += 1
+
+    def _attend(
+        self, index: int, q: Tensor, k: Tensor, v: Tensor, start: int, mask: Tensor | None, scale: float
+    ) -> Tensor:
+        if self.use_cache:
+            self.keys[index][:, :, start : self.length] = k
+            self.values[index][:, :, start : self.length] = v
+        if start == 0 and mask is None:
+            return tapelm.attention(q, k, v, scale=scale)
+        if self.use_cache:
+            k, v = (cache[index][:, :, : self.length] for cache in (self.keys, self.values))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+
+    def _mask(self, start: int) -> Tensor | None:
+        """(B, 1, T, S), which keys each new token sees; None where it is all before it."""
+        new = self.length - start
+        if not self.padded and (new == 1 or start == 0):
+            return None
+        places = torch.arange(self.length, device=self.device)
+        visible = places[None, None] >= self.padding[:, None, None]
+        causal = places[None, None] <= places[start:, None]
+        # Padding sees itself, so that no row of the softmax is empty.
+        itself = places[None, None] == places[start:, None]
+        return ((visible & causal) | itself)[:, None]

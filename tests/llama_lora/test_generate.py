@@ -1,0 +1,161 @@
+"""The cache changes nothing but time, batches equal single prompts, sampling controls do what they say."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt.cli import UserError
+from llama_lora import adapters as files
+from llama_lora.adapters import Recipe
+from llama_lora.backends import TapelmBackend, open_base
+from llama_lora.decoder import Decoder
+from llama_lora.generate import (
+    GREEDY,
+    Choice,
+    GenerateConfig,
+    answer,
+    encode,
+    generate,
+    load,
+    main,
+    penalized,
+    repeating,
+)
+from llama_lora.verify import randomize
+
+CPU = torch.device("cpu")
+PROMPTS = [[5, 9, 200, 31, 7], [11], [40, 41, 42, 43, 44, 45, 46, 47]]
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_model: Path, tokenizer, tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("adapter")
+    backend = TapelmBackend()
+    model = backend.load(tiny_model, Recipe("lora"), torch.float32, CPU)
+    randomize(backend.adapters(model))
+    files.write(directory, backend.adapters(model), Recipe("lora"), tiny_model)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module", params=["qlora", "lora"])
+def model(request, adapter: Path):
+    return load(adapter, None, request.param, torch.float32, CPU)[0]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS, ids=len)
+def test_greedy_tokens_with_and_without_cache(model, prompt) -> None:
+    with_cache = generate(model, [prompt], max_new_tokens=40)
+    without = generate(model, [prompt], max_new_tokens=40, use_cache=False)
+    assert with_cache.ids == without.ids
+    assert len(with_cache.ids[0]) == 40
+
+
+def test_a_batch_equals_its_prompts(model) -> None:
+    together = generate(model, PROMPTS, max_new_tokens=24)
+    assert together.ids == [generate(model, [prompt], max_new_tokens=24).ids[0] for prompt in PROMPTS]
+    assert together.ids == generate(model, PROMPTS, max_new_tokens=24, use_cache=False).ids
+
+
+def test_greedy_tokens_are_those_of_transformers(tiny_model) -> None:
+    ours, _ = load(None, tiny_model, "lora", torch.float32, CPU)
+    plain = open_base(tiny_model, torch.float32).eval()
+    expected = plain.generate(
+        torch.tensor([PROMPTS[0]]), max_new_tokens=32, do_sample=False, eos_token_id=None
+    )
+    assert generate(ours, PROMPTS[:1], max_new_tokens=32).ids[0] == expected[0, len(PROMPTS[0]) :].tolist()
+
+
+def test_logits_after_several_new_tokens_at_once(model) -> None:
+    """A cache that is behind by more than a token catches up in one pass."""
+    slow, fast = (Decoder(model, PROMPTS[:1], 8, use_cache=True) for _ in range(2))
+    fast.logits()
+    for token in (3, 4, 5):
+        slow.append(torch.tensor([token]))
+        fast.append(torch.tensor([token]))
+        if token == 3:
+            fast.logits()
+    torch.testing.assert_close(fast.logits(), slow.logits(), rtol=1e-4, atol=1e-4)
+
+
+def test_stop_token_ends_a_row_and_is_not_returned(model) -> None:
+    free = generate(model, PROMPTS, max_new_tokens=12).ids
+    stop = free[0][5]
+    ended = generate(model, PROMPTS, max_new_tokens=12, stop=frozenset({stop})).ids
+    assert ended[0] == free[0][: free[0].index(stop)]
+    for row, other in zip(ended, free, strict=True):
+        assert row == other[: len(row)]
+
+
+def test_sampling_follows_its_seed(model) -> None:
+    draws = [
+        generate(model, PROMPTS[:1], Choice(temperature=1.0, seed=seed), max_new_tokens=20).ids
+        for seed in (1, 1, 2)
+    ]
+    assert draws[0] == draws[1] != draws[2]
+
+
+def test_repetition_penalty() -> None:
+    logits = torch.tensor([2.0, -2.0, 1.0])
+    assert penalized(logits, [0, 1], Choice(repetition_penalty=2.0)).tolist() == [1.0, -4.0, 1.0]
+    assert penalized(logits, [0, 1], GREEDY) is logits
+
+
+def test_no_ngram_occurs_twice(model) -> None:
+    assert repeating([1, 2, 3, 1, 2], 3) == [3]
+    assert repeating([1, 2, 3, 1, 2], 2) == [3]
+    assert repeating([1, 2], 3) == []
+    assert repeating([4, 5], 1) == [4, 5]
+    banned = penalized(torch.zeros(4), [1, 2, 3, 1, 2], Choice(no_repeat_ngram=3))
+    assert banned.tolist() == [0.0, 0.0, 0.0, -math.inf]
+    found = generate(model, PROMPTS[:1], Choice(temperature=0.0, no_repeat_ngram=2), max_new_tokens=60).ids[0]
+    whole = PROMPTS[0] + found
+    pairs = list(itertools.pairwise(whole))
+    assert len(pairs) == len(set(pairs))
+
+
+def test_answer_is_the_new_text_only(model, tokenizer) -> None:
+    question = "did prices fall"
+    ids = encode(tokenizer, question, chat=True)
+    expected = tokenizer.decode(generate(model, [ids], max_new_tokens=8).ids[0], skip_special_tokens=True)
+    assert answer(question, model, tokenizer, max_new_tokens=8) == expected
+
+
+def test_program_streams_what_it_writes(adapter, tmp_path, capsys) -> None:
+    out = tmp_path / "out.json"
+    arguments = [
+        "--adapter",
+        str(adapter),
+        "--prompt",
+        "the economy",
+        "--temperature",
+        "0",
+        "--method",
+        "lora",
+    ]
+    assert main([*arguments, "--max-new-tokens", "12", "--json", str(out)]) == 0
+    written = json.loads(out.read_text(encoding="utf-8"))
+    said = capsys.readouterr()
+    assert said.out.rstrip("\n") == written["texts"][0].rstrip("\n")
+    assert "prefill" in said.err
+    assert main([*arguments[:2], "--prompt", "the economy", "prices", "--max-new-tokens", "4"]) == 0
+    assert "the economy\n  " in capsys.readouterr().out
+
+
+def test_mistakes_are_named(model, tmp_path, tiny_model) -> None:
+    with pytest.raises(UserError, match="pass --adapter, --model or both"):
+        GenerateConfig(prompt=("x",))
+    with pytest.raises(UserError, match="repetition_penalty"):
+        Choice(repetition_penalty=0.0)
+    with pytest.raises(UserError, match="a prompt is empty"):
+        generate(model, [[1], []], max_new_tokens=1)
+    with pytest.raises(UserError, match="exceed the model's 512 positions"):
+        generate(model, [[1]], max_new_tokens=512)
+    with pytest.raises(UserError, match=r"no adapter_config\.json"):
+        load(tmp_path, tiny_model, "lora", torch.float32, CPU)
