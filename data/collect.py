@@ -139,19 +139,27 @@ def _split_dates(config: Config, corpus: Corpus, ledger: Ledger, copies: np.ndar
     """The cuts, read off the documents where they are not given; None when documents are split by hash."""
     if config.split == "hash":
         return None
-    validation_from, test_from, until = config.validation_from, config.test_from, config.until
-    if corpus.dates is not None:
-        validation_from = validation_from or corpus.dates.validation_from
-        test_from = test_from or corpus.dates.test_from
-        until = until or corpus.dates.until
-    if validation_from is not None and test_from is not None:
-        return SplitDates(validation_from, test_from, until, config.embargo_days)
+    given = given_dates(config, corpus)
+    if given is not None:
+        return given
     days, sizes = ledger.days(), np.array(ledger.size)
     kept = ~copies & (days != UNDATED)
     unique, where = np.unique(days[kept], return_inverse=True)
     totals = np.bincount(where, weights=sizes[kept].astype(np.float64))
     bytes_by_day = {date.fromordinal(int(day)): int(total) for day, total in zip(unique, totals, strict=True)}
-    return choose_split_dates(bytes_by_day, config.embargo_days, until) if bytes_by_day else None
+    return choose_split_dates(bytes_by_day, config.embargo_days, config.until) if bytes_by_day else None
+
+
+def given_dates(config: Config, corpus: Corpus) -> SplitDates | None:
+    """The cuts of the settings or, where these have none, of the source."""
+    validation_from, test_from, until = config.validation_from, config.test_from, config.until
+    if corpus.dates is not None:
+        validation_from = validation_from or corpus.dates.validation_from
+        test_from = test_from or corpus.dates.test_from
+        until = until or corpus.dates.until
+    if validation_from is None or test_from is None:
+        return None
+    return SplitDates(validation_from, test_from, until, config.embargo_days)
 
 
 def _splits(ledger: Ledger, dates: SplitDates | None) -> np.ndarray:

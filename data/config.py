@@ -22,10 +22,13 @@ class Config:
 
     out: Path
     """Directory to write."""
-    source: tuple[Literal["packages", "files"], ...] = ("packages",)
-    """One or more. packages: pinned data packages of the registry. files: your own text, see --input."""
+    source: tuple[Literal["packages", "files", "rows"], ...] = ("packages",)
+    """One or more. packages: pinned data packages of the registry. files: your text. rows: your numbers."""
     input: tuple[str, ...] = ()
-    """Files, folders or globs of .txt, .jsonl, .csv and .parquet, plain, .gz or .zst (--source files)."""
+    """Files, folders or globs of .txt, .jsonl, .csv and .parquet, plain, .gz or .zst, of text for --source
+    files, of numbers for rows: columns date, entity, value, and if need be field, unit, available_at."""
+    view: Literal["text", "numbers"] = "text"
+    """text: prose, and numbers told in words. numbers: daily rows as calendar and bin tokens."""
     vocab_size: int = 8192
     """Most tokens the vocabulary may have."""
     text_column: str = "text"
@@ -61,7 +64,7 @@ class Config:
 
     def settings(self) -> dict[str, Any]:
         """The settings that decide the result, as they go into the card."""
-        names = ("vocab_size", "text_column", "date_column", "split", "embargo_days", "min_block")
+        names = ("view", "vocab_size", "text_column", "date_column", "split", "embargo_days", "min_block")
         names += ("language", "min_chars", "deduplicate")
         settings: dict[str, Any] = {"source": list(self.source)}
         settings |= {name: getattr(self, name) for name in names}
@@ -103,8 +106,12 @@ def check(config: Config) -> None:
     config.domain_weights()
     if not config.source or len(set(config.source)) != len(config.source):
         raise DataError("--source takes one or more different sources")
-    if "files" not in config.source and config.input:
-        raise DataError("--input goes with --source files")
+    if not {"files", "rows"} & set(config.source) and config.input:
+        raise DataError("--input goes with --source files or rows")
+    if {"files", "rows"} <= set(config.source):
+        raise DataError("--source files and rows would both read --input: prepare them one by one")
+    if config.view == "numbers" and (config.split == "hash" or config.weights):
+        raise DataError("--view numbers is split by date and has no --weights")
     cuts = (config.validation_from, config.test_from, config.until)
     if config.split == "hash" and cuts != (None, None, None):
         raise DataError("--validation-from, --test-from and --until go with --split date")

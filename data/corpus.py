@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from datetime import date
 from pathlib import Path
 
 from rich.console import Console
@@ -16,6 +15,7 @@ from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColum
 
 from data.documents import Document, SplitDates
 from data.problems import Problems
+from data.series import Row
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,16 +29,22 @@ class Origin:
 UNKNOWN = Origin("files of the user", "as the user's files are licensed")
 
 
+def _no_rows(problems: Problems) -> Iterator[tuple[str, Row]]:
+    return iter(())
+
+
 @dataclass(frozen=True)
 class Corpus:
     """A source that is ready to be read.
 
-    read: its documents, once or more often. inputs: the SHA-256 of all it reads, by name. origins: by domain;
-    domains without one are the user's own. dates: the cuts that suit it, if it has any.
+    read: its documents, once or more often. inputs: the SHA-256 of all it reads, by name. rows: (domain,
+    daily row) for the tape of numbers. origins: by domain; domains without one are the user's own. dates:
+    the cuts that suit it, if it has any.
     """
 
     read: Callable[[Problems], Iterator[Document]]
     inputs: dict[str, str]
+    rows: Callable[[Problems], Iterator[tuple[str, Row]]] = _no_rows
     origins: dict[str, Origin] = field(default_factory=dict)
     dates: SplitDates | None = None
 
@@ -50,9 +56,14 @@ def join(corpora: list[Corpus]) -> Corpus:
         for corpus in corpora:
             yield from corpus.read(problems)
 
+    def rows(problems: Problems) -> Iterator[tuple[str, Row]]:
+        for corpus in corpora:
+            yield from corpus.rows(problems)
+
     return Corpus(
         read,
         {name: digest for corpus in corpora for name, digest in corpus.inputs.items()},
+        rows,
         {name: origin for corpus in corpora for name, origin in corpus.origins.items()},
         next((corpus.dates for corpus in corpora if corpus.dates is not None), None),
     )
@@ -62,10 +73,6 @@ def cache_folder(chosen: Path | None, name: str) -> Path:
     """The folder for downloads of a source: in `chosen`, else in the user's cache ($XDG_CACHE_HOME)."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tapelm"
     return (chosen or cache) / name
-
-
-def day_number(day: date | None, unknown: int) -> int:
-    return unknown if day is None else day.toordinal()
 
 
 def progress_on_terminal() -> Progress:

@@ -19,6 +19,7 @@ import numpy as np
 
 from data import card
 from data.documents import END_OF_TEXT, SPLITS, DataError, Document, SplitDates, read_jsonl
+from data.numbers import TAPE, check_tape
 from gpt.cli import UserError, run_program
 from gpt.corpus import token_arrays
 from tapelm import Tokenizer
@@ -27,8 +28,8 @@ GRAM = 13  # tokens
 MOST_OVERLAP = 0.9  # of a document's 13-grams; notes of one template and similar numbers share up to 0.83
 FEWEST_GRAMS = 20  # in a document that is judged
 FEWEST_SAMPLED = 8  # the same where only a share of them is compared
-MOST_GRAMS = 1 << 24  # of held-out text that are remembered, 128 MB
-CHUNK = 1 << 22  # tokens hashed at a time
+MOST_GRAMS = 1 << 23  # of held-out text that are remembered, 64 MB
+CHUNK = 1 << 19  # tokens hashed at a time
 MULTIPLIER = 0x9E3779B97F4A7C15
 POWERS = np.array([pow(MULTIPLIER, power, 2**64) for power in range(1, GRAM + 1)], dtype=np.uint64)
 
@@ -39,6 +40,8 @@ def check(directory: Path, dates: SplitDates | None) -> dict[str, Any]:
     dates: the cuts, None where documents were split by hash. Raises DataError naming the first leak, with
     file and line.
     """
+    if (directory / TAPE).is_file() and dates is not None:
+        return check_tape(directory, dates)
     _check_documents(directory, dates)
     tokenizer = Tokenizer.load(directory / "tokenizer.json")
     end_of_text = tokenizer.special_tokens[END_OF_TEXT]
@@ -161,6 +164,8 @@ def main(arguments: list[str]) -> int:
         found = check(directory, card.read_split_dates(made))
     except DataError as error:
         raise UserError(str(error)) from error
+    if "rows" in found:
+        print(f"{found['rows']:,} rows, bins of train, an embargo of {found['embargo_rows']} rows: no leak")
     for split in SPLITS:
         if split in found:
             numbers = found[split]

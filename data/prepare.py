@@ -15,6 +15,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,18 +23,20 @@ from rich.progress import Progress
 
 from data import card, leaks
 from data.card_page import write_page
-from data.collect import check_sources, collect
+from data.collect import check_sources, collect, given_dates
 from data.config import Config, check
 from data.corpus import UNKNOWN, Corpus, join, progress_on_terminal
-from data.documents import SPLITS, DataError
+from data.documents import SPLITS, DataError, SplitDates
+from data.numbers import make_tape, write_tape
 from data.problems import Problems
-from data.sources import files, packages
+from data.sources import files, packages, rows
 from data.tokens import write_tokens
 from gpt.cli import UserError, parse_options
 
 SOURCES: dict[str, Callable[[Config, Progress], Corpus]] = {
     "packages": packages.open_corpus,
     "files": files.open_corpus,
+    "rows": rows.open_corpus,
 }
 
 
@@ -72,11 +75,18 @@ def prepare(config: Config) -> dict[str, Any]:
 def _build(config: Config, corpus: Corpus, staging: Path, progress: Progress) -> dict[str, Any]:
     """Fill the staging directory and return its card."""
     problems = Problems(strict=config.strict)
-    counts, dates = collect(config, corpus, staging, problems, progress)
-    card.check_sizes(counts, config.min_block)
-    check_sources(config, counts)
-    write_tokens(config, staging, counts, progress)
-    card.check_sizes(counts, config.min_block, encoded=True)
+    if config.view == "numbers":
+        dates: SplitDates | None = given_dates(config, corpus)
+        if dates is None:
+            raise DataError("--view numbers needs --validation-from and --test-from for these sources")
+        dates = replace(dates, embargo_days=0)  # the embargo is counted in rows
+        counts = write_tape(make_tape(corpus.rows(problems), dates, config.min_block, problems), staging)
+    else:
+        counts, dates = collect(config, corpus, staging, problems, progress)
+        card.check_sizes(counts, config.min_block)
+        check_sources(config, counts)
+        write_tokens(config, staging, counts, progress)
+        card.check_sizes(counts, config.min_block, encoded=True)
     task = progress.add_task("leak check", total=1)
     found = leaks.check(staging, dates)
     progress.advance(task)

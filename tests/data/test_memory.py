@@ -43,7 +43,7 @@ def peak_megabytes(tmp_path, megabytes):
 @pytest.mark.slow
 def test_memory_grows_with_the_number_of_documents_alone(tmp_path):
     """Some 400 bytes for each document of 2 kB: 10 GB would be under 2 GB of memory."""
-    small, large = peak_megabytes(tmp_path, 15), peak_megabytes(tmp_path, 75)
-    growth = (large - small) / 60  # bytes of memory for each byte of text
+    small, large = peak_megabytes(tmp_path, 60), peak_megabytes(tmp_path, 140)
+    growth = (large - small) / 80  # bytes of memory for each byte of text
     assert large < 700
     assert small + growth * 10_000 < 2000
