@@ -57,6 +57,7 @@ class Bins:
         if scaled.size < BINS:
             raise DataError(f"{BINS} bins need as many train rows, there are {scaled.size}")
         inner = np.quantile(np.clip(scaled, -CLIP, CLIP), np.linspace(0, 1, BINS + 1)[1:-1])
+        inner = np.round(inner, 9)  # no bin is so narrow that its middle is one of its edges
         edges = np.unique(np.concatenate(([-CLIP], inner, [CLIP])))
         while edges.size < BINS + 1:  # ties: many values are the same, as 0 for a day without a change
             widest = int(np.argmax(np.diff(edges)))

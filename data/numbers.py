@@ -179,7 +179,7 @@ class Ids:
 
 def documents(tape: Tape, split: str) -> Iterator[np.ndarray]:
     """Row numbers of each document of a split, at most a context long."""
-    phases = range(0, tape.context, max(1, tape.context // PHASES)) if split == "train" else [0]
+    phases = [tape.context * turn // PHASES for turn in range(PHASES)] if split == "train" else [0]
     for phase in phases:
         for series in np.unique(tape.rows["series"]):
             of_split = tape.rows["split"] == SPLITS.index(split)
