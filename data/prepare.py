@@ -29,7 +29,7 @@ from data.corpus import UNKNOWN, Corpus, join, progress_on_terminal
 from data.documents import SPLITS, DataError, SplitDates
 from data.numbers import make_tape, write_tape
 from data.problems import Problems
-from data.sources import files, packages, rows
+from data.sources import fed, files, hf, news, packages, rows, sec
 from data.tokens import write_tokens
 from gpt.cli import UserError, parse_options
 
@@ -37,6 +37,10 @@ SOURCES: dict[str, Callable[[Config, Progress], Corpus]] = {
     "packages": packages.open_corpus,
     "files": files.open_corpus,
     "rows": rows.open_corpus,
+    "news": news.open_corpus,
+    "sec": sec.open_corpus,
+    "fed": fed.open_corpus,
+    "hf": hf.open_corpus,
 }
 
 
@@ -86,6 +90,8 @@ def _build(config: Config, corpus: Corpus, staging: Path, progress: Progress) ->
         card.check_sizes(counts, config.min_block)
         check_sources(config, counts)
         write_tokens(config, staging, counts, progress)
+        if "news" in config.source:
+            news.write_plain(staging / "documents" / "train.jsonl", staging / "finance_corpus.txt")
         card.check_sizes(counts, config.min_block, encoded=True)
     task = progress.add_task("leak check", total=1)
     found = leaks.check(staging, dates)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import glob
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,19 +95,26 @@ def read_files(paths: Sequence[Path], columns: Columns, problems: Problems) -> I
             for text in read_texts(path, problems):
                 yield Document(text=text, source=stem, date=None, available_at=None)
             continue
-        checked = False
-        for place, record in read_records(path, columns.all(), problems):
-            if columns.text not in record:
-                names = ", ".join(str(name) for name in record) or "none"
-                advice = f"found: {names}; pass --text-column"
-                if not checked:
-                    raise DataError(f"{place}: no column {columns.text!r} ({advice})")
-                problems.skip(f"no column {columns.text!r}", place, advice)
-                continue
-            checked = True
-            document = _document(record, columns, default_source=stem, place=place, problems=problems)
-            if document is not None:
-                yield document
+        yield from read_table(read_records(path, columns.all(), problems), columns, stem, problems)
+
+
+def read_table(
+    records: Iterable[Record], columns: Columns, default_source: str, problems: Problems
+) -> Iterator[Document]:
+    """Documents out of the rows of one table. Raises DataError when the first has no text column."""
+    checked = False
+    for place, record in records:
+        if columns.text not in record:
+            names = ", ".join(str(name) for name in record) or "none"
+            advice = f"found: {names}; pass --text-column"
+            if not checked:
+                raise DataError(f"{place}: no column {columns.text!r} ({advice})")
+            problems.skip(f"no column {columns.text!r}", place, advice)
+            continue
+        checked = True
+        document = _document(record, columns, default_source=default_source, place=place, problems=problems)
+        if document is not None:
+            yield document
 
 
 def read_records(path: Path, columns: list[str], problems: Problems) -> Iterator[Record]:
