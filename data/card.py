@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import platform
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import date
@@ -16,11 +17,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from data.documents import SPLITS, DataError, Document, SplitDates
+from data.documents import SPLITS, DataError, SplitDates
+from data.problems import Problems
 
 NAME = "data_card.json"
+PAGE = "data_card.html"
 # Raised when the same settings and inputs begin to give other documents.
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass
@@ -32,15 +35,23 @@ class Tally:
     tokens: int = 0
     first: date | None = None
     last: date | None = None
+    documents_by_year: Counter[int] = field(default_factory=Counter)
+    tokens_by_year: Counter[int] = field(default_factory=Counter)
 
-    def add(self, document: Document) -> None:
-        """Count a document's text and release day."""
+    def add(self, size: int, released: date | None) -> None:
+        """Count a document of `size` bytes."""
         self.documents += 1
-        self.bytes += len(document.text.encode())
-        released = document.available_at
+        self.bytes += size
         if released is not None:
             self.first = min(self.first or released, released)
             self.last = max(self.last or released, released)
+            self.documents_by_year[released.year] += 1
+
+    def add_tokens(self, tokens: int, released: date | None) -> None:
+        """Count the tokens of a document."""
+        self.tokens += tokens
+        if released is not None:
+            self.tokens_by_year[released.year] += tokens
 
 
 @dataclass
@@ -104,19 +115,26 @@ def make_card(
     *,
     settings: Mapping[str, Any],
     inputs: Mapping[str, str],
+    origins: Mapping[str, tuple[str, str]],
     dates: SplitDates | None,
+    problems: Problems,
+    leaks: Mapping[str, Any],
     warnings: list[str],
 ) -> dict[str, Any]:
     """The card of a finished directory (not yet written); the same directory gives the same card."""
     outputs = {
         path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         for path in sorted(directory.rglob("*"))
-        if path.is_file() and path.name != NAME
+        if path.is_file() and path.name not in (NAME, PAGE)
     }
+    domains = sorted({source for tallies in counts.tallies.values() for source in tallies})
     return {
         "format": FORMAT,
         "fingerprint": fingerprint(settings, inputs),
         "settings": dict(settings),
+        "domains": {
+            domain: dict(zip(("what", "licence"), origins[domain], strict=True)) for domain in domains
+        },
         "splits": {
             split: {source: _tally_entry(tally) for source, tally in sorted(counts.tallies[split].items())}
             for split in SPLITS
@@ -124,6 +142,8 @@ def make_card(
         "split_dates": _dates_entry(dates),
         "left_out_documents": counts.left_out,
         "undated_documents": counts.undated,
+        **problems.entry(),
+        "leak_check": dict(leaks),
         "warnings": warnings,
         "inputs": dict(inputs),
         "outputs": outputs,
@@ -185,7 +205,21 @@ def _tally_entry(tally: Tally) -> dict[str, Any]:
         "tokens": tally.tokens,
         "first": tally.first.isoformat() if tally.first else None,
         "last": tally.last.isoformat() if tally.last else None,
+        "documents_by_year": {str(year): count for year, count in sorted(tally.documents_by_year.items())},
+        "tokens_by_year": {str(year): count for year, count in sorted(tally.tokens_by_year.items())},
     }
+
+
+def read_split_dates(card: Mapping[str, Any]) -> SplitDates | None:
+    """The cuts a card gives, None when its documents are split by hash."""
+    entry = card["split_dates"]
+    if entry is None:
+        return None
+    days = {name: entry[name] and date.fromisoformat(entry[name]) for name in _DAYS}
+    return SplitDates(**days, embargo_days=entry["embargo_days"])
+
+
+_DAYS = ("validation_from", "test_from", "until")
 
 
 def _dates_entry(dates: SplitDates | None) -> dict[str, Any] | None:

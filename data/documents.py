@@ -26,16 +26,19 @@ class Document:
 
     text: never empty. source: the domain it is reported under. date: the day the text is about.
     available_at: the day it was released, which alone decides the split. Both dates are None when unknown.
+    id: what its origin calls it, if anything; a second document of the same id is dropped.
     """
 
     text: str
     source: str
     date: date | None
     available_at: date | None
+    id: str | None = None
 
     def to_json(self) -> str:
         """One JSON object on one line, keys always in the same order."""
         record = {
+            "id": self.id,
             "text": self.text,
             "source": self.source,
             "date": self.date.isoformat() if self.date else None,
@@ -53,6 +56,7 @@ class Document:
                 source=record["source"],
                 date=_day(record["date"]),
                 available_at=_day(record["available_at"]),
+                id=record.get("id"),
             )
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"not a document: {error!r}") from error

@@ -20,7 +20,8 @@ class Row(NamedTuple):
     """One observed number.
 
     date: the day it is about. available_at: the day it was published. entity: in words, e.g. "the S&P 500".
-    field: one of MAIN_FIELDS, or "high", "low", "volume". unit: a key of UNITS.
+    field: one of MAIN_FIELDS, or "high", "low", "volume". unit: a key of UNITS. place: file and line it was
+    read from, for messages.
     """
 
     date: date
@@ -29,6 +30,7 @@ class Row(NamedTuple):
     field: str
     value: float
     unit: str
+    place: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,17 +39,20 @@ class Unit:
 
     words: after the number ("US dollars"). change: "percent" for prices, or the unit of a plain difference.
     hidden: relative changes are written, the level is not. Prices adjusted for later splits and dividends
-    need this: their level on a past day was set by events after it, while ratios of them were not.
+    need this: their level on a past day was set by events after it, while ratios of them were not. splits:
+    shares at the prices they were traded at, which a split divides overnight.
     """
 
     words: str
     change: str = "percent"
     hidden: bool = False
+    splits: bool = False
 
 
 UNITS = {
     "index points": Unit("points"),
     "dollars a barrel": Unit("dollars a barrel"),
+    "dollars a share": Unit("dollars a share", splits=True),
     "volatility points": Unit("points", change="points"),
     "percent": Unit("percent", change="percentage points"),
     "adjusted dollars": Unit("dollars", hidden=True),

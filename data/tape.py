@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from calendar import monthrange
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import date, timedelta
-from itertools import groupby
+from types import MappingProxyType
 from typing import Literal
 
 from data.documents import Document
-from data.series import Row, Series
+from data.problems import Problems
+from data.series import Row
+from data.soundness import sound_series
 from data.wording import figure_note, month_note, week_note, wrap_note
 
 Rhythm = Literal["week", "month", "release"]
@@ -24,15 +26,21 @@ Rhythm = Literal["week", "month", "release"]
 HISTORY = 21
 
 
-def write_notes(rows: Iterable[Row], *, source: str, rhythm: Rhythm) -> Iterator[Document]:
+def write_notes(
+    rows: Iterable[Row],
+    problems: Problems,
+    *,
+    source: str,
+    rhythm: Rhythm,
+    splits: Mapping[tuple[str, date], bool] = MappingProxyType({}),
+) -> Iterator[Document]:
     """Notes on each entity, in order of its name and then of time.
 
     rhythm: "week" (Fridays) and "month" (last days of months) suit daily rows and need 21 rows of history;
     "release" writes one note per row of a monthly series and needs 12. A period with no new row has no note.
+    Bad rows and breaks are counted in `problems`; splits: known ones, see sound_series.
     """
-    ordered = sorted(rows, key=lambda row: row.entity)
-    for _, group in groupby(ordered, key=lambda row: row.entity):
-        series = Series(list(group))
+    for series in sound_series(rows, problems, daily=rhythm != "release", splits=splits):
         if rhythm == "release":
             for last in range(12, len(series.rows)):
                 text = figure_note(series, last)
@@ -50,10 +58,9 @@ def write_notes(rows: Iterable[Row], *, source: str, rhythm: Rhythm) -> Iterator
             yield Document(text=text, source=source, date=series.dates[last], available_at=day)
 
 
-def write_wrap(rows: Iterable[Row], *, source: str, group: str) -> Iterator[Document]:
+def write_wrap(rows: Iterable[Row], problems: Problems, *, source: str, group: str) -> Iterator[Document]:
     """A Friday note that ranks all entities (daily prices) by their week, e.g. group="large US stocks"."""
-    ordered = sorted(rows, key=lambda row: row.entity)
-    members = [Series(list(part)) for _, part in groupby(ordered, key=lambda row: row.entity)]
+    members = list(sound_series(rows, problems, daily=True))
     start = min(series.released[0] for series in members)
     end = max(series.released[-1] for series in members)
     for day in _calendar(start, end, "week"):

@@ -86,9 +86,9 @@ def _ranges(series: Series, first: int, last: int, voice: Voice) -> list[str]:
     earlier = [volumes[day] for day in series.dates[max(0, last - 19) : last + 1] if day in volumes]
     if turnover and earlier:
         mean, usual = math.fsum(turnover) / len(turnover), math.fsum(earlier) / len(earlier)
-        sentences.append(
-            f"Turnover averaged {mean / 1e9:.2f} billion shares a day, the twenty-day mean {usual / 1e9:.2f}."
-        )
+        scale, word = (1e9, "billion") if usual >= 1e8 else (1e6, "million")
+        average = f"{mean / scale:.2f} {word} shares a day"
+        sentences.append(f"Turnover averaged {average}, the twenty-day mean {usual / scale:.2f}.")
     return sentences
 
 

@@ -1,4 +1,4 @@
-"""What a training run can be told: one flat dataclass, three presets, and a command line over both."""
+"""What a training run can be told: one flat dataclass, five presets, and a command line over both."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class TrainConfig:
     out: Path
     """Run directory: metrics.jsonl, summary.json and checkpoints/ go here."""
     preset: str = "demo"
-    """Starting values: demo, seed or gpt2. Every other option overrides one of them."""
+    """Starting values: demo, seed, finance, tape or gpt2. Every other option overrides one of them."""
     kernels: Literal["plain", "optimized"] = "optimized"
     """plain calls PyTorch only; optimized calls the tapelm ops. Nothing else changes."""
     resume: str = "none"
@@ -188,6 +188,34 @@ PRESETS: dict[str, dict[str, Any]] = {
         "eval_interval": 250,
         "eval_batches": 32,
         "checkpoint_interval": 500,
+    },
+    # An hour on two CPU cores with bf16: many small steps, which at this size learn more than few large ones.
+    "finance": {
+        "n_layer": 6,
+        "n_head": 4,
+        "n_embd": 256,
+        "block_size": 256,
+        "batch_size": 8,
+        "max_steps": 24_000,
+        "learning_rate": 2e-3,
+        "min_learning_rate_ratio": 0.05,
+        "warmup_steps": 200,
+        "eval_interval": 1000,
+        "eval_batches": 64,
+        "checkpoint_interval": 1000,
+    },
+    # The tape of numbers (data.prepare --view numbers), a few minutes.
+    "tape": {
+        "n_layer": 4,
+        "n_head": 4,
+        "n_embd": 128,
+        "block_size": 256,
+        "dropout": 0.1,
+        "learning_rate": 1.5e-3,
+        "min_learning_rate_ratio": 0.05,
+        "max_steps": 800,
+        "warmup_steps": 50,
+        "eval_interval": 100,
     },
     # GPT-2 small; 50,257 ids padded to a multiple of 64 for the matrix units.
     "gpt2": {

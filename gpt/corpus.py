@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -83,20 +84,29 @@ def text_bytes(tokenizer: Tokenizer, batches: list[Batch]) -> int:
     return len(tokenizer.decode_bytes(targets[~torch.isin(targets, special)].numpy()))
 
 
-def training_counts(shards: Path, vocab_size: int) -> np.ndarray:
-    """How often each id occurs in `shards`: (vocab_size,) int64."""
+def token_arrays(shards: Path) -> Iterator[np.ndarray]:
+    """The tokens of each shard, mapped, not read: (tokens,) little-endian uint16 or uint32.
+
+    Raises UserError where `shards` is no shard directory.
+    """
     try:
         manifest = json.loads((shards / "manifest.json").read_text(encoding="utf-8"))
-        counts = np.zeros(vocab_size, dtype=np.int64)
         for entry in manifest["shards"]:
             dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
             path, size = shards / entry["file"], entry["tokens"]
-            ids = np.memmap(path, dtype=dtype, mode="r", offset=SHARD_HEADER_BYTES, shape=(size,))
-            counts += np.bincount(ids, minlength=vocab_size)
+            yield np.memmap(path, dtype=dtype, mode="r", offset=SHARD_HEADER_BYTES, shape=(size,))
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{shards} holds no token shards for a vocabulary of {vocab_size}: {error}"
-        ) from error
+        raise UserError(f"{shards} holds no token shards: {error}") from error
+
+
+def training_counts(shards: Path, vocab_size: int) -> np.ndarray:
+    """How often each id occurs in `shards`: (vocab_size,) int64."""
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for ids in token_arrays(shards):
+        of_shard = np.bincount(ids, minlength=vocab_size)
+        if of_shard.size > vocab_size:
+            raise UserError(f"{shards} holds ids beyond a vocabulary of {vocab_size}")
+        counts += of_shard
     return counts
 
 

@@ -1,7 +1,8 @@
 """Evaluate a GPT: python -m gpt.evaluate --checkpoint RUN --data DIR --json FILE [--split val]
 
 Per domain (the source of the documents) and in total: loss, perplexity and bits per byte, beside the bits per
-byte of a unigram model of the tokens and of bz2 and xz on the same bytes.
+byte of a unigram model of the tokens and of bz2 and xz on the same bytes. On a tape of numbers: next-bin
+loss, CRPS and coverage beside four baselines, see gpt.forecast.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ import torch.nn.functional as F
 from rich.table import Table
 
 import tapelm
+from data.numbers import TAPE, Tape
 from gpt.checkpoint import load_model, sha256_of
 from gpt.cli import UserError, parse_options, prepare_output, run_program, wide_console, write_atomically
 from gpt.corpus import END_OF_TEXT, open_tokenizer, read_domains, training_counts
+from gpt.forecast import print_tape_table, score_tape
 from gpt.hardware import device_name, pick_device, set_threads, versions
 from gpt.model import GPT
 
@@ -109,11 +112,24 @@ def score(nats: float, unigram: float, data: bytes, *, tokens: int, documents: i
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """The result that main() writes: {"split", "checkpoint", ..., "domains": {name: row}, "total": row}."""
+    """The result that main() writes: {"split", "checkpoint", ..., "domains": {name: row}, "total": row}.
+
+    On a tape of numbers the rows are those of gpt.forecast.
+    """
     device = pick_device(config.device)
     model, checkpoint, state = load_model(config.checkpoint, kernels=config.kernels, device=str(device))
     tokenizer = open_tokenizer(checkpoint / "tokenizer.json")
     check_same_tokenizer(checkpoint / "tokenizer.json", config.data / "tokenizer.json")
+    of_run = {
+        "checkpoint": str(checkpoint),
+        "step": state["step"],
+        "block_size": model.config.block_size,
+        "device": device_name(device),
+        "versions": versions(),
+    }
+    if (config.data / TAPE).is_file():
+        tape = Tape.load(config.data)
+        return of_run | score_tape(model, tokenizer, tape, config.split, config.batch_size)
     end_of_text = tokenizer.special_tokens[END_OF_TEXT]
     domains = read_domains(config.data / "documents" / f"{config.split}.jsonl", config.max_bytes)
     counts = training_counts(config.data / "train", tokenizer.vocab_size)
@@ -132,11 +148,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     return {
         "split": config.split,
         "max_bytes": config.max_bytes,
-        "checkpoint": str(checkpoint),
-        "step": state["step"],
-        "block_size": model.config.block_size,
-        "device": device_name(device),
-        "versions": versions(),
+        **of_run,
         "domains": rows,
         "total": score(
             total_nats, total_unigram, bytes(everything), tokens=total_tokens, documents=total_documents
@@ -171,7 +183,7 @@ def main(arguments: list[str]) -> int:
     prepare_output(config.json)
     result = evaluate(config)
     write_atomically(config.json, json.dumps(result, indent=1) + "\n")
-    print_table(result)
+    (print_tape_table if "direction_note" in result else print_table)(result)
     return 0
 
 

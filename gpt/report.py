@@ -234,10 +234,10 @@ def to_html(report: dict[str, Any], runs: dict[str, dict[str, Any]]) -> str:
 (SHA-256 {html.escape(report["batches_sha256"]["plain"][:16])}…). Their validation losses ended
 {report["val_loss_apart"]:.2%} apart. {SEQUENTIAL}</p>
 <p class="note">{html.escape(notes)}</p>
-{_html_table(("", *RUNS, "ratio"), shown_rows(report))}
+{html_table(("", *RUNS, "ratio"), shown_rows(report))}
 <h2>Training</h2>{"".join(images)}
 <h2>Bits per byte on {html.escape(scored_text(report))}</h2>
-{_html_table(("domain", *RUNS, "unigram tokens", "bz2 -9", "xz -9"), domain_rows(report))}
+{html_table(("domain", *RUNS, "unigram tokens", "bz2 -9", "xz -9"), domain_rows(report))}
 <p class="note">Compressors see exactly the bytes the models are scored on; the unigram model counts training
 tokens.</p>
 <h2>Samples</h2>{samples}
@@ -245,7 +245,8 @@ tokens.</p>
 """
 
 
-def _html_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def html_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A table of text, escaped."""
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     body = "".join(
         "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows

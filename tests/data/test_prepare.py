@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from data import prepare as program
+from data import tokens
 from data.card import is_complete
 from data.documents import SPLITS, read_jsonl
 from data.prepare import Config, main, prepare
@@ -31,7 +32,7 @@ def write_corpus(path, *, documents=300, dated=True, words=60):
 
 
 def config_for(tmp_path, **changes):
-    settings = {"source": "files", "vocab_size": 300, "min_block": 64, "out": tmp_path / "out", **changes}
+    settings = {"source": ("files",), "vocab_size": 300, "min_block": 64, "out": tmp_path / "out", **changes}
     settings.setdefault("input", (str(write_corpus(tmp_path / "news.jsonl")),))
     return Config(**settings)
 
@@ -78,7 +79,7 @@ def test_dated_documents(tmp_path):
 
     assert is_complete(out, card)
     assert {name: entry["sha256"] for name, entry in card["outputs"].items()} == {
-        name: digest for name, digest in hashes(out).items() if name != "data_card.json"
+        name: digest for name, digest in hashes(out).items() if not name.startswith("data_card")
     }
     assert json.loads((out / "data_card.json").read_text()) == card
     assert card["warnings"] == []
@@ -150,7 +151,7 @@ def test_a_run_that_stops_leaves_the_old_data(tmp_path, monkeypatch, capsys, fai
     def stop(*_, **__):
         raise failure
 
-    monkeypatch.setattr(program, "write_shards", stop)
+    monkeypatch.setattr(tokens, "write_shards", stop)
     arguments = ["--source", "files", "--input", config.input[0], "--out", config.out, "--force"]
     code, _, messages = run(monkeypatch, capsys, *arguments, "--vocab-size", "290")
     assert code == (130 if failure is KeyboardInterrupt else 2)
@@ -208,7 +209,7 @@ def test_dates_on_the_command_line(tmp_path, monkeypatch, capsys):
         "validation_from": "2014-01-01",
         "test_from": "2014-08-01",
         "until": "2015-01-01",
-        "embargo_days": 7,
+        "embargo_days": 31,
     }
     assert card["splits"]["test"]["news"]["last"] < "2015-01-01"
     assert card["left_out_documents"] > 40
@@ -221,7 +222,16 @@ def test_dates_on_the_command_line(tmp_path, monkeypatch, capsys):
         ("--source files", "needs --input"),
         ("--source files --input empty.txt", "the corpus is empty"),
         ("--source files --input blank.jsonl", "the corpus is empty"),
-        ("--source files --input latin1.txt", "latin1.txt: not UTF-8 at byte offset 3"),
+        ("--source files --input latin1.txt", "the corpus is empty"),
+        (
+            "--source files --input latin1.txt --strict",
+            "latin1.txt, line 1: not UTF-8; byte 0xe9 at offset 3",
+        ),
+        ("--source files --input news.jsonl --weights news", "--weights takes DOMAIN=NUMBER"),
+        ("--source files --input news.jsonl --weights news=-1", "--weights takes DOMAIN=NUMBER"),
+        ("--source files --input news.jsonl --weights press=2", "train has no domain 'press'; it has news"),
+        ("--source files files --input news.jsonl", "one or more different sources"),
+        ("--source files --input news.jsonl --language en", "the corpus is empty"),
         ("--source files --input small.txt", "split is empty: the corpus has"),
         ("--source files --input news.jsonl --min-block 5000", "a block of 5000 needs 5001"),
         ("--source files --input news.jsonl --vocab-size 100", "--vocab-size must be at least 257"),

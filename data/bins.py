@@ -1,0 +1,80 @@
+"""Returns into tokens and back: log-returns over trailing volatility, clipped, in 256 quantile bins.
+
+A row's volatility comes from the rows before it alone. The bins are fitted on train and nothing else, which
+`data.leaks` checks by fitting them again. A bin's middle is at most half a bin from every value in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from data.documents import DataError
+
+BINS = 256
+CLIP = 8.0  # standard deviations; what is beyond counts as this
+DECAY = 0.94  # RiskMetrics' weight of the past for daily returns
+HISTORY = 20  # returns before the first that is told
+SMALLEST_VOLATILITY = 1e-4  # of a day: below it stand pegged currencies, whose unit would be noise
+
+
+def log_returns(levels: Sequence[float] | np.ndarray, *, differences: bool = False) -> np.ndarray:
+    """(rows,) changes from the row before, the first 0; differences: of the levels themselves."""
+    values = np.asarray(levels, dtype=np.float64)
+    steps = np.diff(values if differences else np.log(values))
+    return np.concatenate((np.zeros(min(1, values.size)), steps))
+
+
+def trailing_volatility(returns: np.ndarray) -> np.ndarray:
+    """(rows,) exponentially weighted standard deviation of the returns before each row.
+
+    NaN for the first row and the HISTORY after it, whose returns start the average.
+    """
+    volatility = np.full(returns.size, np.nan)
+    if returns.size <= HISTORY + 1:
+        return volatility
+    variance = float(np.mean(returns[1 : HISTORY + 1] ** 2))
+    for row in range(HISTORY + 1, returns.size):
+        volatility[row] = max(np.sqrt(variance), SMALLEST_VOLATILITY)
+        variance = DECAY * variance + (1 - DECAY) * returns[row] ** 2
+    return volatility
+
+
+@dataclass(frozen=True)
+class Bins:
+    """Edges (BINS + 1,), strictly rising from -CLIP to CLIP."""
+
+    edges: np.ndarray
+
+    @classmethod
+    def fit(cls, scaled: np.ndarray) -> Bins:
+        """Edges between which equal shares of `scaled` (rows,) lie, as far as ties allow.
+
+        Raises DataError for fewer values than bins.
+        """
+        if scaled.size < BINS:
+            raise DataError(f"{BINS} bins need as many train rows, there are {scaled.size}")
+        inner = np.quantile(np.clip(scaled, -CLIP, CLIP), np.linspace(0, 1, BINS + 1)[1:-1])
+        inner = np.round(inner, 9)  # no bin is so narrow that its middle is one of its edges
+        edges = np.unique(np.concatenate(([-CLIP], inner, [CLIP])))
+        while edges.size < BINS + 1:  # ties: many values are the same, as 0 for a day without a change
+            widest = int(np.argmax(np.diff(edges)))
+            edges = np.insert(edges, widest + 1, (edges[widest] + edges[widest + 1]) / 2)
+        return cls(edges)
+
+    def encode(self, scaled: np.ndarray) -> np.ndarray:
+        """(rows,) uint8 bins of scaled returns (rows,)."""
+        found = np.searchsorted(self.edges, np.clip(scaled, -CLIP, CLIP), side="right") - 1
+        return np.minimum(found, BINS - 1).astype(np.uint8)
+
+    def decode(self, bins: np.ndarray) -> np.ndarray:
+        """(rows,) middles of the bins: within half a bin of what was encoded, once clipped."""
+        middles = (self.edges[:-1] + self.edges[1:]) / 2
+        return middles[bins]
+
+
+def levels_from(first: float, scaled: np.ndarray, volatility: np.ndarray) -> np.ndarray:
+    """(rows,) levels that follow `first` by log-returns scaled * volatility; inverse of log_returns."""
+    return first * np.exp(np.cumsum(scaled * volatility))

@@ -1,0 +1,259 @@
+"""The tape of numbers: `python -m data.prepare --view numbers`, a directory for gpt.train like any other.
+
+OUT/rows.npy has one record for every daily row (ROW), OUT/tape.json the entities, the bins and the cuts. A
+document is one entity's rows of one context: its token, then for every row a calendar token (month and
+weekday, known beforehand) and a bin, and the end-of-text mark; in OUT/train it fills a block exactly. A bin
+is one of the 256 bytes, so that bits per byte are bits per return. OUT/train has its rows in PHASES rounds of
+documents that begin at different rows; OUT/val and OUT/test have every row of their split once.
+
+The embargo is one context: train ends so many rows before validation begins, and validation before test.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.bins import BINS, DECAY, HISTORY, SMALLEST_VOLATILITY, Bins, log_returns, trailing_volatility
+from data.card import Counts
+from data.documents import END_OF_TEXT, SPLITS, DataError, SplitDates
+from data.problems import Problems
+from data.series import Row, Series
+from data.soundness import sound_series
+from data.words import DAYS, MONTHS
+from tapelm import Tokenizer, write_shards
+
+ROWS, TAPE = "rows.npy", "tape.json"
+PHASES = 4
+NO_SPLIT = len(SPLITS)
+ROW = np.dtype(
+    [
+        ("entity", "<i2"),
+        ("series", "<i2"),
+        ("day", "<i4"),
+        ("released", "<i4"),
+        ("level", "<f8"),
+        ("change", "<f8"),
+        ("volatility", "<f8"),
+        ("bin", "u1"),
+        ("split", "u1"),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Tape:
+    """Rows (ROW) in order of series and day; entity names and their domains; bins; rows of a document."""
+
+    rows: np.ndarray
+    entities: list[tuple[str, str]]
+    bins: Bins
+    context: int
+    differences: list[bool]
+
+    def save(self, directory: Path) -> None:
+        np.save(directory / ROWS, self.rows)
+        described = {
+            "entities": [
+                {"name": name, "domain": domain, "change": "difference" if difference else "log-return"}
+                for (name, domain), difference in zip(self.entities, self.differences, strict=True)
+            ],
+            "edges": self.bins.edges.tolist(),
+            "context_rows": self.context,
+        }
+        (directory / TAPE).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, directory: Path) -> Tape:
+        """Raises DataError for a directory without a tape of numbers, or a damaged one."""
+        try:
+            described = json.loads((directory / TAPE).read_text(encoding="utf-8"))
+            rows = np.load(directory / ROWS)
+            entities = [(entry["name"], entry["domain"]) for entry in described["entities"]]
+            differences = [entry["change"] == "difference" for entry in described["entities"]]
+            edges, context = np.array(described["edges"]), int(described["context_rows"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{directory} holds no tape of numbers: {error}") from error
+        if rows.dtype != ROW or edges.shape != (BINS + 1,):
+            raise DataError(f"{directory} holds a tape of another format: prepare it again")
+        return cls(rows, entities, Bins(edges), context, differences)
+
+
+def context_rows(block: int) -> int:
+    """Rows in a document of `block` tokens: two tokens each, the entity before and the end-of-text behind."""
+    return (block - 2) // 2
+
+
+def make_tape(rows: Iterable[tuple[str, Row]], dates: SplitDates, block: int, problems: Problems) -> Tape:
+    """The tape of (domain, row). Raises DataError when a split has no rows or train too few."""
+    context = context_rows(block)
+    if context < 1 or block % 2:
+        raise DataError(f"--min-block {block}: a block of rows has an even number of tokens, at least 4")
+    domains: dict[str, str] = {}
+    table: list[Row] = []
+    for domain, row in rows:
+        domains.setdefault(row.entity, domain)
+        table.append(row)
+    entities = sorted(domains)
+    parts, differences = [], dict.fromkeys(entities, False)
+    for number, series in enumerate(sound_series(table, problems, daily=True)):
+        differences[series.entity] = series.unit.change != "percent"
+        if len(series.rows) > HISTORY + 1:
+            parts.append(_records(series, entities.index(series.entity), number, dates))
+    if not parts:
+        raise DataError(f"no entity has more than {HISTORY + 1} daily rows")
+    records = np.concatenate(parts)
+    _apply_embargo(records, context)
+    scaled = records["change"] / records["volatility"]
+    bins = Bins.fit(scaled[records["split"] == SPLITS.index("train")])
+    records["bin"] = bins.encode(scaled)
+    named = [(entity, domains[entity]) for entity in entities]
+    return Tape(records, named, bins, context, [differences[entity] for entity in entities])
+
+
+def _records(series: Series, entity: int, number: int, dates: SplitDates) -> np.ndarray:
+    """ROW records of a series, those without trailing volatility left out; the embargo not yet applied."""
+    difference = series.unit.change != "percent"
+    changes = log_returns(series.values, differences=difference)
+    records = np.zeros(len(series.rows), dtype=ROW)
+    records["entity"], records["series"] = entity, number
+    records["day"] = [day.toordinal() for day in series.dates]
+    records["released"] = [day.toordinal() for day in series.released]
+    records["level"], records["change"] = series.values, changes
+    records["volatility"] = trailing_volatility(changes)
+    splits = (dates.split_of(day) for day in series.released)
+    records["split"] = [NO_SPLIT if split is None else SPLITS.index(split) for split in splits]
+    return records[HISTORY + 1 :]
+
+
+def _apply_embargo(records: np.ndarray, context: int) -> None:
+    """Take the last `context` rows that every series has in train and in val out of these splits."""
+    for series in np.unique(records["series"]):
+        of_series = np.flatnonzero(records["series"] == series)
+        for split, after in (("train", "val"), ("val", "test")):
+            codes = records["split"][of_series]
+            if np.any(codes >= SPLITS.index(after)):
+                last = of_series[codes == SPLITS.index(split)][-context:]
+                records["split"][last] = NO_SPLIT
+
+
+def make_tokenizer(tape: Tape) -> Tokenizer:
+    """The end-of-text mark, calendar tokens and entities; behind them the 256 bytes, which are the bins."""
+    calendar = [f"<|{month[:3]} {day[:3]}|>".lower() for month in MONTHS for day in DAYS]
+    names = [f"<|{entity}|>" for entity, _ in tape.entities]
+    specials = (END_OF_TEXT, *calendar, *names)
+    return Tokenizer.train(["0"], BINS + len(specials), specials)
+
+
+@dataclass(frozen=True)
+class Ids:
+    """Token ids: of a row's calendar day (rows,), of the entities, of the end-of-text mark, of bin 0."""
+
+    calendar: np.ndarray
+    entities: np.ndarray
+    end_of_text: int
+    first_bin: int
+
+    @classmethod
+    def of(cls, tape: Tape, tokenizer: Tokenizer) -> Ids:
+        first = tokenizer.special_tokens[f"<|{MONTHS[0][:3]} {DAYS[0][:3]}|>".lower()]
+        days = [date.fromordinal(int(day)) for day in np.unique(tape.rows["day"])]
+        codes = np.array([first + (day.month - 1) * len(DAYS) + day.weekday() for day in days])
+        calendar = codes[np.searchsorted(np.unique(tape.rows["day"]), tape.rows["day"])]
+        entities = np.array([tokenizer.special_tokens[f"<|{name}|>"] for name, _ in tape.entities])
+        return cls(calendar, entities, tokenizer.special_tokens[END_OF_TEXT], len(tokenizer.special_tokens))
+
+    def document(self, tape: Tape, rows: np.ndarray) -> np.ndarray:
+        """(1 + 2 rows,) uint32 tokens of consecutive rows of one series, without the end-of-text mark."""
+        ids = np.empty(1 + 2 * rows.size, dtype=np.uint32)
+        ids[0] = self.entities[tape.rows["entity"][rows[0]]]
+        ids[1::2], ids[2::2] = self.calendar[rows], self.first_bin + tape.rows["bin"][rows].astype(np.uint32)
+        return ids
+
+
+def documents(tape: Tape, split: str) -> Iterator[np.ndarray]:
+    """Row numbers of each document of a split, at most a context long."""
+    phases = [tape.context * turn // PHASES for turn in range(PHASES)] if split == "train" else [0]
+    for phase in phases:
+        for series in np.unique(tape.rows["series"]):
+            of_split = tape.rows["split"] == SPLITS.index(split)
+            rows = np.flatnonzero((tape.rows["series"] == series) & of_split)
+            parts = np.split(rows, np.arange(phase or tape.context, rows.size, tape.context))
+            fewest = tape.context if split == "train" else 1  # others would not stand in blocks of their own
+            yield from (part for part in parts if part.size >= fewest)
+
+
+def write_tape(tape: Tape, staging: Path) -> Counts:
+    """Fill the staging directory, all but the card; returns what each split has by domain."""
+    tape.save(staging)
+    tokenizer = make_tokenizer(tape)
+    tokenizer.save(staging / "tokenizer.json")
+    ids = Ids.of(tape, tokenizer)
+    counts = Counts()
+    for split in SPLITS:
+
+        def encoded(split: str = split) -> Iterator[np.ndarray]:
+            for rows in documents(tape, split):
+                tokens = ids.document(tape, rows)
+                domain = tape.entities[tape.rows["entity"][rows[0]]][1]
+                tally = counts.tally(split, domain)
+                released = date.fromordinal(int(tape.rows["released"][rows[-1]]))
+                tally.add(rows.size, released)
+                tally.add_tokens(tokens.size + 1, released)
+                yield tokens
+
+        if not np.any(tape.rows["split"] == SPLITS.index(split)):
+            raise DataError(f"the {split} split has no rows: move --validation-from, --test-from or --until")
+        write_shards(encoded(), staging / split, vocab_size=tokenizer.vocab_size, end_of_text=ids.end_of_text)
+    counts.left_out = int(np.sum(tape.rows["split"] == NO_SPLIT))
+    return counts
+
+
+def check_tape(directory: Path, dates: SplitDates) -> dict[str, Any]:
+    """The leak check of a tape: days inside their splits, bins those of train, volatility trailing.
+
+    Raises DataError naming what is wrong.
+    """
+    tape = Tape.load(directory)
+    for split in SPLITS:
+        rows = tape.rows[tape.rows["split"] == SPLITS.index(split)]
+        for released in np.unique(rows["released"]):
+            day = date.fromordinal(int(released))
+            if dates.split_of(day) != split:
+                raise DataError(f"leak: {directory / ROWS}: rows released {day} are in the {split} split")
+    scaled = tape.rows["change"] / tape.rows["volatility"]
+    fitted = Bins.fit(scaled[tape.rows["split"] == SPLITS.index("train")])
+    if not np.array_equal(fitted.edges, tape.bins.edges):
+        raise DataError(f"leak: {directory / TAPE}: the bins are not those of the train rows")
+    if not np.array_equal(tape.bins.encode(scaled), tape.rows["bin"]):
+        raise DataError(f"leak: {directory / ROWS}: the tokens are not the bins of change over volatility")
+    for number in np.unique(tape.rows["series"]):
+        _check_series(directory, tape, tape.rows[tape.rows["series"] == number])
+    return {"rows": int(tape.rows.size), "bins_fitted_on_train": True, "embargo_rows": tape.context}
+
+
+def _check_series(directory: Path, tape: Tape, rows: np.ndarray) -> None:
+    """Raise DataError unless changes are those of the levels, volatility trails and the embargo is kept."""
+    name = tape.entities[rows["entity"][0]][0]
+    difference = tape.differences[rows["entity"][0]]
+    changes = log_returns(rows["level"], differences=difference)[1:]
+    before = rows["volatility"][:-1]
+    expected = np.sqrt(DECAY * before**2 + (1 - DECAY) * rows["change"][:-1] ** 2)
+    told = before > SMALLEST_VOLATILITY  # below it the average behind it is not known
+    trails = np.isclose(rows["volatility"][1:], np.maximum(expected, SMALLEST_VOLATILITY), rtol=1e-9)
+    if not np.allclose(changes, rows["change"][1:], rtol=1e-9, atol=1e-12) or not np.all(trails | ~told):
+        raise DataError(f"leak: {directory / ROWS}: the volatility of {name} is not that of the rows before")
+    for split, after in ((0, 1), (1, 2)):
+        last, first = np.flatnonzero(rows["split"] == split), np.flatnonzero(rows["split"] >= after)
+        first = first[rows["split"][first] != NO_SPLIT]
+        if last.size and first.size and first[first > last[0]].size:
+            gap = first[first > last[0]][0] - last[-1] - 1
+            if gap < tape.context:
+                where = f"{directory / ROWS}: {name}"
+                raise DataError(f"leak: {where}: {gap} rows between two splits, fewer than a context")

@@ -1,0 +1,83 @@
+"""Rows that can be told: what is no price, comes twice, or breaks a series is counted and named."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import date, timedelta
+from itertools import groupby, pairwise
+from types import MappingProxyType
+
+from data.problems import Problems
+from data.series import MAIN_FIELDS, Row, Series, unit_of
+
+LONGEST_GAP = timedelta(days=7)  # between daily rows: markets closed that long in September 2001
+# Ratios of a split of shares, and how far the market may move on its day.
+SPLIT_RATIOS = (1.5, 2, 3, 4, 5, 6, 7, 8, 10, 15, 20, 50)
+SPLIT_TOLERANCE = 0.08
+LIKELY_SPLIT = "likely split"
+
+
+def sound_series(
+    rows: Iterable[Row],
+    problems: Problems,
+    *,
+    daily: bool,
+    splits: Mapping[tuple[str, date], bool] = MappingProxyType({}),
+) -> Iterator[Series]:
+    """The rows of every entity, in order of its name, as one or more series without breaks.
+
+    A row is left out when it is not a number, no positive price, or a second value for a day. A series ends
+    and another begins where days are missing (daily) or the price jumps as it does in a split, so that no
+    change is computed across. All are counted in `problems`, and DataError is raised if it is strict.
+    splits: (entity, day) of jumps that are known to be splits (True) or not to be (False): not counted.
+    """
+    ordered = sorted(rows, key=lambda row: row.entity)
+    for _, group in groupby(ordered, key=lambda row: row.entity):
+        kept = list(_sound_rows(group, problems))
+        main = sorted((row for row in kept if row.field in MAIN_FIELDS), key=lambda row: row.date)
+        if not main:
+            continue
+        starts = [main[0].date]
+        for before, after in pairwise(main):
+            kind = _break(before, after, daily)
+            known = splits.get((after.entity, after.date))
+            if known is not None and kind in (None, LIKELY_SPLIT):
+                starts += [after.date] if known else []
+            elif kind is not None:
+                problems.skip(kind, place_of(after), "the series begins anew there")
+                starts.append(after.date)
+        for start, end in pairwise([*starts, None]):
+            assert start is not None
+            yield Series([row for row in kept if start <= row.date and (end is None or row.date < end)])
+
+
+def place_of(row: Row) -> str:
+    """File and line of a row or, where it has none, entity and day."""
+    return row.place or f"{row.entity}, {row.field} on {row.date}"
+
+
+def _sound_rows(rows: Iterable[Row], problems: Problems) -> Iterator[Row]:
+    seen = set()
+    for row in rows:
+        priced = unit_of(row.unit).change == "percent"
+        if not math.isfinite(row.value):
+            problems.skip("not a number", place_of(row))
+        elif priced and (row.value < 0 or (row.value == 0 and row.field != "volume")):
+            problems.skip("not a positive price", place_of(row))
+        elif (row.field, row.date) in seen:
+            problems.skip("second value for a day", place_of(row))
+        else:
+            seen.add((row.field, row.date))
+            yield row
+
+
+def _break(before: Row, after: Row, daily: bool) -> str | None:
+    """Why no change may be computed between two rows that follow each other, or None."""
+    if daily and after.date - before.date > LONGEST_GAP:
+        return "missing days"
+    if unit_of(after.unit).splits:
+        jump = abs(math.log(after.value / before.value))
+        if any(abs(jump - math.log(ratio)) < SPLIT_TOLERANCE for ratio in SPLIT_RATIOS):
+            return LIKELY_SPLIT
+    return None

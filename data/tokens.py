@@ -1,0 +1,80 @@
+"""Documents into a tokenizer fitted on train alone, and into token shards."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from hashlib import blake2b
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from rich.progress import Progress
+
+from data.card import Counts
+from data.config import Config
+from data.documents import END_OF_TEXT, SPLITS, Document, read_jsonl
+from tapelm import Tokenizer, write_shards
+
+ENCODE_BATCH = 256
+# Merges do not change for the better with more text than this; of more, evenly spread documents are taken.
+TOKENIZER_BYTES = 256_000_000
+
+
+def write_tokens(config: Config, staging: Path, counts: Counts, progress: Progress) -> None:
+    """Write tokenizer.json and the shards of every split; tokens go into the tallies of `counts`."""
+    task = progress.add_task("tokenizer", total=None)
+    train = staging / "documents" / "train.jsonl"
+    share = min(1.0, TOKENIZER_BYTES / max(1, counts.total("train", "bytes")))
+    texts = (document.text for document in read_jsonl(train) if chance(document, 0) < share)
+    tokenizer = Tokenizer.train(texts, config.vocab_size, (END_OF_TEXT,))
+    tokenizer.save(staging / "tokenizer.json")
+    progress.update(task, total=1, completed=1)
+    weights = config.domain_weights()
+    for split in SPLITS:
+        task = progress.add_task(f"{split} tokens", total=counts.total(split, "documents"))
+        documents = read_jsonl(staging / "documents" / f"{split}.jsonl")
+        if split == "train" and weights:
+            documents = repeated(staging / "documents" / "train.jsonl", weights)
+        write_shards(
+            _encode(tokenizer, documents, split, counts, partial(progress.advance, task)),
+            staging / split,
+            vocab_size=tokenizer.vocab_size,
+            end_of_text=tokenizer.special_tokens[END_OF_TEXT],
+        )
+
+
+def repeated(path: Path, weights: Mapping[str, float]) -> Iterator[Document]:
+    """Documents of a file in rounds, each as often as the weight of its domain (1 without one) says.
+
+    A weight of 2.3 puts a document into two rounds and, by its hash, three documents in ten into a third.
+    """
+    most = max(1, math.ceil(max(weights.values())))
+    for turn in range(most):
+        for document in read_jsonl(path):
+            left = weights.get(document.source, 1.0) - turn
+            if left >= 1 or (left > 0 and chance(document, turn + 1) < left):
+                yield document
+
+
+def chance(document: Document, turn: int) -> float:
+    """A number in [0, 1) that depends on the document's text and the turn alone."""
+    digest = blake2b(document.text.encode(), digest_size=8, salt=turn.to_bytes(8, "little"))
+    return int.from_bytes(digest.digest(), "big") / 2**64
+
+
+def _encode(
+    tokenizer: Tokenizer,
+    documents: Iterator[Document],
+    split: str,
+    counts: Counts,
+    advance: Callable[[int], None],
+) -> Iterator[np.ndarray]:
+    """Token ids of each document, uint32, without the end-of-text mark that write_shards adds."""
+    while batch := list(islice(documents, ENCODE_BATCH)):
+        encoded = tokenizer.encode_batch([document.text for document in batch])
+        for document, ids in zip(batch, encoded, strict=True):
+            counts.tally(split, document.source).add_tokens(len(ids) + 1, document.available_at)
+            yield ids
+        advance(len(batch))

@@ -1,0 +1,224 @@
+"""Evaluation of a GPT on a tape of numbers; gpt.evaluate comes here for data prepared with --view numbers.
+
+Every row of the split is forecast from the rows before it, those of earlier splits included. Scores are means
+over rows with intervals of 95% from a circular block bootstrap over days (blocks of BLOCK_DAYS, all entities
+of a day together, as their returns move together).
+
+| score | of |
+|---|---|
+| NLL | the bin that came, in nats; the same bins for all methods |
+| CRPS | twice the mean pinball loss over 99 quantiles, in standard deviations of the entity's train changes |
+| coverage | the share of changes inside the central 50, 80 and 95% interval |
+| direction | sign of the change against P(up) > 1/2; about chance is what to expect |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from rich.table import Table
+
+from data.bins import BINS
+from data.documents import SPLITS
+from data.numbers import Ids, Tape
+from gpt.baselines import BASELINES, LEVELS, Forecasts, from_probabilities, train_deviations
+from gpt.cli import UserError, wide_console
+from gpt.model import GPT
+from tapelm import Tokenizer
+
+BLOCK_DAYS = 20
+REPLICATES = 1000
+INTERVALS = (50, 80, 95)
+CHANCE = "direction is about chance in published work; read it with its interval, never as a headline"
+
+
+def score_tape(
+    model: GPT, tokenizer: Tokenizer, tape: Tape, split: str, batch_size: int = 16
+) -> dict[str, Any]:
+    """Scores of the model and the baselines by domain and in total. Raises UserError for an empty split."""
+    rows = np.flatnonzero(tape.rows["split"] == SPLITS.index(split))
+    if not rows.size:
+        raise UserError(f"the {split} split of the tape has no rows")
+    methods = {
+        "model": from_probabilities(tape, rows, bin_probabilities(model, tokenizer, tape, rows, batch_size))
+    }
+    methods |= {name: baseline(tape, rows) for name, baseline in BASELINES.items()}
+    scores = {name: row_scores(tape, rows, forecasts) for name, forecasts in methods.items()}
+    domains = np.array([tape.entities[entity][1] for entity in tape.rows["entity"][rows]])
+    parts = {domain: domains == domain for domain in np.unique(domains).tolist()}
+    days = tape.rows["day"][rows]
+    return {
+        "split": split,
+        "rows": int(rows.size),
+        "bootstrap": {"block_days": BLOCK_DAYS, "replicates": REPLICATES, "level": 0.95},
+        "direction_note": CHANCE,
+        "domains": {name: summary(scores, days, part) for name, part in parts.items()},
+        "total": summary(scores, days, np.ones(rows.size, dtype=bool)),
+    }
+
+
+@torch.no_grad()
+def bin_probabilities(
+    model: GPT, tokenizer: Tokenizer, tape: Tape, rows: np.ndarray, batch_size: int
+) -> np.ndarray:
+    """(n, BINS) probabilities of the next bin at each of `rows`, given that it is a bin."""
+    if 2 * tape.context + 2 > model.config.block_size:
+        raise UserError(
+            f"the tape's documents have {2 * tape.context + 2} tokens, the model's block is "
+            f"{model.config.block_size}: prepare the tape with that --min-block"
+        )
+    ids = Ids.of(tape, tokenizer)
+    place = np.full(tape.rows.size, -1)
+    place[rows] = np.arange(rows.size)
+    probabilities = np.empty((rows.size, BINS))
+    by_length: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
+    for context, wanted in _windows(tape, rows):
+        by_length.setdefault(context.size, []).append((context, wanted))
+    for windows in by_length.values():
+        for start in range(0, len(windows), batch_size):
+            batch = windows[start : start + batch_size]
+            tokens = np.stack([ids.document(tape, context)[:-1] for context, _ in batch]).astype(np.int64)
+            logits = model.logits(torch.from_numpy(tokens).to(model.head.weight.device))
+            bins = logits[:, 1::2, ids.first_bin : ids.first_bin + BINS]  # at the calendar tokens
+            chances = torch.softmax(bins.double(), dim=-1).cpu().numpy()
+            for (context, wanted), of_window in zip(batch, chances, strict=True):
+                probabilities[place[wanted]] = of_window[np.searchsorted(context, wanted)]
+    return probabilities
+
+
+def _windows(tape: Tape, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(context, wanted): row numbers of one series; the wanted ones are its last, half a context at most."""
+    stride = max(1, tape.context // 2)
+    for series in np.unique(tape.rows["series"][rows]):
+        first = int(np.flatnonzero(tape.rows["series"] == series)[0])
+        of_series = rows[tape.rows["series"][rows] == series]
+        for start in range(int(of_series[0]), int(of_series[-1]) + 1, stride):
+            wanted = of_series[(of_series >= start) & (of_series < start + stride)]
+            if wanted.size:
+                end = int(wanted[-1]) + 1
+                yield np.arange(max(first, end - tape.context), end), wanted
+
+
+def row_scores(tape: Tape, rows: np.ndarray, forecasts: Forecasts) -> dict[str, np.ndarray]:
+    """Scores (n,) by name; "up" is the forecast direction, "rose" what came, both 0 for a day without."""
+    change = tape.rows["change"][rows]
+    scale = train_deviations(tape)[tape.rows["entity"][rows]]
+    chosen = forecasts.probabilities[np.arange(rows.size), tape.rows["bin"][rows]]
+    error = change[:, None] - forecasts.quantiles
+    pinball = np.maximum(LEVELS * error, (LEVELS - 1) * error).mean(axis=1)
+    scores = {"nll": -np.log(np.maximum(chosen, 1e-12)), "crps": 2 * pinball / scale}
+    for interval in INTERVALS:
+        low, high = (np.interp(level, LEVELS, np.arange(LEVELS.size)) for level in _ends(interval))
+        inside = (change >= _quantile(forecasts, low)) & (change <= _quantile(forecasts, high))
+        scores[f"coverage_{interval}"] = inside.astype(np.float64)
+    scores["up"] = np.sign(forecasts.quantiles[:, LEVELS.size // 2])
+    scores["rose"] = np.sign(change)
+    return scores
+
+
+def _ends(interval: int) -> tuple[float, float]:
+    return (1 - interval / 100) / 2, (1 + interval / 100) / 2
+
+
+def _quantile(forecasts: Forecasts, position: float) -> np.ndarray:
+    """Quantiles (n,) at a fractional position among LEVELS."""
+    low, share = int(position), position - int(position)
+    high = min(low + 1, LEVELS.size - 1)
+    return (1 - share) * forecasts.quantiles[:, low] + share * forecasts.quantiles[:, high]
+
+
+def summary(scores: dict[str, dict[str, np.ndarray]], days: np.ndarray, part: np.ndarray) -> dict[str, Any]:
+    """Means with intervals of the rows in `part`: every score as [value, low, high]."""
+    sums: dict[str, np.ndarray] = {"rows": np.ones(int(part.sum()))}
+    for name, columns in scores.items():
+        for column in ("nll", "crps", *(f"coverage_{interval}" for interval in INTERVALS)):
+            sums[f"{name}/{column}"] = columns[column][part]
+    up, rose = scores["model"]["up"][part], scores["model"]["rose"][part]
+    for name, found in (("tp", (up > 0) & (rose > 0)), ("tn", (up < 0) & (rose < 0)),
+                        ("fp", (up > 0) & (rose < 0)), ("fn", (up < 0) & (rose > 0))):  # fmt: skip
+        sums[name] = found.astype(np.float64)
+    replicated = bootstrap(sums, days[part])
+
+    def interval(compute: Any) -> list[float]:
+        values = compute(replicated)
+        low, high = np.quantile(values[1:], (0.025, 0.975))
+        return [float(values[0]), float(low), float(high)]
+
+    made: dict[str, Any] = {"rows": int(part.sum()), "days": int(np.unique(days[part]).size), "methods": {}}
+    for name, columns in scores.items():
+        made["methods"][name] = {
+            column: interval(lambda of, key=f"{name}/{column}": of[key] / of["rows"])
+            for column in columns
+            if f"{name}/{column}" in sums
+        }
+        if name != "model":
+            made["methods"][name]["model_crps_ratio"] = interval(
+                lambda of, key=f"{name}/crps": of["model/crps"] / of[key]
+            )
+    made["direction"] = {
+        "accuracy": interval(lambda of: (of["tp"] + of["tn"]) / np.maximum(_decided(of), 1)),
+        "mcc": interval(matthews),
+        "share_of_days_up": float(np.mean(rose > 0)),
+    }
+    return made
+
+
+def _decided(of: dict[str, np.ndarray]) -> np.ndarray:
+    return of["tp"] + of["tn"] + of["fp"] + of["fn"]
+
+
+def matthews(of: dict[str, np.ndarray]) -> np.ndarray:
+    """Matthews' correlation coefficient from counts tp, tn, fp, fn; 0 where it is not defined."""
+    tp, tn, fp, fn = (of[name] for name in ("tp", "tn", "fp", "fn"))
+    below = np.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+    return np.where(below > 0, (tp * tn - fp * fn) / np.where(below > 0, below, 1), 0.0)
+
+
+def bootstrap(columns: dict[str, np.ndarray], days: np.ndarray) -> dict[str, np.ndarray]:
+    """Sums (1 + REPLICATES,) of each column: of all rows first, then of days drawn in circular blocks."""
+    unique, where = np.unique(days, return_inverse=True)
+    daily = np.stack(
+        [np.bincount(where, weights=column, minlength=unique.size) for column in columns.values()]
+    )
+    doubled = np.concatenate((daily, daily), axis=1)
+    running = np.concatenate((np.zeros((len(daily), 1)), np.cumsum(doubled, axis=1)), axis=1)
+    length = min(BLOCK_DAYS, unique.size)
+    generator = np.random.default_rng(0)
+    starts = generator.integers(0, unique.size, (REPLICATES, -(-unique.size // length)))
+    drawn = (running[:, starts + length] - running[:, starts]).sum(axis=2)
+    sums = np.concatenate((daily.sum(axis=1, keepdims=True), drawn), axis=1)
+    return dict(zip(columns, sums, strict=True))
+
+
+def print_tape_table(result: dict[str, Any]) -> None:
+    """One row for every domain and method, intervals in brackets."""
+    table = Table(title=f"{result['split']} of {result['checkpoint']}, 95% intervals", title_justify="left")
+    for column in (
+        "domain",
+        "method",
+        "NLL",
+        "CRPS",
+        *(f"{interval}%" for interval in INTERVALS),
+        "model's CRPS",
+    ):
+        table.add_column(column, justify="left" if column in ("domain", "method") else "right")
+    for domain, part in (*result["domains"].items(), ("total", result["total"])):
+        for name, scores in part["methods"].items():
+            cells = [_cell(scores[key], 3) for key in ("nll", "crps")]
+            cells += [_cell([100 * value for value in scores[f"coverage_{i}"]], 1) for i in INTERVALS]
+            ratio = scores.get("model_crps_ratio")
+            table.add_row(domain, name, *cells, "" if ratio is None else "×" + _cell(ratio, 3))
+        table.add_section()
+    wide_console().print(table)
+    direction = result["total"]["direction"]
+    accuracy, mcc = _cell(direction["accuracy"], 3), _cell(direction["mcc"], 3)
+    up = direction["share_of_days_up"]
+    wide_console().print(f"direction: accuracy {accuracy}, MCC {mcc}, {up:.3f} of days up. Note: {CHANCE}.")
+
+
+def _cell(score: list[float], digits: int) -> str:
+    value, low, high = (f"{number:.{digits}f}" for number in score)
+    return f"{value} [{low}, {high}]"
