@@ -120,9 +120,9 @@ def main(arguments: list[str]) -> int:
         static_peers.report()
         return 0
     if options.subject == "ladder":
-        from benchmarks import ladder
+        from benchmarks import llama_ladder
 
-        return ladder.run(
+        return llama_ladder.run(
             fetched(options.base), options.data, options.out, options.steps, sweeps=options.sweeps,
             json_path=options.json,
         )  # fmt: skip

@@ -1,0 +1,64 @@
+"""Benchmarks of fine-tuning on a tiny model: what they compare agrees, what they print was measured."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import llama, llama_ladder
+from gpt.cli import UserError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def small(monkeypatch) -> None:
+    monkeypatch.setattr(llama, "BLOCK_SIZE", 64)
+    monkeypatch.setattr(llama, "PROMPT_TOKENS", 4)
+    monkeypatch.setattr(llama, "NEW_TOKENS", 3)
+    monkeypatch.setattr("benchmarks.harness.GEMM_SIZE", 64)
+    monkeypatch.setattr("benchmarks.harness.COPY_BYTES", 1 << 16)
+
+
+def test_steps_and_decoding(small, monkeypatch, tiny_model) -> None:
+    monkeypatch.setattr(llama, "peak_memory", lambda *arguments: 7)
+    rows = llama.measure(tiny_model, 2, CPU, 1)
+    named = {(row.subject, row.variant): row for row in rows}
+    for method in ("qlora", "lora"):
+        ours, theirs = named[f"llama {method}", "tapelm"], named[f"llama {method}", "hf"]
+        assert theirs.ratio_vs == {"hf": 1.0}
+        assert ours.ratio_vs["hf"] == pytest.approx(theirs.median_ms / ours.median_ms)
+        assert 0 < ours.extra["tokens_per_second"] <= 1e3 * 2 * 64 / ours.median_ms
+        assert ours.extra["peak_memory_bytes"] == 7
+        assert named[f"decode {method}", "tapelm"].extra["ms_per_token"] > 0
+
+
+def test_nothing_is_timed_when_the_backends_disagree(small, tiny_model) -> None:
+    steps = {name: llama.Step(name, "lora", tiny_model, 1, CPU) for name in llama.BACKENDS}
+    llama.agree(steps)
+    with torch.no_grad():
+        steps["tapelm"].model.model.embed_tokens.weight.mul_(1.5)
+    with pytest.raises(UserError, match="disagree, nothing was timed"):
+        llama.agree(steps)
+
+
+@pytest.mark.slow
+def test_peak_memory_is_that_of_a_new_process(tiny_model) -> None:
+    assert 1e8 < llama.peak_memory("tapelm", "qlora", tiny_model, 1, CPU) < 4e9
+    with pytest.raises(UserError, match="failed in a process of their own"):
+        llama.peak_memory("tapelm", "qlora", tiny_model / "nowhere", 1, CPU)
+
+
+@pytest.mark.slow
+def test_ladder(monkeypatch, tiny_model, tiny_data, tmp_path, capsys) -> None:
+    monkeypatch.setattr(llama_ladder, "RUNGS", (llama_ladder.RUNGS[1], llama_ladder.RUNGS[-1]))
+    monkeypatch.setattr(llama_ladder, "NEW_TOKENS", 4)
+    out = tmp_path / "ladder.json"
+    for _ in range(2):  # the second time there is nothing left to do
+        llama_ladder.run(tiny_model, tiny_data, tmp_path / "runs", 2, sweeps=False, json_path=out)
+    rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    assert [row["name"] for row in rows] == ["bf16", "+ 8-bit optimizer"]
+    assert rows[0]["base_perplexity"] > 1 and rows[1]["decode_ms_cache"] > 0
+    assert "+ 8-bit optimizer" in capsys.readouterr().out
