@@ -26,7 +26,7 @@ from llama_lora.adapters import Recipe
 from llama_lora.backends import Backend, get_backend, open_tokenizer
 from llama_lora.config import FinetuneConfig, parse_command_line
 from llama_lora.dataset import end_of_text, find_split, read_examples
-from llama_lora.packing import Rows
+from llama_lora.packing import PackedBatch, Rows
 from llama_lora.results import check_same_run, finish, pick_dtype
 from llama_lora.trained import Trained
 from llama_lora.verify import verify
@@ -215,10 +215,11 @@ class Compiled:
     """The losses of a backend through torch.compile."""
 
     def __init__(self, backend: Backend, model: Any) -> None:
-        self.compiled = torch.compile(lambda batch: backend.loss(model, batch))
+        # Of tensors alone: the counts in a batch would compile it anew every time.
+        self.compiled = torch.compile(lambda *parts: backend.loss(model, PackedBatch(*parts, 0, 0)))
 
-    def loss(self, model: Any, batch: Any) -> torch.Tensor:
-        return self.compiled(batch)
+    def loss(self, model: Any, batch: PackedBatch) -> torch.Tensor:
+        return self.compiled(batch.ids, batch.targets, batch.positions, batch.document_ids)
 
 
 def resume_command(arguments: list[str] | None) -> str:

@@ -112,6 +112,20 @@ def test_unchecked_runs_say_so_and_checked_ones_refuse(settings, monkeypatch, ca
     assert not refused["out"].exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_compiled_steps_are_the_same(settings, method) -> None:
+    losses = []
+    for compiled in (False, True):
+        config = FinetuneConfig(
+            **settings | {"out": settings["out"] / str(compiled), "max_steps": 3}, precision="fp32",
+            method=method, compile=compiled,
+        )  # fmt: skip
+        finetune(config)
+        losses.append([line["loss"] for line in records(config.out)[1:]])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 def test_accumulation_equals_one_large_batch(settings) -> None:
     losses = []
     for batch_size, accumulation in ((4, 1), (2, 2)):
