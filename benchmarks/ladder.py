@@ -1,157 +1,220 @@
-"""What each technique does to a fine-tuning: python -m benchmarks ladder --model llama --data DIR
+"""What each optimization buys: the same training step with one more of them on every rung, taken in turn.
 
-Every rung is a run of `python -m llama_lora.finetune` of its own, of the same length on the same text, and is
-asked for tokens as its model is afterwards, with and without a cache. A rung differs from the one before in
-what its name says. The runs follow one another, so that the machine's drift is in their ratios.
+A ladder is a list of rungs, a name and a function that builds a step; any model has one that can build steps.
+The rungs are timed in interleaved rounds, so that the gains of all steps multiply to the whole; a second set
+of rounds takes each optimization away from the full set. Peak memory comes from a process for each rung.
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-import time
+import gc
+import math
+import multiprocessing
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.progress import track
 
-from benchmarks.harness import fingerprint
-from gpt.cli import UserError, wide_console, write_atomically
-from llama_lora import adapters as files
-from llama_lora.adapters import Recipe
-from llama_lora.backends import get_backend, open_tokenizer
-from llama_lora.generate import generate, load
-from llama_lora.results import pick_dtype
+from benchmarks.ceilings import Ceilings
+from benchmarks.harness import Row, WrongResult, interleave, make_row
+from gpt.hardware import peak_memory_bytes, set_threads
 
-PROMPT = "Participants noted that inflation"
-NEW_TOKENS = 48
+WARM_UP = 2
+MEMORY_STEPS = 2
+
+
+class Step(Protocol):
+    """A model with its optimizer and its batches; a call is one training step on the next batch."""
+
+    label: str
+    shape: str
+    dtype: torch.dtype
+    """Of the matrix products, for the ceiling."""
+    tokens: int
+    """In one step."""
+    flops: float
+    """Of the matrix products that one step needs."""
+    losses: list[torch.Tensor]
+    """Of every step taken, detached scalars."""
+
+    def __call__(self) -> None: ...
+
+    def evaluate(self) -> float:
+        """The loss without dropout on a batch that is the same for all steps of a ladder."""
+        ...
 
 
 @dataclass(frozen=True)
 class Rung:
-    """A name and the options of the run; `sweep` marks those outside the ladder."""
+    """`build` must pickle (a partial of a module's function), as peak memory is measured in another process.
+
+    step    one more optimization than the step before it; the gains of these multiply to the whole
+    branch  compared with the step before it, and left again
+    memory  as branch, after the last step: bought with time
+    """
 
     name: str
-    options: dict[str, str] = field(default_factory=dict)
-    flags: tuple[str, ...] = ()
+    build: Callable[[], Step]
+    kind: Literal["step", "branch", "memory"] = "step"
 
 
-HF = {"backend": "hf", "method": "lora", "optimizer-bits": "32"}
-OURS = {"backend": "tapelm", "method": "lora", "precision": "bf16", "optimizer-bits": "32"}
-QLORA = OURS | {"method": "qlora"}
-LAST = QLORA | {"optimizer-bits": "8"}
-RUNGS = (
-    Rung("LoRA, float32", HF | {"precision": "fp32"}, ("--no-packing",)),
-    Rung("bf16", HF | {"precision": "bf16"}, ("--no-packing",)),
-    Rung("+ packing", HF | {"precision": "bf16"}),
-    Rung("+ our kernels", OURS),
-    Rung("+ torch.compile", OURS, ("--compile",)),
-    Rung("QLoRA, not compiled", QLORA),
-    Rung("+ 8-bit optimizer", LAST),
-)
-SWEEPS = (
-    *(Rung(f"batch of {size}", LAST | {"batch-size": str(size)}) for size in (1, 2, 8)),
-    *(Rung(f"rank {rank}", LAST | {"rank": str(rank), "alpha": str(rank)}) for rank in (8, 32)),
-)
+@dataclass(frozen=True)
+class Ladder:
+    """`removals` are the last step without one optimization each, under the name of what is missing.
+
+    `tolerance` is the relative difference that rounding may make to the loss; `skipped` holds a line for
+    every rung that this machine cannot have, with the reason.
+    """
+
+    title: str
+    rungs: Sequence[Rung]
+    removals: Sequence[Rung] = ()
+    tolerance: float = 1e-2
+    skipped: Sequence[str] = ()
+
+    def full(self) -> Rung:
+        return [rung for rung in self.rungs if rung.kind == "step"][-1]
 
 
-def run(model: Path, data: Path, out: Path, steps: int, *, sweeps: bool, json_path: Path | None) -> int:
-    """Take all rungs that are not done in `out`, print the table and write it as JSON."""
-    device, console = torch.device("cpu" if not torch.cuda.is_available() else "cuda"), Console(stderr=True)
-    results = []
-    for index, rung in enumerate((*RUNGS, *(SWEEPS if sweeps else ()))):
-        folder = out / f"{index:02d}"
-        if not (folder / "ladder.json").is_file():
-            console.print(f"{rung.name}: {folder}", highlight=False)
-            take(rung, model, data, folder, steps)
-            found = summary_of(rung, folder) | decode_latency(rung, model, folder, device)
-            write_atomically(folder / "ladder.json", json.dumps(found, indent=1) + "\n")
-        results.append(json.loads((folder / "ladder.json").read_text(encoding="utf-8")))
-    print_table(results, steps)
-    if json_path is not None:
-        written = {"machine": fingerprint(device), "steps": steps, "rows": results}
-        write_atomically(json_path, json.dumps(written, indent=1) + "\n")
-    return 0
+@dataclass(frozen=True)
+class Request:
+    """What a ladder is built for. `data` is a directory of data.prepare; None takes text that is at hand."""
+
+    preset: str
+    batch_size: int
+    device: torch.device
+    data: Path | None = None
+    compiled: bool = True
 
 
-def take(rung: Rung, model: Path, data: Path, folder: Path, steps: int) -> None:
-    options = [part for name, value in rung.options.items() for part in (f"--{name}", value)]
-    command = [
-        sys.executable, "-m", "llama_lora.finetune", "--model", str(model), "--data", str(data), "--out",
-        str(folder), "--max-steps", str(steps), "--eval-rows", "16", "--resume", "auto",
-        *options, *rung.flags,
-    ]  # fmt: skip
-    done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
-    if done.returncode:
-        raise UserError(
-            f"{rung.name} ended with status {done.returncode}; the same command goes on from here"
+@dataclass
+class Climb:
+    """What a ladder's rounds gave. Losses and seconds are of each step of a rung, in order."""
+
+    rows: list[Row]
+    removed: list[Row] = field(default_factory=list)
+    losses: dict[str, list[float]] = field(default_factory=dict)
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    product: float = 1.0
+    """Of the gains of all steps."""
+    total: float = 1.0
+    """First step against last, the median over rounds."""
+
+    def unexplained(self) -> float:
+        """How far the product of the parts is from the whole, relative."""
+        return abs(self.product / self.total - 1)
+
+
+def climb(ladder: Ladder, device: torch.device, rounds: int, *, memory: bool = True) -> Climb:
+    """Time all rungs, then all removals. Raises WrongResult when a rung's loss is not the first one's."""
+    losses, seconds, traits = _rounds(ladder.title, ladder.rungs, ladder.tolerance, device, rounds)
+    first, before = ladder.rungs[0].name, ladder.rungs[0].name
+    result = Climb([], losses=losses, seconds=seconds)
+    for rung in ladder.rungs:
+        against = {first: seconds[first], "before": seconds[before]}
+        row = traits[rung.name].row(f"ladder {ladder.title}", rung.name, seconds[rung.name], against, device)
+        row.extra["loss"] = statistics.fmean(losses[rung.name][-rounds:])
+        result.rows.append(row)
+        if rung.kind == "step":
+            result.product *= row.ratio_vs["before"]
+            result.total, before = row.ratio_vs[first], rung.name
+    if ladder.removals:
+        full = ladder.full()
+        losses, seconds, traits = _rounds(
+            f"{ladder.title}, one removed", [full, *ladder.removals], ladder.tolerance, device, rounds
         )
+        for rung in (full, *ladder.removals):
+            against = {full.name: seconds[full.name]}
+            subject = f"removal {ladder.title}"
+            row = traits[rung.name].row(subject, rung.name, seconds[rung.name], against, device)
+            row.extra["loss"] = statistics.fmean(losses[rung.name][-rounds:])
+            result.removed.append(row)
+    if memory:
+        for rung, row in zip(ladder.rungs, result.rows, strict=True):
+            row.extra["peak_memory_bytes"] = peak_memory(rung.build, device)
+    return result
 
 
-def summary_of(rung: Rung, folder: Path) -> dict[str, Any]:
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    names = (
-        "tokens_per_second", "step_ms_median", "peak_memory_bytes", "base_perplexity", "perplexity",
-        "model_bytes", "mfu",
-    )  # fmt: skip
-    return {"name": rung.name, **{name: summary[name] for name in names}, "config": summary["config"]}
+@dataclass(frozen=True)
+class _Trait:
+    """What is left of a step when its rounds are over."""
 
+    shape: str
+    dtype: torch.dtype
+    tokens: int
+    flops: float
+    ceilings: Ceilings
 
-def decode_latency(rung: Rung, model: Path, folder: Path, device: torch.device) -> dict[str, float]:
-    """Milliseconds a token of NEW_TOKENS after PROMPT, batch of one, by whom the rung's backend decodes."""
-    method, dtype = rung.options["method"], pick_dtype(rung.options["precision"], device)
-    ids = open_tokenizer(model)(PROMPT)["input_ids"]
-    found = {}
-    if rung.options["backend"] == "tapelm":
-        loaded, _ = load(folder / "adapter", model, method, dtype, device)
-        for name, use_cache in (("decode_ms_cache", True), ("decode_ms_no_cache", False)):
-            made = generate(loaded, [ids], max_new_tokens=NEW_TOKENS, use_cache=use_cache)
-            found[name] = made.ms_per_token
-        return found
-    backend = get_backend("hf")
-    recipe, _ = files.read_recipe(folder / "adapter")
-    theirs: Any = backend.load(model, Recipe(method, recipe.rank, recipe.alpha), dtype, device)
-    files.load(folder / "adapter", backend.adapters(theirs))
-    prompt = torch.tensor([ids], device=device)
-    for name, use_cache in (("decode_ms_cache", True), ("decode_ms_no_cache", False)):
-        seconds = []
-        for count in (1, NEW_TOKENS):  # the first token is the prefill
-            started = time.perf_counter()
-            with torch.no_grad():
-                theirs.eval().generate(
-                    input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=count,
-                    min_new_tokens=count, do_sample=False, use_cache=use_cache,
-                )  # fmt: skip
-            seconds.append(time.perf_counter() - started)
-        found[name] = 1e3 * (seconds[1] - seconds[0]) / (NEW_TOKENS - 1)
-    return found
-
-
-def print_table(results: list[dict[str, Any]], steps: int) -> None:
-    table = Table(title=f"fine-tuning, {steps} steps each; perplexity of the base {base_range(results)}")
-    columns = ("", "tokens/s", "", "step ms", "peak MB", "perplexity", "ms/token cached", "no cache", "MB")
-    for column in columns:
-        table.add_column(column, justify="left" if column == columns[0] else "right")
-    first = results[0]["tokens_per_second"]
-    for row in results:
-        table.add_row(
-            row["name"],
-            f"{row['tokens_per_second']:,.0f}",
-            f"{row['tokens_per_second'] / first:.2f}x",
-            f"{row['step_ms_median']:,.0f}",
-            f"{row['peak_memory_bytes'] / 1e6:,.0f}",
-            f"{row['perplexity']:.3f}",
-            f"{row['decode_ms_cache']:.1f}",
-            f"{row['decode_ms_no_cache']:.1f}",
-            f"{row['model_bytes'] / 1e6:,.0f}",
+    def row(
+        self, subject: str, name: str, seconds: list[float], against: Mapping[str, list[float]],
+        device: torch.device,
+    ) -> Row:  # fmt: skip
+        limit = self.ceilings.gemm(self.dtype)
+        row = make_row(
+            subject, name, self.shape, self.dtype, device, seconds, limit, self.flops, against=against
         )
-    wide_console().print(table)
+        row.extra["tokens_per_second"] = self.tokens / statistics.median(seconds)
+        return row
 
 
-def base_range(results: list[dict[str, Any]]) -> str:
-    values = [row["base_perplexity"] for row in results]
-    return f"{min(values):.3f} to {max(values):.3f}"
+def _rounds(
+    title: str, rungs: Sequence[Rung], tolerance: float, device: torch.device, rounds: int
+) -> tuple[dict[str, list[float]], dict[str, list[float]], dict[str, _Trait]]:
+    """Losses and seconds by rung, and what their rows need; the steps are gone afterwards."""
+    steps: dict[str, Step] = {}
+    expected = math.nan
+    for rung in track(rungs, description=title, console=Console(stderr=True), transient=True):
+        step = rung.build()
+        loss = step.evaluate()
+        expected = loss if not steps else expected
+        if not abs(loss - expected) <= tolerance * abs(expected):
+            raise WrongResult(
+                f"{title}, {rung.name}: loss {loss} of the initial weights where {rungs[0].name} has "
+                f"{expected}, nothing was timed"
+            )
+        for _ in range(WARM_UP):
+            step()
+        steps[rung.name] = step
+    ceilings = Ceilings(device, [step.dtype for step in steps.values()], ["gemm"])
+    seconds = interleave(steps, ceilings, rounds)
+    losses = {name: [float(loss) for loss in step.losses] for name, step in steps.items()}
+    traits = {
+        name: _Trait(step.shape, step.dtype, step.tokens, step.flops, ceilings)
+        for name, step in steps.items()
+    }
+    steps.clear()
+    gc.collect()
+    return losses, seconds, traits
+
+
+def peak_memory(build: Callable[[], Step], device: torch.device) -> float:
+    """Bytes that a step needs at its peak, over those of the same process before the step was built."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_peak_memory, build, str(device), torch.get_num_threads()).result()
+
+
+def _peak_memory(build: Callable[[], Step], device: str, threads: int) -> float:
+    set_threads(threads)
+    before = peak_memory_bytes(torch.device(device))
+    step = build()
+    for _ in range(MEMORY_STEPS):
+        step()
+    return float(peak_memory_bytes(torch.device(device)) - before)
+
+
+def sections(ladder: Ladder, result: Climb) -> dict[str, Any]:
+    """What the JSON of a ladder holds beside its rows."""
+    return {
+        "title": ladder.title,
+        "losses": result.losses,
+        "step_seconds": result.seconds,
+        "product_of_steps": result.product,
+        "total": result.total,
+        "skipped": list(ladder.skipped),
+    }
