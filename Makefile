@@ -14,7 +14,7 @@ CUDA := $(BIN)/../lib/python*/site-packages/nvidia/cu13
 CUDA_WHEELS := nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt nvidia-cuda-runtime
 CUDA_TARGETS := $(foreach sm,80 90 100,-gencode arch=compute_$(sm),code=sm_$(sm))
 
-.PHONY: setup demo test test-full sanitize fuzz lint static bench gpu-check cuda-check clean
+.PHONY: setup demo test test-full sanitize fuzz lint static bench check-speed readme-tables gpu-check cuda-check clean
 
 setup: .venv/.installed
 
@@ -86,7 +86,14 @@ static: setup
 	$(PY) -m benchmarks static --check
 
 bench: setup
-	$(PY) -m benchmarks all --json runs/bench.json
+	$(PY) -m benchmarks all --out runs/bench
+
+# Two minutes: one shape of every op, correct and as fast beside PyTorch as benchmarks/results says.
+check-speed: setup
+	$(PY) -m benchmarks ops --check --quick --rounds 5
+
+readme-tables: setup
+	$(PY) -m benchmarks.tables
 
 gpu-check: setup
 	$(PY) -m benchmarks gpu-check

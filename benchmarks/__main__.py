@@ -1,26 +1,50 @@
-"""Benchmarks: python -m benchmarks SUBJECT [--json FILE], where SUBJECT is one of
+"""Benchmarks: python -m benchmarks SUBJECT [--json FILE]
 
 ops        every kernel against PyTorch, forward and backward
 train      a whole training step, plain against optimized
+ladder     the training step with one optimization more on every line, and with one removed
+           (--model llama: what each technique does to a fine-tuning, --base DIR --data DIR)
 tokenizer  encoding and training a tokenizer, against its peers
 loader     batches per second against DataLoader, opening, files to shards
-llama      fine-tuning steps and decoding, against peft, bitsandbytes and transformers
-ladder     what each technique does to a fine-tuning: --model llama --base DIR --data DIR
 static     compiles every Triton kernel for every target, no GPU needed; --check compares with the lock file
 tune       measures launch configurations on the GPU at hand and writes the table that the library reads
-all        ops, train, tokenizer and loader
+llama      fine-tuning steps and decoding, against peft, bitsandbytes and transformers
+scaling    what a step costs over batch, sequence, width, depth, vocabulary and threads; fits the planner
+plan       step time, memory and cost of a preset on GPUs, from the roofline; measures nothing
+all        both ladders, ops, tokenizer and loader; --out takes the report
 gpu-check  everything that needs a GPU: tests on the device, ops and train
+peers      the training step of nanoGPT, transformers and llm.c beside ours
+models     a table of run directories of gpt and llama_lora on the same held-out text
+compare    two JSON files of one machine: which ratios changed by more than their noise
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
-from benchmarks import gpu_check, harness, loader, ops, static, static_peers, tokenizer, train, tune
+from benchmarks import (
+    compare,
+    gpu_check,
+    harness,
+    ladder_report,
+    loader,
+    models,
+    ops,
+    page,
+    peers,
+    planner,
+    scaling,
+    static,
+    static_peers,
+    tokenizer,
+    train,
+    tune,
+)
+from benchmarks.ladder import Request, Step
 from gpt.cli import UserError, parse_options, prepare_output, run_program
 from gpt.hardware import pick_device, set_threads
 
@@ -31,20 +55,42 @@ class Options:
 
     subject: Annotated[
         Literal[
-            "ops", "train", "tokenizer", "loader", "llama", "ladder", "static", "tune", "all", "gpu-check"
+            "ops", "train", "ladder", "tokenizer", "loader", "static", "tune", "all", "gpu-check",
+            "compare", "scaling", "plan", "peers", "models", "llama",
         ],
         tyro.conf.Positional,
-    ]
+    ]  # fmt: skip
+    files: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """compare: two results. models: run directories."""
+    llmc: Path | None = None
+    """peers: a checkout of llm.c with its train_gpt2 built."""
     json: Path | None = None
     """Write the rows here as JSON."""
+    out: Path | None = None
+    """all: a directory for results.json, index.html and tables.md. models: for models.md.
+    ladder of llama: the runs go here, runs/ladder if None; those that are there are not taken again."""
     preset: str = "seed"
     """Preset of the training step."""
-    batch_size: int = 16
-    compiled: bool = False
+    batch_size: int | None = None
+    """Windows in a training step; None takes 16, for the ladder 4."""
+    model: Literal["gpt", "llama"] = "gpt"
+    """ladder: whose."""
+    data: Path | None = None
+    """ladder: a directory of data.prepare; None takes this repository's own text, for llama runs/corpus."""
+    base: Path = Path("runs/smollm2")
+    """llama, ladder: a local Llama model; SmolLM2-135M is fetched there if there is none."""
+    steps: int = 30
+    """ladder of llama: optimizer steps of each run."""
+    sweeps: bool = False
+    """ladder of llama: also sweep batch size and rank."""
+    compiled: tyro.conf.FlagCreatePairsOff[bool] = False
     """train: also time the plain model through torch.compile, where it runs in bf16."""
+    no_compiled: tyro.conf.FlagCreatePairsOff[bool] = False
+    """ladder, peers: leave out torch.compile, which takes a minute to compile."""
     profile: bool = False
     """train: print what each op of the optimized step costs instead."""
-    rounds: int = harness.ROUNDS
+    rounds: int | None = None
+    """None takes 9; 5 for ladder, peers, scaling and all."""
     device: str = "auto"
     threads: int = 0
     """CPU threads; 0 takes PyTorch's default."""
@@ -53,55 +99,135 @@ class Options:
     text: Path | None = None
     """tokenizer: a .txt or .jsonl(.gz) file, or a directory of them."""
     check: bool = False
-    """static: change nothing, fail when what compiles now differs from the lock file."""
+    """static: change nothing, fail when what compiles now differs from the lock file. ops: fail when a kernel
+    is wrong, or slower than the committed ratios by more than the noise."""
+    quick: bool = False
+    """ops: one shape of each."""
     peers: bool = False
     """static: compile other libraries' kernels instead, where installed, beside ours."""
-    base: Path = Path("runs/smollm2")
-    """llama, ladder: a local Llama model; SmolLM2-135M is fetched there if there is none."""
-    model: Literal["llama"] = "llama"
-    """ladder: which model's techniques."""
-    data: Path = Path("runs/corpus")
-    """ladder: what to train on, as for python -m llama_lora.finetune."""
-    out: Path = Path("runs/ladder")
-    """ladder: the runs go here; those that are there are not taken again."""
-    steps: int = 30
-    """ladder: optimizer steps of each run."""
-    sweeps: bool = False
-    """ladder: also sweep batch size and rank."""
+    gpu: str = "H100"
+    """plan: A100, A10G, L40S, H100, B200 or MI300X."""
+    gpus: int = 1
+    dollars: float | None = None
+    """plan: of an hour of one GPU."""
+    tokens: float = 1e10
+    """plan: of the whole training."""
     seconds: float = float("inf")
     """static: start no compilation after this many seconds; run it again for the rest. tune: the same for
     kernels, leaving the others as they ship."""
 
 
+USES = {
+    "json": ("ops", "train", "ladder", "tokenizer", "loader", "tune", "scaling", "peers", "llama", "all"),
+    "out": ("all", "models", "ladder"),
+    "base": ("llama", "ladder"),
+    "steps": ("ladder",),
+    "sweeps": ("ladder",),
+    "gpu": ("plan",),
+    "gpus": ("plan",),
+    "dollars": ("plan",),
+    "tokens": ("plan",),
+    "profile": ("train",),
+    "batch_size": ("train", "ladder", "loader", "llama", "plan", "peers", "all"),
+    "model": ("ladder",),
+    "data": ("ladder", "all"),
+    "compiled": ("train",),
+    "no_compiled": ("ladder", "peers", "all"),
+    "only": ("ops", "tune", "all"),
+    "text": ("tokenizer", "all"),
+    "files": ("compare", "models"),
+    "llmc": ("peers",),
+    "check": ("static", "ops"),
+    "quick": ("ops",),
+    "peers": ("static",),
+    "seconds": ("static", "tune"),
+}
+"""Subjects that an option is for."""
+
+
+def refuse_ignored(options: Options) -> None:
+    """Raise UserError for an option that the subject would not look at."""
+    for name, subjects in USES.items():
+        if getattr(options, name) != getattr(Options, name) and options.subject not in subjects:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} means nothing to {options.subject}, only to: {', '.join(subjects)}")
+
+
 def run(options: Options) -> int:
-    if options.rounds < 1 or options.batch_size < 1:
+    fewer = options.subject in ("ladder", "peers", "scaling", "all")
+    rounds = (5 if fewer else harness.ROUNDS) if options.rounds is None else options.rounds
+    if rounds < 1 or (options.batch_size is not None and options.batch_size < 1):
         raise UserError("--rounds and --batch-size must be at least 1")
     set_threads(options.threads)
     device = pick_device(options.device)
-    if options.json is not None:
-        prepare_output(options.json)
+    if options.subject == "ladder" and options.out is not None:
+        raise UserError("--out means nothing to the ladder of gpt: use --json FILE")
+    path = options.json if options.out is None else options.out / "results.json"
+    if options.out is not None and options.json is not None:
+        raise UserError("--out writes results.json there: leave out --json")
+    if path is not None:
+        prepare_output(path)
+    if options.check and options.json is not None:
+        raise UserError("--check compares and writes no rows: leave out --json")
+    batch_size = options.batch_size or 16
     if options.profile:
-        train.profile(options.preset, options.batch_size, device)
+        if options.json is not None:
+            raise UserError("--profile prints a table and writes no rows: leave out --json")
+        step: Step = train.Step(options.preset, "optimized", batch_size, device)
+        train.report_profile(train.profile(step, device), f"{step.label}, {step.shape}")
         return 0
     rows: list[harness.Row] = []
+    printed: list[harness.Row] = []  # in tables of their own
+    sections: dict[str, Any] = {}
+
+    def save() -> None:
+        """After every part, so that an interruption costs one."""
+        if path is not None:
+            harness.write_results(path, device, [*rows, *printed], **sections)
+
     if options.subject in ("ops", "all"):
-        cases = [case for name, case in ops.cases(device) if options.only in name]
+        cases = [case for name, case in ops.cases(device, quick=options.quick) if options.only in name]
         if not cases:
             raise UserError(f"no op is called {options.only!r}; there are: {', '.join(ops.NAMES)}")
-        rows += harness.measure_all(cases, device, options.rounds)
-    if options.subject in ("train", "all"):
-        rows += train.measure(
-            options.preset, options.batch_size, device, options.rounds, compiled=options.compiled
+        if options.check:
+            return compare.check(cases, device, rounds)
+        rows += harness.measure_all(cases, device, rounds)
+        save()
+    if options.subject == "train":
+        rows += train.measure(options.preset, batch_size, device, rounds, compiled=options.compiled)
+    if options.subject in ("ladder", "all"):
+        request = Request(
+            options.preset, options.batch_size or 4, device, options.data, not options.no_compiled
         )
+        climbed, sections["ladder"] = ladder_report.measure(options.model, request, rounds)
+        printed += climbed
+        save()
+    if options.subject in ("peers", "all"):
+        measured, skipped = peers.measure(
+            options.preset, options.batch_size or 4, device, rounds,
+            compiled=not options.no_compiled, llmc=options.llmc,
+        )  # fmt: skip
+        rows, sections["skipped_peers"] = rows + measured, skipped
+        print("".join(f"skipped: {line}\n" for line in skipped), end="")
+        save()
+    if options.subject == "scaling":
+        printed, sections["plan"] = scaling.measure(device, rounds)
     if options.subject in ("tokenizer", "all"):
-        rows += tokenizer.measure(options.text, options.rounds)
+        if options.subject == "all" and options.text is None and not tokenizer.CORPORA.is_dir():
+            print("skipped: tokenizer: no text here, give --text a .txt or .jsonl file")
+        else:
+            rows += tokenizer.measure(options.text, rounds)
+            save()
     if options.subject in ("loader", "all"):
-        rows += loader.measure_all(device, options.rounds, options.preset, options.batch_size)
+        rows += loader.measure_all(device, rounds, options.preset, batch_size)
     if options.subject == "llama":
         from benchmarks import llama
 
-        rows += llama.measure(fetched(options.base), options.batch_size, device, options.rounds)
-    harness.report(f"python -m benchmarks {options.subject}", rows, device, options.json)
+        rows += llama.measure(fetched(options.base), batch_size, device, rounds)
+    harness.report(f"python -m benchmarks {options.subject}", rows, device)
+    save()
+    if options.subject == "all" and options.out is not None:
+        print(f"wrote {page.write(compare.read(options.out / 'results.json'), options.out)}")
     return 0
 
 
@@ -114,18 +240,27 @@ def fetched(base: Path) -> Path:
 
 def main(arguments: list[str]) -> int:
     options = parse_options(Options, arguments, prog="python -m benchmarks")
+    refuse_ignored(options)
     if options.subject == "gpu-check":
         return gpu_check.run()
-    if options.subject == "static" and options.peers:
-        static_peers.report()
-        return 0
-    if options.subject == "ladder":
+    if options.subject == "ladder" and options.model == "llama":
         from benchmarks import llama_ladder
 
         return llama_ladder.run(
-            fetched(options.base), options.data, options.out, options.steps, sweeps=options.sweeps,
-            json_path=options.json,
+            fetched(options.base), options.data or Path("runs/corpus"), options.out or Path("runs/ladder"),
+            options.steps, sweeps=options.sweeps, json_path=options.json,
         )  # fmt: skip
+    if options.subject == "models":
+        return models.run(options.files, options.out)
+    if options.subject == "plan":
+        return planner.run(
+            options.preset, options.batch_size, options.gpu, options.gpus, options.dollars, options.tokens
+        )
+    if options.subject == "compare":
+        return compare.run(options.files)
+    if options.subject == "static" and options.peers:
+        static_peers.report()
+        return 0
     if options.subject == "static":
         return static.run(options.check, options.seconds)
     if options.subject == "tune":

@@ -95,7 +95,7 @@ def measure(device: torch.device, deadline: float) -> dict[str, Any]:
     peers, more = gpu_peers.measure(device, deadline - 80, triton.testing.do_bench)
     gpu_peers.report(peers)
     optimizer = harness.measure_all(adamw.cases(device), device, ROUNDS)
-    harness.report("clip and AdamW", optimizer, device, None)
+    harness.report("clip and AdamW", optimizer, device)
     try:
         training = train(device, deadline, "seed", TRAIN_STEPS)
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:

@@ -1,4 +1,4 @@
-"""Timing by interleaved rounds: A B ceiling, A B ceiling, ...; reported are medians and ratios of one run.
+"""Timing by interleaved rounds: A B ceilings, A B ceilings, ...; reported are medians and ratios of one run.
 
 A shared machine drifts by factors within minutes, so that only times taken in turn can be compared.
 """
@@ -8,10 +8,13 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import platform
+import re
+import shlex
 import statistics
 import subprocess
-import time
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,11 +25,11 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from gpt.hardware import device_name, synchronize, versions
+from benchmarks.ceilings import Ceilings, Limit, timed
+from gpt.cli import UserError, write_atomically
+from gpt.hardware import device_name, native_bf16, versions
 
 ROUNDS = 9
-COPY_BYTES = 1 << 28
-GEMM_SIZE = 1024
 
 
 @dataclass(frozen=True)
@@ -64,61 +67,84 @@ class Row:
     extra: dict[str, float] = field(default_factory=dict)
 
 
-def ceiling(bound: str, dtype: torch.dtype, device: torch.device) -> tuple[Callable[[], Any], float]:
-    """A function that runs at the machine's limit and the work it does: a square product or a large copy."""
-    if bound == "gemm":
-        a = torch.randn(GEMM_SIZE, GEMM_SIZE, device=device).to(dtype)
-        b = torch.randn(GEMM_SIZE, GEMM_SIZE, device=device).to(dtype)
-        return (lambda: torch.mm(a, b)), 2.0 * GEMM_SIZE**3
-    source = torch.zeros(COPY_BYTES // 8, device=device)
-    target = torch.empty_like(source)
-    return (lambda: target.copy_(source)), 2.0 * source.numel() * 4
+class WrongResult(UserError):
+    """A variant that does not compute what its baseline does; nothing of its case was timed."""
 
 
-def timed(function: Callable[[], Any], device: torch.device) -> float:
-    synchronize(device)
-    started = time.perf_counter()
-    function()
-    synchronize(device)
-    return time.perf_counter() - started
+def check(case: Case) -> None:
+    """Run every variant once and compare it with the baseline. Raises WrongResult on the first bad one."""
+    names = list(case.variants)
+    expected = case.variants[names[0]]()
+    for name in names[1:]:
+        try:
+            case.agree(case.variants[name](), expected)
+        except AssertionError as error:
+            raise WrongResult(f"{case.subject} {case.shape}, {name}: {error}") from error
 
 
 def measure(case: Case, device: torch.device, rounds: int = ROUNDS) -> list[Row]:
     """Check that the variants agree, then time them and the ceiling in turn."""
-    names = list(case.variants)
-    expected = case.variants[names[0]]()
-    for name in names[1:]:
-        case.agree(case.variants[name](), expected)
-    limit, limit_work = ceiling(case.bound, case.dtype, device)
-    limit()
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    limit_seconds = []
-    for _ in range(rounds):
-        for name in names:
-            seconds[name].append(timed(case.variants[name], device))
-        limit_seconds.append(timed(limit, device))
-    limit_rate = limit_work / statistics.median(limit_seconds)
-    scale, unit = (1e9, "GFLOP/s GEMM") if case.bound == "gemm" else (1e9, "GB/s copy")
+    check(case)
+    ceilings = Ceilings(device, [case.dtype], [case.bound])
+    seconds = interleave(case.variants, ceilings, rounds)
+    limit = ceilings.limit(case.bound, case.dtype)
+    baseline = next(iter(case.variants))
     return [
-        Row(
-            subject=case.subject,
-            variant=name,
-            shape=case.shape,
-            dtype=str(case.dtype).removeprefix("torch."),
-            device=device_name(device),
-            median_ms=1e3 * statistics.median(seconds[name]),
-            fastest_ms=1e3 * min(seconds[name]),
-            slowest_ms=1e3 * max(seconds[name]),
-            ratio_vs={
-                names[0]: statistics.median(
-                    [base / own for base, own in zip(seconds[names[0]], seconds[name], strict=True)]
-                )
-            },
-            ceiling=f"{limit_rate / scale:.0f} {unit}",
-            fraction_of_ceiling=case.work / statistics.median(seconds[name]) / limit_rate,
+        make_row(
+            case.subject, name, case.shape, case.dtype, device, times, limit, case.work,
+            against={baseline: seconds[baseline]},
         )
-        for name in names
-    ]
+        for name, times in seconds.items()
+    ]  # fmt: skip
+
+
+def interleave(
+    variants: Mapping[str, Callable[[], Any]], ceilings: Ceilings, rounds: int
+) -> dict[str, list[float]]:
+    """Seconds of every variant in every round, each round ending with the ceilings."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(rounds):
+        for name, run in variants.items():
+            seconds[name].append(timed(run, ceilings.device))
+        ceilings.round()
+    return seconds
+
+
+def make_row(
+    subject: str, variant: str, shape: str, dtype: torch.dtype, device: torch.device,
+    seconds: Sequence[float], limit: Limit, work: float, *, against: Mapping[str, Sequence[float]],
+) -> Row:  # fmt: skip
+    """A Row from the seconds of its rounds; `against` has those of the variants it is compared with.
+
+    A ratio is the median of the ratios of each round, and `ratio_error` the standard error of the first one,
+    relative: 1.2533 times that of a mean, the spread taken from the median absolute deviation.
+    """
+    median = statistics.median(seconds)
+    ratios = {
+        name: [base / own for base, own in zip(times, seconds, strict=True)]
+        for name, times in against.items()
+    }
+    return Row(
+        subject=subject,
+        variant=variant,
+        shape=shape,
+        dtype=str(dtype).removeprefix("torch."),
+        device=device_name(device),
+        median_ms=1e3 * median,
+        fastest_ms=1e3 * min(seconds),
+        slowest_ms=1e3 * max(seconds),
+        ratio_vs={name: statistics.median(each) for name, each in ratios.items()},
+        ceiling=limit.label,
+        fraction_of_ceiling=work / median / limit.rate,
+        extra={"ratio_error": relative_error(next(iter(ratios.values())))},
+    )
+
+
+def relative_error(ratios: Sequence[float]) -> float:
+    """Standard error of the median of `ratios` over that median; see make_row."""
+    middle = statistics.median(ratios)
+    deviation = 1.4826 * statistics.median([abs(ratio - middle) for ratio in ratios])
+    return 1.2533 * deviation / middle / len(ratios) ** 0.5
 
 
 def close(rtol: float, atol: float) -> Callable[[Any, Any], None]:
@@ -149,16 +175,44 @@ def fingerprint(device: torch.device) -> dict[str, Any]:
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads(),
+        "cpu_model": cpu_model(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "bf16": native_bf16(device),
         "load_average": os.getloadavg()[0],
         "date": datetime.date.today().isoformat(),
         "commit": commit.stdout.strip() or None,
+        "command": "python -m benchmarks " + shlex.join(sys.argv[1:]),
         "versions": versions(),
     }
 
 
-def report(title: str, rows: list[Row], device: torch.device, json_path: Path | None) -> None:
-    """Print the table; write rows and fingerprint as JSON when a path is given."""
+def cpu_model() -> str:
+    """Vendor, family and model of the CPU: product names are the same over generations."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.is_file() else ""
+    found = [
+        re.search(rf"^{key}\s*: (.*)$", text, re.MULTILINE) for key in ("vendor_id", "cpu family", "model")
+    ]
+    if not all(found):
+        return platform.machine()
+    vendor, family, model = (match.group(1) for match in found if match)
+    return f"{vendor} family {family} model {model}"
+
+
+def report(title: str, rows: Sequence[Row], device: torch.device) -> None:
+    """Print the table, what cannot be, and the machine."""
+    console = Console(width=None if Console().is_terminal else 150)
+    if rows:
+        console.print(row_table(title, rows))
+    for row in impossible(rows):
+        console.print(
+            f"! {row.subject} {row.shape}, {row.variant}: {row.fraction_of_ceiling:.0%} of its ceiling; "
+            "its data lie in a cache, or the machine was busy when the ceiling was measured"
+        )
+    console.print(stamp(fingerprint(device)), highlight=False)
+
+
+def row_table(title: str, rows: Sequence[Row]) -> Table:
     table = Table(title=title)
     columns = ("op", "shape", "dtype", "variant", "median ms", "min-max", "speed-up", "of ceiling", "ceiling")
     for column in columns:
@@ -174,20 +228,31 @@ def report(title: str, rows: list[Row], device: torch.device, json_path: Path | 
             f"{row.median_ms:.2f}",
             f"{row.fastest_ms:.2f}-{row.slowest_ms:.2f}",
             f"{next(iter(row.ratio_vs.values())):.2f}x",
-            f"{100 * row.fraction_of_ceiling:.0f}%",
+            f"{100 * row.fraction_of_ceiling:.0f}%" + ("!" if row.fraction_of_ceiling > 1 else ""),
             row.ceiling,
         )
-    console = Console(width=None if Console().is_terminal else 150)
-    console.print(table)
-    mark = fingerprint(device)
-    console.print(
-        f"{mark['device']}, {mark['cpu_capability']}, {mark['date']}, commit {mark['commit']}, "
-        f"torch {mark['versions']['torch']}, load {mark['load_average']:.1f}; medians of interleaved rounds"
+    return table
+
+
+def impossible(rows: Sequence[Row]) -> list[Row]:
+    """Rows above their ceiling."""
+    return [row for row in rows if row.fraction_of_ceiling > 1]
+
+
+def stamp(machine: dict[str, Any]) -> str:
+    """A fingerprint in one line."""
+    return (
+        f"{machine['device']}, {machine['cpu_capability']}, {machine['date']}, commit {machine['commit']}, "
+        f"torch {machine['versions']['torch']}, load {machine['load_average']:.1f}; "
+        "medians of interleaved rounds"
     )
-    if json_path is not None:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"machine": mark, "rows": [asdict(row) for row in rows]}, indent=1) + "\n"
-        json_path.write_text(text, encoding="utf-8")
+
+
+def write_results(path: Path, device: torch.device, rows: Sequence[Row], **sections: Any) -> None:
+    """Rows, the machine's fingerprint and further `sections` as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"machine": fingerprint(device), "rows": [asdict(row) for row in rows], **sections}
+    write_atomically(path, json.dumps(content, indent=1) + "\n")
 
 
 def measure_all(cases: Sequence[Callable[[], Case]], device: torch.device, rounds: int = ROUNDS) -> list[Row]:

@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.harness import Row, ceiling, timed
+from benchmarks.ceilings import Ceilings
+from benchmarks.harness import Row, interleave, make_row
 from gpt.cli import UserError
-from gpt.hardware import device_name, peak_memory_bytes
+from gpt.hardware import peak_memory_bytes
 from llama_lora import adapters as files
 from llama_lora.adapters import Recipe
 from llama_lora.backends import TapelmBackend, get_backend, open_base
@@ -122,33 +123,13 @@ def interleaved(
     work: float, device: torch.device, rounds: int,
 ) -> list[Row]:  # fmt: skip
     """Rows of functions taken in turn after a warm-up, ratios to the first."""
-    limit, limit_work = ceiling(bound, dtype, device)
-    for function in (*functions.values(), limit):
+    for function in functions.values():
         function()
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    limits = []
-    for _ in range(rounds):
-        for name, function in functions.items():
-            seconds[name].append(timed(function, device))
-            limits.append(timed(limit, device))
-    rate, unit = limit_work / statistics.median(limits), "GFLOP/s GEMM" if bound == "gemm" else "GB/s copy"
-    first = next(iter(functions))
+    ceilings = Ceilings(device, [dtype], [bound])
+    seconds = interleave(functions, ceilings, rounds)
+    limit, first = ceilings.limit(bound, dtype), next(iter(functions))
     return [
-        Row(
-            subject=subject,
-            variant=name,
-            shape=shape,
-            dtype=str(dtype).removeprefix("torch."),
-            device=device_name(device),
-            median_ms=1e3 * statistics.median(own),
-            fastest_ms=1e3 * min(own),
-            slowest_ms=1e3 * max(own),
-            ratio_vs={
-                first: statistics.median(base / mine for base, mine in zip(seconds[first], own, strict=True))
-            },
-            ceiling=f"{rate / 1e9:.0f} {unit}",
-            fraction_of_ceiling=work / statistics.median(own) / rate,
-        )
+        make_row(subject, name, shape, dtype, device, own, limit, work, against={first: seconds[first]})
         for name, own in seconds.items()
     ]
 

@@ -147,7 +147,9 @@ def _batches(directory: Path, batch_size: int, seq_len: int, rounds: int) -> lis
 
     rows = measure(case(peers), torch.device("cpu"), rounds)
     # Apart, as its processes would stay and disturb the others.
-    workers = {f"DataLoader, {count} workers": endless(dataset, batch_size, count) for count in (0, 2)}
+    workers: dict[str, Iterator[object]] = {
+        f"DataLoader, {count} workers": endless(dataset, batch_size, count) for count in (0, 2)
+    }
     rows += measure(case(workers), torch.device("cpu"), rounds)[1:]
     for row in rows:
         row.extra["batches_per_second"] = 1e3 * batches / row.median_ms

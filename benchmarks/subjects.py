@@ -166,6 +166,11 @@ def _linear_cross_entropy(make: Make, rows: int, width: int, vocabulary: int) ->
     return make((rows, width)), make((vocabulary, width)), targets, make((vocabulary,)), -100, True
 
 
+def _frozen_cross_entropy(make: Make, rows: int, width: int, vocabulary: int) -> tuple[Any, ...]:
+    hidden, weight, targets, _, *settings = _linear_cross_entropy(make, rows, width, vocabulary)
+    return hidden, weight, targets, *settings
+
+
 def _adamw(make: Make, *sizes: Any) -> tuple[Any, ...]:
     """Sizes of the parameters, the last of them maybe a word on how they and their states are stored."""
     *numbers, variant = sizes if isinstance(sizes[-1], str) else (*sizes, "")
@@ -335,6 +340,10 @@ SUBJECTS = (
             (FP32, (4096, 768, 50257)),
         ),
         ((1, 3, 5), (7, 12, 4099), (3, 8, 257)),
+    ),
+    # The kernels of the one above.
+    Subject(
+        "frozen_cross_entropy_forward", _frozen_cross_entropy, (), ((1, 3, 5), (7, 12, 4099), (3, 8, 257))
     ),
     Subject("nf4_quantize", _nf4_quantize, NF4_SHIPPED, NF4_ODD, (256, 512)),
     Subject("nf4_dequantize", _nf4_dequantize, NF4_SHIPPED, NF4_ODD, (256, 512, "nested")),

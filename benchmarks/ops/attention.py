@@ -101,4 +101,4 @@ def case(device: torch.device, setting: Setting) -> Case:
 if __name__ == "__main__":
     device = torch.device("cpu")
     rows = harness.measure_all(cases(device, GRID), device, rounds=5)
-    harness.report("python -m benchmarks.ops.attention", rows, device, None)
+    harness.report("python -m benchmarks.ops.attention", rows, device)

@@ -175,7 +175,7 @@ def test_missing_data_names_the_command_that_makes_it(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--preset", "huge"], "unknown preset 'huge'; choose one of: demo, seed, gpt2"),
+        (["--preset", "huge"], "unknown preset 'huge'; choose one of: demo, seed, finance, tape, gpt2"),
         (["--kernels", "plain", "--precision", "bf16"], "fp32 master"),
         (["--n-head", "3"], "n_embd (32) must be a multiple of n_head (3)"),
         (["--vocab-size", "5"], "vocab_size 5 is smaller than the tokenizer's"),

@@ -18,8 +18,8 @@ def small(monkeypatch) -> None:
     monkeypatch.setattr(llama, "BLOCK_SIZE", 64)
     monkeypatch.setattr(llama, "PROMPT_TOKENS", 4)
     monkeypatch.setattr(llama, "NEW_TOKENS", 3)
-    monkeypatch.setattr("benchmarks.harness.GEMM_SIZE", 64)
-    monkeypatch.setattr("benchmarks.harness.COPY_BYTES", 1 << 16)
+    monkeypatch.setattr("benchmarks.ceilings.GEMM_SHAPES", ((64, 64, 64),))
+    monkeypatch.setattr("benchmarks.ceilings.ARRAY_BYTES", 1 << 16)
 
 
 def test_steps_and_decoding(small, monkeypatch, tiny_model) -> None:

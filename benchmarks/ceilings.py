@@ -1,0 +1,127 @@
+"""What the machine can do at most, measured between the things it is compared with.
+
+A round times every limit once, so that all rows of a dtype are held against the same figure. The GEMM peak is
+the best of a few shapes' medians, square and as models have them; the copy limit is the better one of a copy
+and a triad. On a GPU the limits run as captured graphs, so that launches cost nothing.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gpt.hardware import synchronize
+
+GEMM_SHAPES = ((1024, 1024, 1024), (2048, 512, 2048), (2048, 2048, 512))  # rows, inner, columns
+ARRAY_BYTES = 1 << 27
+REPLAYS = 10
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Flops or bytes per second, and what they were measured with."""
+
+    rate: float
+    label: str
+
+
+@dataclass
+class Probe:
+    """One function at the machine's limit: `work` flops or bytes in each call."""
+
+    name: str
+    run: Callable[[], Any]
+    work: float
+    seconds: list[float]
+
+
+class Ceilings:
+    """The limits of one run. `round()` times each of them once; `gemm` and `copy` are of the rounds so far.
+
+    `bounds` and `dtypes` choose what is timed: "gemm" in every dtype, "copy" once.
+    """
+
+    def __init__(
+        self, device: torch.device, dtypes: Iterable[torch.dtype], bounds: Sequence[str] = ("gemm", "copy")
+    ) -> None:
+        self.device = device
+        self.probes: dict[str, list[Probe]] = {}
+        if "gemm" in bounds:
+            for dtype in dict.fromkeys(dtypes):
+                self.probes[f"gemm {dtype}"] = [self._gemm(dtype, *shape) for shape in GEMM_SHAPES]
+        if "copy" in bounds:
+            self.probes["copy"] = self._bandwidth()
+        for probe in self._all():
+            probe.run()
+
+    def round(self) -> None:
+        for probe in self._all():
+            probe.seconds.append(timed(probe.run, self.device))
+
+    def limit(self, bound: str, dtype: torch.dtype) -> Limit:
+        """Of the bound of a case, "gemm" or "copy"."""
+        return self.gemm(dtype) if bound == "gemm" else self.copy()
+
+    def gemm(self, dtype: torch.dtype) -> Limit:
+        rate, name = max(_rates(self.probes[f"gemm {dtype}"]))
+        return Limit(rate, f"{rate / 1e9:.0f} GFLOP/s GEMM {name}")
+
+    def copy(self) -> Limit:
+        rate, name = max(_rates(self.probes["copy"]))
+        return Limit(rate, f"{rate / 1e9:.0f} GB/s {name}")
+
+    def as_json(self) -> dict[str, dict[str, float]]:
+        """Flops or bytes per second of every probe that was timed."""
+        return {key: {name: rate for rate, name in _rates(probes)} for key, probes in self.probes.items()}
+
+    def _all(self) -> Iterable[Probe]:
+        return [probe for probes in self.probes.values() for probe in probes]
+
+    def _gemm(self, dtype: torch.dtype, rows: int, inner: int, columns: int) -> Probe:
+        a = torch.randn(rows, inner, device=self.device).to(dtype)
+        b = torch.randn(inner, columns, device=self.device).to(dtype)
+        out = torch.empty(rows, columns, device=self.device, dtype=dtype)
+        return self._probe(
+            f"{rows}x{inner}x{columns}", lambda: torch.mm(a, b, out=out), 2.0 * rows * inner * columns
+        )
+
+    def _bandwidth(self) -> list[Probe]:
+        a, b, c = (torch.zeros(ARRAY_BYTES // 4, device=self.device) for _ in range(3))
+        return [
+            self._probe("copy", lambda: a.copy_(b), 2.0 * ARRAY_BYTES),
+            self._probe("triad", lambda: torch.add(b, c, alpha=3.0, out=a), 3.0 * ARRAY_BYTES),
+        ]
+
+    def _probe(self, name: str, run: Callable[[], Any], work: float) -> Probe:
+        if self.device.type != "cuda":
+            return Probe(name, run, work, [])
+        run()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(REPLAYS):
+                run()
+        return Probe(name, graph.replay, REPLAYS * work, [])
+
+
+def _rates(probes: list[Probe]) -> list[tuple[float, str]]:
+    return [(probe.work / statistics.median(probe.seconds), probe.name) for probe in probes]
+
+
+def timed(function: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one call: on a GPU between two events, else by the clock."""
+    if device.type == "cuda":
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        synchronize(device)
+        first.record()
+        function()
+        last.record()
+        synchronize(device)
+        return first.elapsed_time(last) / 1e3
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started

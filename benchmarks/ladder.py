@@ -1,0 +1,220 @@
+"""What each optimization buys: the same training step with one more of them on every rung, taken in turn.
+
+A ladder is a list of rungs, a name and a function that builds a step; any model has one that can build steps.
+The rungs are timed in interleaved rounds, so that the gains of all steps multiply to the whole; a second set
+of rounds takes each optimization away from the full set. Peak memory comes from a process for each rung.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import multiprocessing
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from benchmarks.ceilings import Ceilings
+from benchmarks.harness import Row, WrongResult, interleave, make_row
+from gpt.hardware import peak_memory_bytes, set_threads
+
+WARM_UP = 2
+MEMORY_STEPS = 2
+
+
+class Step(Protocol):
+    """A model with its optimizer and its batches; a call is one training step on the next batch."""
+
+    label: str
+    shape: str
+    dtype: torch.dtype
+    """Of the matrix products, for the ceiling."""
+    tokens: int
+    """In one step."""
+    flops: float
+    """Of the matrix products that one step needs."""
+    losses: list[torch.Tensor]
+    """Of every step taken, detached scalars."""
+
+    def __call__(self) -> None: ...
+
+    def evaluate(self) -> float:
+        """The loss without dropout on a batch that is the same for all steps of a ladder."""
+        ...
+
+
+@dataclass(frozen=True)
+class Rung:
+    """`build` must pickle (a partial of a module's function), as peak memory is measured in another process.
+
+    step    one more optimization than the step before it; the gains of these multiply to the whole
+    branch  compared with the step before it, and left again
+    memory  as branch, after the last step: bought with time
+    """
+
+    name: str
+    build: Callable[[], Step]
+    kind: Literal["step", "branch", "memory"] = "step"
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """`removals` are the last step without one optimization each, under the name of what is missing.
+
+    `tolerance` is the relative difference that rounding may make to the loss; `skipped` holds a line for
+    every rung that this machine cannot have, with the reason.
+    """
+
+    title: str
+    rungs: Sequence[Rung]
+    removals: Sequence[Rung] = ()
+    tolerance: float = 1e-2
+    skipped: Sequence[str] = ()
+
+    def full(self) -> Rung:
+        return [rung for rung in self.rungs if rung.kind == "step"][-1]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a ladder is built for. `data` is a directory of data.prepare; None takes text that is at hand."""
+
+    preset: str
+    batch_size: int
+    device: torch.device
+    data: Path | None = None
+    compiled: bool = True
+
+
+@dataclass
+class Climb:
+    """What a ladder's rounds gave. Losses and seconds are of each step of a rung, in order."""
+
+    rows: list[Row]
+    removed: list[Row] = field(default_factory=list)
+    losses: dict[str, list[float]] = field(default_factory=dict)
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    product: float = 1.0
+    """Of the gains of all steps."""
+    total: float = 1.0
+    """First step against last, the median over rounds."""
+
+    def unexplained(self) -> float:
+        """How far the product of the parts is from the whole, relative."""
+        return abs(self.product / self.total - 1)
+
+
+def climb(ladder: Ladder, device: torch.device, rounds: int, *, memory: bool = True) -> Climb:
+    """Time all rungs, then all removals. Raises WrongResult when a rung's loss is not the first one's."""
+    losses, seconds, traits = _rounds(ladder.title, ladder.rungs, ladder.tolerance, device, rounds)
+    first, before = ladder.rungs[0].name, ladder.rungs[0].name
+    result = Climb([], losses=losses, seconds=seconds)
+    for rung in ladder.rungs:
+        against = {first: seconds[first], "before": seconds[before]}
+        row = traits[rung.name].row(f"ladder {ladder.title}", rung.name, seconds[rung.name], against, device)
+        row.extra["loss"] = statistics.fmean(losses[rung.name][-rounds:])
+        result.rows.append(row)
+        if rung.kind == "step":
+            result.product *= row.ratio_vs["before"]
+            result.total, before = row.ratio_vs[first], rung.name
+    if ladder.removals:
+        full = ladder.full()
+        losses, seconds, traits = _rounds(
+            f"{ladder.title}, one removed", [full, *ladder.removals], ladder.tolerance, device, rounds
+        )
+        for rung in (full, *ladder.removals):
+            against = {full.name: seconds[full.name]}
+            subject = f"removal {ladder.title}"
+            row = traits[rung.name].row(subject, rung.name, seconds[rung.name], against, device)
+            row.extra["loss"] = statistics.fmean(losses[rung.name][-rounds:])
+            result.removed.append(row)
+    if memory:
+        for rung, row in zip(ladder.rungs, result.rows, strict=True):
+            row.extra["peak_memory_bytes"] = peak_memory(rung.build, device)
+    return result
+
+
+@dataclass(frozen=True)
+class _Trait:
+    """What is left of a step when its rounds are over."""
+
+    shape: str
+    dtype: torch.dtype
+    tokens: int
+    flops: float
+    ceilings: Ceilings
+
+    def row(
+        self, subject: str, name: str, seconds: list[float], against: Mapping[str, list[float]],
+        device: torch.device,
+    ) -> Row:  # fmt: skip
+        limit = self.ceilings.gemm(self.dtype)
+        row = make_row(
+            subject, name, self.shape, self.dtype, device, seconds, limit, self.flops, against=against
+        )
+        row.extra["tokens_per_second"] = self.tokens / statistics.median(seconds)
+        return row
+
+
+def _rounds(
+    title: str, rungs: Sequence[Rung], tolerance: float, device: torch.device, rounds: int
+) -> tuple[dict[str, list[float]], dict[str, list[float]], dict[str, _Trait]]:
+    """Losses and seconds by rung, and what their rows need; the steps are gone afterwards."""
+    steps: dict[str, Step] = {}
+    expected = math.nan
+    for rung in track(rungs, description=title, console=Console(stderr=True), transient=True):
+        step = rung.build()
+        loss = step.evaluate()
+        expected = loss if not steps else expected
+        if not abs(loss - expected) <= tolerance * abs(expected):
+            raise WrongResult(
+                f"{title}, {rung.name}: loss {loss} of the initial weights where {rungs[0].name} has "
+                f"{expected}, nothing was timed"
+            )
+        for _ in range(WARM_UP):
+            step()
+        steps[rung.name] = step
+    ceilings = Ceilings(device, [step.dtype for step in steps.values()], ["gemm"])
+    seconds = interleave(steps, ceilings, rounds)
+    losses = {name: [float(loss) for loss in step.losses] for name, step in steps.items()}
+    traits = {
+        name: _Trait(step.shape, step.dtype, step.tokens, step.flops, ceilings)
+        for name, step in steps.items()
+    }
+    steps.clear()
+    gc.collect()
+    return losses, seconds, traits
+
+
+def peak_memory(build: Callable[[], Step], device: torch.device) -> float:
+    """Bytes that a step needs at its peak, over those of the same process before the step was built."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_peak_memory, build, str(device), torch.get_num_threads()).result()
+
+
+def _peak_memory(build: Callable[[], Step], device: str, threads: int) -> float:
+    set_threads(threads)
+    before = peak_memory_bytes(torch.device(device))
+    step = build()
+    for _ in range(MEMORY_STEPS):
+        step()
+    return float(peak_memory_bytes(torch.device(device)) - before)
+
+
+def sections(ladder: Ladder, result: Climb) -> dict[str, Any]:
+    """What the JSON of a ladder holds beside its rows."""
+    return {
+        "title": ladder.title,
+        "losses": result.losses,
+        "step_seconds": result.seconds,
+        "product_of_steps": result.product,
+        "total": result.total,
+        "skipped": list(ladder.skipped),
+    }

@@ -1,0 +1,197 @@
+"""The training step of other projects, on the same sizes, weights and batches where they can take them.
+
+nanoGPT-style   our plain model with SDPA, bf16 autocast, fused AdamW and torch.compile, which nanoGPT is
+transformers    GPT2LMHeadModel with our weights, its own loss, bf16 autocast, fused AdamW
+llm.c           its CPU trainer, a process with its own weights: GPT-2 small, 4 x 64 tokens, beside ours
+Liger, Unsloth  run on GPUs alone
+A peer that cannot run here is a line with the reason.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import statistics
+import subprocess
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.ceilings import Ceilings
+from benchmarks.gpt_ladder import sdpa
+from benchmarks.harness import Row, interleave, make_row
+from benchmarks.ladder import WARM_UP, Ladder, Rung, climb
+from benchmarks.train import Step
+from gpt.cli import UserError
+from gpt.model import GPT, Attention, Block
+from gpt.ops import PLAIN
+
+LLMC_SHAPE = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 64, "vocab_size": 50_304}
+LLMC_BATCH = 4
+LLMC_STEP = re.compile(r"step \d+: train loss \S+ \(took (\S+) ms\)")
+LLMC_SECONDS = 120
+
+
+def nanogpt(preset: str, batch_size: int, device: torch.device, precision: str, *, compiled: bool) -> Step:
+    """Our plain model as nanoGPT runs its own."""
+    return Step(
+        preset, "plain", batch_size, device, precision=precision, compiled=compiled,
+        ops=replace(PLAIN, attention=sdpa), fused=True,
+    )  # fmt: skip
+
+
+class GPT2(nn.Module):
+    """transformers' GPT2LMHeadModel with the weights of a plain GPT of ours; forward as GPT's."""
+
+    def __init__(self, ours: GPT) -> None:
+        super().__init__()
+        transformers = importlib.import_module("transformers")
+        config, dropout = ours.config, ours.config.dropout
+        self.inner = transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(
+                vocab_size=config.vocab_size, n_positions=config.block_size, n_embd=config.n_embd,
+                n_layer=config.n_layer, n_head=config.n_head, tie_word_embeddings=False, use_cache=False,
+                resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout,
+                bos_token_id=None, eos_token_id=None,
+            )
+        )  # fmt: skip
+        self.inner.load_state_dict(gpt2_weights(ours), strict=True)
+
+    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
+        return self.inner(input_ids=ids, labels=targets, shift_labels=targets).loss
+
+
+def gpt2_weights(ours: GPT) -> dict[str, Tensor]:
+    """The state of a GPT under the names of GPT2LMHeadModel, whose linear weights are (in, out)."""
+    state: dict[str, Tensor] = {
+        "transformer.wte.weight": ours.tokens.weight,
+        "transformer.wpe.weight": ours.positions.weight,
+        "transformer.ln_f.weight": ours.norm.weight,
+        "transformer.ln_f.bias": ours.norm.bias,
+        "lm_head.weight": ours.head.weight,
+    }
+    for number, block in enumerate(ours.blocks):
+        assert isinstance(block, Block) and isinstance(block.attention, Attention)
+        for name, module in (
+            ("ln_1", block.norm_1), ("attn.c_attn", block.attention.qkv), ("ln_2", block.norm_2),
+            ("attn.c_proj", block.attention.projection), ("mlp.c_fc", block.expand),
+            ("mlp.c_proj", block.contract),
+        ):  # fmt: skip
+            weight = module.weight.t() if isinstance(module, nn.Linear) else module.weight
+            state[f"transformer.h.{number}.{name}.weight"] = weight
+            state[f"transformer.h.{number}.{name}.bias"] = module.bias
+    return {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
+
+
+class TransformersStep(Step):
+    """A step of GPT2 in place of our model."""
+
+    def __init__(
+        self, preset: str, batch_size: int, device: torch.device, precision: str, **more: Any
+    ) -> None:
+        super().__init__(preset, "plain", batch_size, device, precision=precision, **more)
+        ours = self.model
+        assert isinstance(ours, GPT)
+        theirs = GPT2(ours).to(device)
+        groups = ours.parameter_groups(0.0)
+        for group, wanted in zip(groups, (True, False), strict=True):
+            group["params"] = [p for p in theirs.parameters() if (p.ndim >= 2) is wanted]
+            group["weight_decay"] = self.config.weight_decay if wanted else 0.0
+        self.optimizer = PLAIN.adamw(
+            groups, lr=self.config.learning_rate, betas=(self.config.beta1, self.config.beta2),
+            eps=self.config.eps, max_grad_norm=self.config.max_grad_norm, fused=True,
+        )  # fmt: skip
+        self.model = self.run = theirs  # type: ignore[assignment]
+        self.label = f"transformers {precision}"
+
+
+def measure(
+    preset: str, batch_size: int, device: torch.device, rounds: int, *, compiled: bool, llmc: Path | None
+) -> tuple[list[Row], list[str]]:
+    """Rows of ours and of every peer there is; a line with the reason for each other."""
+    ours = Step(preset, "optimized", 1, device)
+    precision = "bf16-autocast" if ours.precision == "bf16" else "fp32"
+    rungs = [Rung(f"tapelm {ours.precision}", partial(Step, preset, "optimized", batch_size, device))]
+    del ours
+    skipped = []
+    style = "torch.compile" if compiled else "not compiled"
+    rungs.append(
+        Rung(
+            f"nanoGPT-style {precision}, {style}",
+            partial(nanogpt, preset, batch_size, device, precision, compiled=compiled),
+        )
+    )
+    if importlib.util.find_spec("transformers") is None:
+        skipped.append("transformers: not installed (pip install -e .[peers])")
+    else:
+        build = partial(TransformersStep, preset, batch_size, device, precision)
+        rungs.append(Rung(f"transformers GPT2LMHeadModel {precision}", build))
+    rows = climb(Ladder(preset, rungs), device, rounds, memory=False).rows
+    for row in rows:
+        row.subject = f"peers {preset}"
+        del row.ratio_vs["before"]
+    if llmc is None:
+        skipped.append("llm.c: no checkout given (--llmc PATH, built with make train_gpt2)")
+    elif device.type != "cpu":
+        skipped.append("llm.c: its trainer that is measured here is the one for CPUs")
+    else:
+        rows += measure_llmc(llmc, device, rounds)
+    for name, module in (("Liger", "liger_kernel"), ("Unsloth", "unsloth")):
+        if device.type != "cuda":
+            skipped.append(f"{name}: its kernels run on GPUs alone")
+        elif importlib.util.find_spec(module) is None:
+            skipped.append(f"{name}: not installed")
+        else:
+            skipped.append(f"{name}: compared op by op by python -m benchmarks gpu-check, not here")
+    return rows, skipped
+
+
+def measure_llmc(checkout: Path, device: torch.device, rounds: int) -> list[Row]:
+    """Steps of llm.c, and of ours on the same shape before and after. Raises UserError without its binary.
+
+    The two cannot take turns step by step, as llm.c is a process of its own.
+    """
+    binary = checkout / "train_gpt2"
+    if not binary.is_file():
+        raise UserError(
+            f"there is no {binary}: build it with make train_gpt2, and its starter pack, see there"
+        )
+    step = Step("gpt2", "optimized", LLMC_BATCH, device, sizes=LLMC_SHAPE)
+    for _ in range(WARM_UP):
+        step()
+    ceilings = Ceilings(device, [step.dtype, torch.float32], ["gemm"])
+    before = interleave({"ours": step}, ceilings, rounds)["ours"]
+    theirs = llmc_seconds(binary)
+    after = interleave({"ours": step}, ceilings, rounds)["ours"]
+    middle = statistics.median([*before, *after])
+    return [
+        make_row(
+            "peers llm.c's GPT-2", name, step.shape, dtype, device, seconds, ceilings.gemm(dtype), step.flops,
+            against={"tapelm": [middle] * len(seconds)},
+        )
+        for name, dtype, seconds in (
+            ("tapelm", step.dtype, [*before, *after]), ("llm.c", torch.float32, theirs),
+        )
+    ]  # fmt: skip
+
+
+def llmc_seconds(binary: Path) -> list[float]:
+    """Of its steps after the first, on as many threads as ours."""
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    try:
+        done = subprocess.run(
+            [str(binary.resolve())], cwd=binary.parent, env={**os.environ, **threads}, capture_output=True,
+            text=True, timeout=LLMC_SECONDS, check=False,
+        )  # fmt: skip
+        said, told = done.stdout, done.stderr
+    except subprocess.TimeoutExpired as error:
+        said, told = (error.stdout or b"").decode(), ""
+    found = [float(number) / 1e3 for number in LLMC_STEP.findall(said)][1:]
+    if not found:
+        raise UserError(f"{binary} printed no steps: {(told or said).strip()[-200:]}")
+    return found

@@ -1,0 +1,188 @@
+"""Step time, memory and cost of a training before it is run, from the roofline.
+
+A step is four parts, each a time at the ceiling: products with weights, attention, activations moved, and
+parameters moved by the optimizer. What a part really takes is a multiple of that; the multiples are fitted to
+measured steps (`python -m benchmarks scaling`) and tested on shapes that were not among them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.compare import RESULTS, read
+from benchmarks.train import VOCAB_SIZE, settings
+from gpt.cli import UserError
+from gpt.config import ModelConfig
+from tapelm.roofline import DEVICES, Device
+
+PARTS = ("products", "attention", "activations", "parameters", "constant")
+OPTIMIZER_BYTES = 30
+"""Moved for each parameter: gradient twice, moments and master read and written, the bf16 copy written."""
+STATE_BYTES = 16
+"""Kept for each parameter: bf16 weight and gradient, float32 master and two moments."""
+ACTIVATIONS = 34
+"""Numbers of width C that a block writes and later reads for each token, forward and backward."""
+GPUS = {
+    "A100": "sm_80",
+    "A10G": "sm_86",
+    "L40S": "sm_89",
+    "H100": "sm_90",
+    "B200": "sm_100",
+    "MI300X": "gfx942",
+}
+NODE = 8
+LINKS = {"A100": 300e9, "H100": 450e9, "B200": 900e9, "MI300X": 448e9}
+"""Bytes per second of a GPU to the others of its node, one direction; others are on PCIe 4.0 x16."""
+PCIE, NETWORK = 32e9, 50e9
+"""Bytes per second of PCIe 4.0 x16, and of a 400 Gbit/s adapter for each GPU between nodes."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A measured step: its shape, seconds, and the rates of the run it was measured in."""
+
+    model: ModelConfig
+    batch_size: int
+    seconds: float
+    rates: Device
+
+
+def parameters(model: ModelConfig) -> int:
+    C, L = model.n_embd, model.n_layer
+    return L * (12 * C * C + 13 * C) + (2 * model.vocab_size + model.block_size + 2) * C
+
+
+def parts(model: ModelConfig, batch_size: int, rates: Device) -> list[float]:
+    """Seconds of each of PARTS at the ceilings of `rates`; the constant is one unit, a millisecond."""
+    tokens = batch_size * model.block_size
+    attention = 6.0 * model.n_layer * model.block_size * model.n_embd * tokens
+    products = model.flops_per_token() * tokens - attention
+    moved = 2.0 * tokens * (ACTIVATIONS * model.n_layer * model.n_embd + 3 * model.vocab_size)
+    return [
+        products / rates.half_flops,
+        attention / rates.half_flops,
+        moved / rates.bandwidth,
+        OPTIMIZER_BYTES * parameters(model) / rates.bandwidth,
+        1e-3,
+    ]
+
+
+def fit(points: Sequence[Point]) -> list[float]:
+    """Multiples of PARTS, none negative, with the least squares of relative errors.
+
+    A part that comes out negative is dropped and the rest fitted again.
+    """
+    rows = [[part / p.seconds for part in parts(p.model, p.batch_size, p.rates)] for p in points]
+    kept = list(range(len(PARTS)))
+    while kept:
+        system = torch.tensor([[row[i] for i in kept] for row in rows], dtype=torch.float64)
+        solution = torch.linalg.lstsq(system, torch.ones(len(rows), 1, dtype=torch.float64), driver="gelsd")
+        values = solution.solution.flatten().tolist()
+        if min(values) >= 0:
+            return [values[kept.index(i)] if i in kept else 0.0 for i in range(len(PARTS))]
+        kept.remove(kept[values.index(min(values))])
+    raise UserError("the measured steps fit no roofline: measure them again on a quieter machine")
+
+
+def predict(model: ModelConfig, batch_size: int, rates: Device, multiples: Sequence[float]) -> float:
+    """Seconds of a step on one device."""
+    return math.fsum(m * part for m, part in zip(multiples, parts(model, batch_size, rates), strict=True))
+
+
+def errors(points: Sequence[Point], multiples: Sequence[float]) -> list[float]:
+    """Predicted over measured, minus 1, of each point."""
+    return [predict(p.model, p.batch_size, p.rates, multiples) / p.seconds - 1 for p in points]
+
+
+def memory_bytes(model: ModelConfig, batch_size: int) -> float:
+    """Parameters with optimizer state, and what a forward pass keeps for the backward one, in bf16."""
+    tokens = batch_size * model.block_size
+    kept = 2.0 * tokens * (14 * model.n_layer * model.n_embd + 2 * model.n_embd)
+    return STATE_BYTES * parameters(model) + kept
+
+
+def all_reduce_seconds(model: ModelConfig, gpu: str, gpus: int) -> float:
+    """Of bf16 gradients over a ring, not hidden behind the backward pass: the slowest link decides."""
+    if gpus == 1:
+        return 0.0
+    link = NETWORK if gpus > NODE else LINKS.get(gpu, PCIE)
+    return 2.0 * (gpus - 1) / gpus * 2 * parameters(model) / link
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Of one optimizer step; `tokens` are those of all GPUs."""
+
+    floor_seconds: float
+    seconds: float
+    memory: float
+    tokens: int
+
+
+def plan(preset: str, batch_size: int, gpu: str, gpus: int, multiples: Sequence[float]) -> Plan:
+    """Raises UserError for an unknown preset or GPU."""
+    if gpu not in GPUS:
+        raise UserError(f"unknown --gpu {gpu!r}; choose one of: {', '.join(GPUS)}")
+    if gpus < 1:
+        raise UserError(f"--gpus must be at least 1, got {gpus}")
+    config = settings(preset, batch_size)
+    model, rates = config.model(config.vocab_size or VOCAB_SIZE), DEVICES[GPUS[gpu]]
+    passes, exchanged = config.accumulation_steps, all_reduce_seconds(model, gpu, gpus)
+    # Only the gradient's passes are repeated, the optimizer's is one.
+    once = [*parts(model, batch_size, rates)]
+    work = [part if name == "parameters" else passes * part for name, part in zip(PARTS, once, strict=True)]
+    work[PARTS.index("constant")] = 0.0
+    floor = math.fsum(work)
+    seconds = math.fsum(m * part for m, part in zip(multiples, work, strict=True))
+    tokens = gpus * passes * batch_size * model.block_size
+    return Plan(floor + exchanged, max(floor, seconds) + exchanged, memory_bytes(model, batch_size), tokens)
+
+
+def fitted() -> tuple[list[float], dict[str, Any], str]:
+    """Multiples and errors of the newest committed measurement, and where it comes from."""
+    files = sorted(RESULTS.glob("*scaling*.json"))
+    if not files:
+        raise UserError(f"no measured steps in {RESULTS}: run python -m benchmarks scaling --json FILE there")
+    newest = max((read(path) for path in files), key=lambda results: results.machine["date"])
+    section = newest.content["plan"]
+    return [section["multiples"][name] for name in PARTS], section, newest.path.name
+
+
+def run(
+    preset: str, batch_size: int | None, gpu: str, gpus: int, dollars: float | None, tokens: float
+) -> int:
+    """`benchmarks plan`: prints the plan, with what its figures are worth."""
+    multiples, section, source = fitted()
+    size = batch_size or settings(preset, 1).batch_size
+    if batch_size is None:
+        from gpt.config import PRESETS
+
+        size = PRESETS[preset].get("batch_size", 16)
+    found = plan(preset, size, gpu, gpus, multiples)
+    table = Table(title=f"{preset} on {gpus} x {gpu}, {size} windows a pass and GPU")
+    for column in ("", "at the ceiling", "as measured steps were"):
+        table.add_column(column, justify="right" if column else "left")
+    both = (found.floor_seconds, found.seconds)
+    table.add_row("optimizer step", *(f"{1e3 * s:.1f} ms" for s in both))
+    table.add_row("tokens/s", *(f"{found.tokens / s:,.0f}" for s in both))
+    hours = [tokens / found.tokens * s / 3600 for s in both]
+    table.add_row(f"{tokens:.2g} tokens", *(f"{each:,.2f} h" for each in hours))
+    if dollars is not None:
+        table.add_row(f"at ${dollars:g} a GPU hour", *(f"${each * gpus * dollars:,.0f}" for each in hours))
+    table.add_row("memory of a GPU", *2 * [f"{found.memory / 1e9:.1f} GB"])
+    Console(width=None if Console().is_terminal else 110).print(table)
+    worst = max(map(abs, section["held_out_errors"].values()))
+    print(
+        f"Multiples of the roofline from {source}: steps of that CPU, of shapes it was not fitted to, were "
+        f"predicted within {100 * worst:.0f}%. No GPU's step has been measured: the second column supposes "
+        f"that our kernels come as near to a {gpu}'s ceilings (datasheet) as to that CPU's. Gradients are "
+        "exchanged without overlap."
+    )
+    return 0

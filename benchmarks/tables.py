@@ -1,0 +1,203 @@
+"""Markdown tables from committed results: python -m benchmarks.tables puts them into the README.
+
+A line `<!-- table KIND FILE -->` in the README, FILE being in benchmarks/results, is followed by the table of
+that kind and by `<!-- end -->`. What stands between is replaced; a test fails when
+it is not what the file says.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from benchmarks.compare import RESULTS, Results, read
+from benchmarks.harness import Row
+from gpt.cli import UserError, run_program, write_atomically
+
+README = Path(__file__).parent.parent / "README.md"
+BLOCK = re.compile(r"(<!-- table (\S+) (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose first column is text and whose others are numbers."""
+    lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def chosen(results: Results, prefix: str) -> list[Row]:
+    """Rows of the subjects that begin with `prefix`. Raises UserError when there are none."""
+    rows = [row for row in results.rows if row.subject.startswith(prefix)]
+    if not rows:
+        raise UserError(
+            f"{results.path} has no rows of {prefix}: write it with python -m benchmarks {prefix}"
+        )
+    return rows
+
+
+def steps(results: Results) -> str:
+    rows = chosen(results, "train")
+    first = rows[0].variant
+    head = (
+        f"{rows[0].subject}, {rows[0].shape} tokens",
+        "median",
+        "speed-up",
+        "tokens/s",
+        "of the GEMM peak",
+    )
+    return markdown(
+        head,
+        [
+            (
+                row.variant, f"{row.median_ms:.0f} ms", f"{row.ratio_vs[first]:.1f}×",
+                f"{row.extra['tokens_per_second']:,.0f}", f"{row.fraction_of_ceiling:.0%} of {row.ceiling}",
+            )
+            for row in rows
+        ],
+    )  # fmt: skip
+
+
+def _heading(row: Row) -> str:
+    return f"{row.subject}, {row.shape} tokens"
+
+
+def ladder(results: Results) -> str:
+    rows = chosen(results, "ladder")
+    first = rows[0].variant
+    table = markdown(
+        (_heading(rows[0]), "step", "tokens/s", "MFU", "gain", "speed-up", "peak memory", "loss"),
+        [
+            (
+                row.variant, f"{row.median_ms:.0f} ms", f"{row.extra['tokens_per_second']:,.0f}",
+                f"{row.fraction_of_ceiling:.0%}", f"{row.ratio_vs['before']:.2f}×",
+                f"{row.ratio_vs[first]:.2f}×", megabytes(row), f"{row.extra['loss']:.3f}",
+            )
+            for row in rows
+        ],
+    )  # fmt: skip
+    section = results.content.get("ladder", {})
+    if "product_of_steps" in section:
+        table += (
+            f"\nThe gains multiply to {section['product_of_steps']:.2f}×, first against last is "
+            f"{section['total']:.2f}×; ops account for "
+            f"{section['profile']['accounted']:.0%} of the last step.\n"
+        )
+    return table
+
+
+def megabytes(row: Row) -> str:
+    peak = row.extra.get("peak_memory_bytes")
+    return "" if peak is None else f"{peak / 1e6:,.0f} MB"
+
+
+def removal(results: Results) -> str:
+    rows = chosen(results, "removal")
+    return markdown(
+        ("all of them, and all but one", "step", "slower by"),
+        [
+            (row.variant, f"{row.median_ms:.0f} ms", f"{1 / next(iter(row.ratio_vs.values())):.2f}×")
+            for row in rows
+        ],
+    )
+
+
+def ops(results: Results) -> str:
+    """Ours beside the baseline, one line for each op and shape."""
+    skipped = (
+        "train",
+        "ladder",
+        "removal",
+        "loader",
+        "open",
+        "encode",
+        "load",
+        "cold",
+        "warm",
+        "plan",
+        "peer",
+    )
+    rows = [
+        row
+        for row in results.rows
+        if not row.subject.startswith(skipped) and row.variant != next(iter(row.ratio_vs))
+    ]
+    return markdown(
+        ("op", "shape", "variant", "median", "speed-up", "of the ceiling"),
+        [
+            (
+                f"{row.subject} {row.dtype}", row.shape, f"{row.variant} / {next(iter(row.ratio_vs))}",
+                f"{row.median_ms:.2f} ms", f"{next(iter(row.ratio_vs.values())):.2f}×",
+                f"{row.fraction_of_ceiling:.0%} of {row.ceiling}",
+            )
+            for row in rows
+        ],
+    )  # fmt: skip
+
+
+def tokenizer(results: Results) -> str:
+    """Passes in MB/s; loading and training in seconds."""
+    rows = chosen(results, "")
+    peers = list(dict.fromkeys(row.variant for row in rows if row.subject.startswith("cold")))
+    lines = []
+    for subject in dict.fromkeys(row.subject for row in rows):
+        if not subject.startswith(("load,", "cold", "warm", "train ")):
+            continue
+        by_peer = {row.variant: row for row in rows if row.subject == subject}
+        timed = subject.startswith(("load", "train"))
+        cells = [_cell(by_peer.get(peer), timed) for peer in peers]
+        lines.append((subject.replace(" thr", " thread") + (", ms" if timed else ", MB/s"), *cells))
+    return markdown((rows[0].shape, *peers), lines)
+
+
+def _cell(row: Row | None, timed: bool) -> str:
+    if row is None:
+        return ""
+    number = row.median_ms if timed else row.extra["megabytes_per_second"]
+    return f"{number:,.1f}" if number < 10 else f"{number:,.0f}"
+
+
+KINDS: dict[str, Callable[[Results], str]] = {
+    "steps": steps, "ladder": ladder, "removal": removal, "ops": ops, "tokenizer": tokenizer,
+}  # fmt: skip
+
+
+def stamp(results: Results) -> str:
+    """Machine, date, versions and commit, and the command where the file knows it."""
+    machine = results.machine
+    cpu = f" ({machine['cpu_model']})" if "cpu_model" in machine else ""
+    command = f": `{machine['command']}`" if machine.get("command") else ""
+    return (
+        f"{machine['device']}{cpu}, {machine['cpu_capability']}, {machine['date']}, commit "
+        f"{machine['commit']}, torch {machine['versions']['torch']}{command}"
+    )
+
+
+def table(kind: str, results: Results) -> str:
+    if kind not in KINDS:
+        raise UserError(f"there is no table of kind {kind!r}; there are: {', '.join(KINDS)}")
+    return f"{KINDS[kind](results)}\n<sub>{stamp(results)}</sub>\n"
+
+
+def splice(text: str, folder: Path = RESULTS) -> str:
+    """`text` with every table made anew from its file."""
+
+    def made(block: re.Match[str]) -> str:
+        opening, kind, file, _, closing = block.groups()
+        return f"{opening}{table(kind, read(folder / file))}{closing}"
+
+    return BLOCK.sub(made, text)
+
+
+def main(arguments: list[str]) -> int:
+    if arguments:
+        raise UserError("python -m benchmarks.tables takes no options")
+    old = README.read_text(encoding="utf-8")
+    new = splice(old)
+    if new != old:
+        write_atomically(README, new)
+    print(f"README.md: {len(BLOCK.findall(new))} tables, " + ("as they were" if new == old else "changed"))
+    return 0
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,84 @@
+"""Interleaved rounds, ratios, ceilings, and what the command line refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import harness
+from benchmarks.__main__ import main
+from benchmarks.ceilings import Ceilings
+from benchmarks.harness import Case, WrongResult, close
+from gpt.cli import UserError
+
+CPU = torch.device("cpu")
+
+
+def case(variants: dict, work: float = 1.0) -> Case:
+    return Case("op", "1x1", torch.float32, variants, "gemm", work, close(1e-3, 1e-3))
+
+
+def test_ratios_are_those_of_the_times(clock) -> None:
+    one = [torch.ones(2)]
+    rows = harness.measure(case({"peer": clock.taking(0.3, one), "ours": clock.taking(0.1, one)}), CPU, 5)
+    assert [row.ratio_vs["peer"] for row in rows] == pytest.approx([1.0, 3.0], rel=1e-3)
+    assert rows[1].median_ms == pytest.approx(100, rel=1e-3)
+    assert rows[1].extra["ratio_error"] < 1e-3
+
+
+def test_a_wrong_result_is_not_timed(clock) -> None:
+    wrong = clock.taking(0.1, [torch.zeros(2)])
+    with pytest.raises(WrongResult, match=r"op 1x1, ours: .*result 0 is wrong"):
+        harness.measure(case({"peer": clock.taking(0.1, [torch.ones(2)]), "ours": wrong}), CPU, 5)
+
+
+def test_the_ceiling_is_the_best_shape_and_named(clock) -> None:
+    ceilings = Ceilings(CPU, [torch.float32, torch.float32])
+    ceilings.round()
+    for probe, seconds in zip(ceilings.probes["gemm torch.float32"], (1.0, 0.25), strict=True):
+        probe.seconds[:] = [seconds] * 3
+    limit = ceilings.gemm(torch.float32)
+    assert limit.rate == 2 * 4 * 8 * 16 / 0.25
+    assert limit.label.endswith("GFLOP/s GEMM 4x8x16")
+    assert set(ceilings.as_json()["copy"]) == {"copy", "triad"}
+
+
+def test_more_than_the_ceiling_is_flagged(clock, capsys) -> None:
+    fast = case({"peer": clock.taking(1e-9, []), "ours": clock.taking(1.0, [])}, work=1e12)
+    rows = harness.measure(fast, CPU, 3)
+    assert [row.variant for row in harness.impossible(rows)] == ["peer", "ours"]
+    harness.report("title", rows, CPU)
+    assert "of its ceiling" in capsys.readouterr().out
+
+
+def test_results_name_machine_and_command(clock, tmp_path: Path) -> None:
+    rows = harness.measure(case({"peer": clock.taking(0.1, [])}), CPU, 3)
+    harness.write_results(tmp_path / "new" / "a.json", CPU, rows, more={"x": 1})
+    content = json.loads((tmp_path / "new" / "a.json").read_text())
+    assert content["more"] == {"x": 1} and content["rows"][0]["subject"] == "op"
+    assert {"device", "threads", "cpu_model", "bf16", "commit", "command", "date"} <= set(content["machine"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["static", "--json", "x.json"], "--json means nothing to static, only to: ops"),
+        (["ops", "--profile"], "--profile means nothing to ops, only to: train"),
+        (["train", "--profile", "--json", "x.json"], "leave out --json"),
+        (["ops", "--check", "--json", "x.json"], "leave out --json"),
+        (["ops", "a.json"], "--files means nothing to ops"),
+        (["ladder", "--model", "bert"], "invalid choice 'bert' for argument '--model'. Expected one of"),
+        (["compare", "a.json"], "compare takes two files"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(
+    arguments: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as error:
+        main(arguments)
+    assert told in str(error.value)
+    assert list(tmp_path.iterdir()) == []

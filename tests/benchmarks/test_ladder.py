@@ -1,0 +1,136 @@
+"""Rungs by a fake clock, and the GPT's own rungs on a model of a few thousand parameters."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpt_ladder, ladder, train
+from benchmarks.gpt_ladder import KERNELS, MasterAdamW, Place, Setting, ops_of
+from benchmarks.harness import WrongResult
+from benchmarks.ladder import Ladder, Rung, climb
+from gpt.config import PRESETS
+from gpt.ops import PLAIN, load_ops
+
+CPU = torch.device("cpu")
+TINY = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 320}
+
+
+class FakeStep:
+    label, shape, dtype, tokens, flops = "fake", "1 x 1", torch.float32, 10, 1e-9
+
+    def __init__(self, run, loss: float = 2.0) -> None:
+        self.run, self.loss, self.losses = run, loss, []
+
+    def __call__(self) -> None:
+        self.run()
+        self.losses.append(torch.tensor(self.loss))
+
+    def evaluate(self) -> float:
+        return self.loss
+
+
+def rung(clock, name: str, seconds: float, kind="step", loss: float = 2.0) -> Rung:
+    return Rung(name, lambda: FakeStep(clock.taking(seconds), loss), kind)
+
+
+def test_gains_multiply_to_the_whole_and_branches_are_left_out(clock) -> None:
+    rungs = [
+        rung(clock, "plain", 8.0),
+        rung(clock, "a", 4.0),
+        rung(clock, "branch", 40.0, "branch"),
+        rung(clock, "b", 1.0),
+        rung(clock, "memory", 2.0, "memory"),
+    ]
+    removed = [rung(clock, "without a", 3.0)]
+    result = climb(Ladder("x", rungs, removed), CPU, 3, memory=False)
+    gains = [row.ratio_vs["before"] for row in result.rows]
+    assert gains == pytest.approx([1, 2, 0.1, 4, 0.5], rel=1e-3)
+    assert result.product == pytest.approx(8, rel=1e-3) and result.unexplained() < 1e-3
+    assert [row.ratio_vs["b"] for row in result.removed] == pytest.approx([1, 1 / 3], rel=1e-3)
+    assert result.rows[3].extra["tokens_per_second"] == pytest.approx(10, rel=1e-3)
+    assert len(result.losses["a"]) == ladder.WARM_UP + 3
+
+
+def test_a_rung_with_another_loss_is_not_timed(clock) -> None:
+    rungs = [rung(clock, "plain", 1.0), rung(clock, "bad", 1.0, loss=2.1)]
+    with pytest.raises(WrongResult, match=r"bad: loss 2\.1"):
+        climb(Ladder("x", rungs), CPU, 3, memory=False)
+
+
+def test_settings_take_what_they_name_from_tapelm() -> None:
+    ours = load_ops("optimized")
+    plain = ops_of(Setting("fp32"))
+    assert plain.attention is PLAIN.attention and plain.adamw is PLAIN.adamw
+    assert ops_of(Setting("fp32", attention="sdpa")).attention is gpt_ladder.sdpa
+    everything = ops_of(Setting("bf16", kernels=frozenset(KERNELS), adamw="tapelm"))
+    for name in ("layer_norm", "add_norm", "embedding", "linear", "cross_entropy", "adamw"):
+        assert getattr(everything, name) is getattr(ours, name), name
+    assert ops_of(Setting("bf16", adamw="torch masters")).adamw is MasterAdamW
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Place:
+    monkeypatch.setitem(PRESETS, "tiny", TINY)
+    monkeypatch.setattr(gpt_ladder, "own_text", lambda: ["the quick brown fox jumps. " * 60] * 4)
+    return Place("tiny", 2, "cpu", gpt_ladder.prepare(tmp_path, 300))
+
+
+def test_every_rung_of_the_gpt_has_the_same_loss(
+    tiny: Place, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """And trains alike: after three steps on the same text the losses are equal to rounding of bf16."""
+    torch.manual_seed(0)
+    request = ladder.Request("tiny", 2, CPU, None, compiled=False)
+    settings = gpt_ladder.build(request, tmp_path_factory.mktemp("text"))
+    expected = None
+    for each in (*settings.rungs, *settings.removals):
+        step = each.build()
+        before = step.evaluate()
+        for _ in range(3):
+            step()
+        found = torch.tensor([before, *map(float, step.losses), step.evaluate()])
+        expected = found if expected is None else expected
+        torch.testing.assert_close(found, expected, rtol=2e-2, atol=0, msg=each.name)
+    assert any("no-compiled" in line for line in settings.skipped)
+
+
+def test_loader_and_dataloader_give_the_same_batches(tiny: Place) -> None:
+    mine = gpt_ladder.ours(tiny.shards, 2, 16, CPU)
+    others = gpt_ladder.theirs(tiny.shards, 2, 16, CPU)
+    for _ in range(3):
+        for a, b in zip(next(mine), next(others), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_masters_keep_what_bf16_rounds_away() -> None:
+    weight = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    optimizer = MasterAdamW(
+        [{"params": [weight], "weight_decay": 0.0}], lr=1e-4, betas=(0.9, 0.95), eps=1e-8, max_grad_norm=1.0
+    )
+    optimizer.set_master(weight, torch.full((4,), 1.001))
+    for _ in range(30):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    # Each step is a fiftieth of what bf16 resolves at 1.
+    assert weight.tolist() == pytest.approx([1.001 - 30e-4] * 4, abs=4e-3) and weight[0] != 1
+
+
+def test_the_profile_accounts_for_the_step() -> None:
+    step = train.Step("demo", "plain", 2, CPU, sizes={**TINY, "n_embd": 64, "block_size": 64})
+    found = train.profile(step, CPU)
+    assert found.ops[0][2] >= found.ops[-1][2] and 0.2 < found.accounted() <= 1.0
+
+
+@pytest.mark.slow
+def test_peak_memory_is_that_of_the_step() -> None:
+    """In a process of its own: each of 8 million parameters more costs 16 bytes (weight, gradient and two
+    moments), and at most as much again while PyTorch's AdamW works."""
+    sizes = [{**TINY, "vocab_size": vocabulary} for vocabulary in (320, 320 + 125_000)]
+    small, large = (
+        ladder.peak_memory(partial(train.Step, "demo", "plain", 1, CPU, sizes=each), CPU) for each in sizes
+    )
+    assert 1 <= (large - small) / (125_000 * 2 * 32 * 16) <= 2

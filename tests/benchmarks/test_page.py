@@ -1,0 +1,83 @@
+"""The report is one file with everything in it, and the table of models compares what can be compared."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import compare, models, page
+from benchmarks.harness import Row, write_results
+from gpt.cli import UserError
+
+CPU = torch.device("cpu")
+RUNGS = ("plain fp32", "+ bf16 <autocast>", "+ loader")
+
+
+def row(subject: str, variant: str, ratios: dict[str, float], fraction: float = 0.5, **extra: float) -> Row:
+    return Row(subject, variant, "4 x 256", "bfloat16", "cpu", 10, 9, 11, ratios, "9 GB/s", fraction, extra)
+
+
+def rows() -> list[Row]:
+    extra = {"tokens_per_second": 100.0, "loss": 5.0, "peak_memory_bytes": 1e9}
+    ladder = [row("ladder gpt", name, {RUNGS[0]: 2.0, "before": 1.5}, **extra) for name in RUNGS]
+    removal = [row("removal gpt", name, {RUNGS[2]: 0.9}) for name in (RUNGS[2], "without linear")]
+    ops = [row("norm", "torch", {"torch": 1.0}), row("norm", "tapelm", {"torch": 2.0}, fraction=1.2)]
+    return [*ladder, *removal, *ops]
+
+
+SECTION = {
+    "title": "gpt seed", "skipped": ["x: <y>"], "product_of_steps": 2.0, "total": 2.1,
+    "losses": {name: [9.0, 8.0] for name in RUNGS}, "step_seconds": {name: [1.0, 2.0] for name in RUNGS},
+    "profile": {"accounted": 0.97},
+}  # fmt: skip
+
+
+def test_the_page_is_self_contained_and_escaped(tmp_path: Path) -> None:
+    write_results(tmp_path / "results.json", CPU, rows(), ladder=SECTION)
+    text = page.write(compare.read(tmp_path / "results.json"), tmp_path).read_text(encoding="utf-8")
+    assert text.count("<img") == 6 == text.count("data:image/png;base64,")
+    assert not re.search(r'(?:src|href)="(?!data:)', text) and "<script" not in text
+    assert "+ bf16 &lt;autocast&gt;" in text and "<autocast>" not in text
+    assert "Above the ceiling" in text and "norm 4 x 256, tapelm: 120%" in text
+    assert "| + loader | 10 ms |" in (tmp_path / "tables.md").read_text(encoding="utf-8")
+
+
+def test_parts_that_were_not_measured_are_left_out(tmp_path: Path) -> None:
+    write_results(tmp_path / "results.json", CPU, rows()[-2:])
+    text = page.write(compare.read(tmp_path / "results.json"), tmp_path).read_text(encoding="utf-8")
+    assert text.count("<img") == 1 and "The training step" not in text
+
+
+def write_run(folder: Path, limit: int = 100, evaluation: bool = True) -> Path:
+    folder.mkdir()
+    (folder / "summary.json").write_text(json.dumps({"val_loss": 2.5, "model_bytes": 2e6, "device": "cpu"}))
+    if evaluation:
+        domain = {"bytes": 90}
+        content = {
+            "split": "val", "max_bytes": limit, "domains": {"news": domain},
+            "total": {"loss": 2.0, "perplexity": 7.39, "bits_per_byte": 1.1},
+        }  # fmt: skip
+        (folder / "evaluation.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_runs_are_compared_on_the_same_text_alone(tmp_path: Path, capsys) -> None:
+    plain, lora = write_run(tmp_path / "plain"), write_run(tmp_path / "lora", evaluation=False)
+    assert models.run([plain, lora], tmp_path) == 0
+    table = (tmp_path / "models.md").read_text().splitlines()
+    assert table[2].startswith("| plain | 2.0000 | 7.390 | 1.1000 | - | 2.0 |")
+    assert table[3].startswith("| lora | 2.5000 | - | - | - | 2.0 |")
+    other = write_run(tmp_path / "other", limit=7)
+    with pytest.raises(UserError, match="different text"):
+        models.run([plain, other], None)
+
+
+def test_a_directory_without_results_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no summary\.json, evaluation\.json, sample\.json in"):
+        models.run([tmp_path], None)
+    with pytest.raises(UserError, match="models takes run directories"):
+        models.run([], None)

@@ -1,0 +1,108 @@
+"""The planner recovers multiples from points made with them, and says what its figures are worth."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import planner, scaling
+from benchmarks.harness import write_results
+from benchmarks.planner import PARTS, Point
+from gpt.cli import UserError
+from gpt.config import ModelConfig
+from gpt.model import GPT
+from gpt.ops import PLAIN
+from tapelm.roofline import Device
+
+RATES = Device("here", 2e10, 4e11, 1.5e11)
+MULTIPLES = [1.3, 4.0, 2.0, 1.1, 3.0]
+
+
+def model(shape: dict[str, int]) -> ModelConfig:
+    return ModelConfig(**{k: v for k, v in shape.items() if k != "batch_size"}, dropout=0.0)
+
+
+def points(shapes) -> list[Point]:
+    made = []
+    for shape in shapes:
+        seconds = planner.predict(model(shape), shape["batch_size"], RATES, MULTIPLES)
+        made.append(Point(model(shape), shape["batch_size"], seconds, RATES))
+    return made
+
+
+CURVE_SHAPES = list(
+    {scaling.name_of(shape): shape for curve in scaling.shapes().values() for shape in curve}.values()
+)
+
+
+def test_the_fit_recovers_what_made_the_points_on_shapes_it_has_not_seen() -> None:
+    multiples = planner.fit(points(CURVE_SHAPES))
+    assert multiples == pytest.approx(MULTIPLES, rel=1e-3)
+    assert max(map(abs, planner.errors(points(scaling.HELD_OUT), multiples))) < 1e-6
+
+
+def test_no_multiple_is_negative() -> None:
+    """Times that fall with the vocabulary would want one."""
+    made = [Point(p.model, p.batch_size, p.seconds / p.model.vocab_size, RATES) for p in points(CURVE_SHAPES)]
+    assert min(planner.fit(made)) >= 0
+
+
+def test_held_out_shapes_are_on_no_curve() -> None:
+    assert not {scaling.name_of(s) for s in scaling.HELD_OUT} & {scaling.name_of(s) for s in CURVE_SHAPES}
+
+
+@pytest.mark.parametrize("power", [0.0, 1.0, 1.7])
+def test_the_exponent_of_a_power_is_found(power: float) -> None:
+    sizes = [1, 2, 4, 8]
+    assert scaling.exponent(sizes, [3 * size**power for size in sizes]) == pytest.approx(power, abs=1e-9)
+
+
+def test_parameters_are_those_of_the_model() -> None:
+    shape = ModelConfig(3, 2, 32, 16, 100, 0.0)
+    assert planner.parameters(shape) == sum(p.numel() for p in GPT(shape, PLAIN).parameters())
+
+
+def test_more_gpus_take_no_shorter_steps_and_more_tokens() -> None:
+    one, eight, many = (planner.plan("gpt2", 8, "H100", gpus, MULTIPLES) for gpus in (1, 8, 64))
+    assert one.seconds < eight.seconds < many.seconds
+    assert [eight.tokens, many.tokens] == [8 * one.tokens, 64 * one.tokens]
+    assert all(plan.floor_seconds <= plan.seconds for plan in (one, eight, many))
+    assert 124e6 * planner.STATE_BYTES < one.memory < 80e9
+
+
+def test_the_command_states_its_error(tmp_path: Path, monkeypatch, capsys) -> None:
+    section = {
+        "multiples": dict(zip(PARTS, MULTIPLES, strict=True)),
+        "held_out_errors": {"a": -0.2, "b": 0.1},
+    }
+    write_results(tmp_path / "x-scaling.json", torch.device("cpu"), [], plan=section)
+    monkeypatch.setattr(planner, "RESULTS", tmp_path)
+    assert planner.run("gpt2", None, "H100", 64, 2.0, 1e9) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "gpt2 on 64 x H100, 8 windows" in said and "predicted within 20%" in said
+    assert "No GPU's step has been measured" in said and "at $2 a GPU hour" in said
+
+
+@pytest.mark.parametrize(
+    ("gpu", "gpus", "told"), [("H999", 1, "unknown --gpu 'H999'"), ("H100", 0, "--gpus must be at least 1")]
+)
+def test_unknown_hardware_is_refused(gpu: str, gpus: int, told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        planner.plan("gpt2", 8, gpu, gpus, MULTIPLES)
+
+
+def test_without_measured_steps_there_is_no_plan(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(planner, "RESULTS", tmp_path)
+    with pytest.raises(UserError, match="run python -m benchmarks scaling"):
+        planner.fitted()
+
+
+def test_committed_measurements_are_within_a_quarter() -> None:
+    files = sorted(planner.RESULTS.glob("*scaling*.json"))
+    for file in files:
+        held_out = json.loads(file.read_text())["plan"]["held_out_errors"]
+        assert max(map(abs, held_out.values())) <= 0.25 and math.isfinite(sum(held_out.values())), file
