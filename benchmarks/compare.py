@@ -140,12 +140,18 @@ def report(title: str, found: Sequence[Change]) -> None:
     Console(width=None if Console().is_terminal else 150).print(table)
 
 
+def _has_rows(path: Path) -> bool:
+    """Whether a committed file has rows of this contract; lock files and others have their own."""
+    rows = json.loads(path.read_text(encoding="utf-8")).get("rows", [])
+    return bool(rows) and all("ratio_vs" in row for row in rows)
+
+
 def committed(machine: dict[str, Any], folder: Path = RESULTS) -> tuple[list[Row], float]:
     """Rows of the committed results that hold for `machine`, and the least fall that counts.
 
     Raises UserError when there are none: ratios of another kind of machine would mean nothing here.
     """
-    files = [read(path) for path in sorted(folder.glob("*.json")) if "lock" not in path.name]
+    files = [read(path) for path in sorted(folder.glob("*.json")) if _has_rows(path)]
     same = [each for each in files if all(each.machine.get(n) == machine[n] for n in MACHINE)]
     alike = [each for each in files if all(each.machine.get(n) == machine[n] for n in KIND)]
     chosen = same or alike
