@@ -25,6 +25,7 @@ MACHINE = ("device", "threads", "cpu_model", "cpu_capability", "bf16")
 KIND = ("threads", "cpu_capability", "bf16")
 """What two machines must share for their ratios to be alike within OTHER_CPU."""
 LEAST, OTHER_CPU, MOST = 0.10, 0.30, 0.50
+NOISY = 0.30
 ERRORS = 4.0
 UNKNOWN_ERROR = 0.02
 """Relative, of rows that were written without one."""
@@ -64,7 +65,14 @@ class Change:
     def verdict(self) -> str:
         if self.slower:
             return "SLOWER"
-        return "faster" if self.change > self.allowed else ""
+        if self.change > self.allowed:
+            return "faster"
+        return "too noisy" if self.noisy else ""
+
+    @property
+    def noisy(self) -> bool:
+        """Whether more than 30% could be lost unseen."""
+        return self.allowed > NOISY
 
 
 def read(path: Path) -> Results:
@@ -140,12 +148,18 @@ def report(title: str, found: Sequence[Change]) -> None:
     Console(width=None if Console().is_terminal else 150).print(table)
 
 
+def _has_rows(path: Path) -> bool:
+    """Whether a committed file has rows of this contract; lock files and others have their own."""
+    rows = json.loads(path.read_text(encoding="utf-8")).get("rows", [])
+    return bool(rows) and all("ratio_vs" in row for row in rows)
+
+
 def committed(machine: dict[str, Any], folder: Path = RESULTS) -> tuple[list[Row], float]:
     """Rows of the committed results that hold for `machine`, and the least fall that counts.
 
     Raises UserError when there are none: ratios of another kind of machine would mean nothing here.
     """
-    files = [read(path) for path in sorted(folder.glob("*.json")) if "lock" not in path.name]
+    files = [read(path) for path in sorted(folder.glob("*.json")) if _has_rows(path)]
     same = [each for each in files if all(each.machine.get(n) == machine[n] for n in MACHINE)]
     alike = [each for each in files if all(each.machine.get(n) == machine[n] for n in KIND)]
     chosen = same or alike
@@ -169,7 +183,7 @@ def check(
 ) -> int:
     """Measure the cases and hold them against what is committed; 1 when a kernel is wrong or slower.
 
-    What looks slower is measured up to twice again, so that one disturbance of the machine is no finding.
+    What looks slower or is noisy is measured up to twice again, so that one disturbance is no finding.
     """
     rows, least = known or committed(fingerprint(device))
     found, wrong, new = [], [], []
@@ -178,30 +192,36 @@ def check(
         try:
             kept = _best(case, device, rounds, rows, least)
         except WrongResult as error:
-            wrong.append(str(error))
+            wrong.append(" ".join(str(error).split()))
             continue
         if not kept:
             new.append(f"{case.subject} {case.shape}")
         found += kept
-    report("against the committed ratios", found)
+    if found:
+        report("against the committed ratios", found)
     for line in wrong:
         print(f"WRONG: {line}")
     if new:
         print(f"not committed, not compared: {', '.join(new)}")
     slower = [change for change in found if change.slower]
-    print(f"{len(found)} ratios compared: {len(wrong)} cases wrong, {len(slower)} ratios slower")
+    noisy = sum(change.verdict == "too noisy" for change in found)
+    print(
+        f"{len(found)} ratios compared: {len(wrong)} cases wrong, {len(slower)} ratios slower, "
+        f"{noisy} too noisy to tell"
+    )
     if not found and not wrong:
         raise UserError("nothing measured here is committed: write it with --json FILE in place of --check")
     return int(bool(wrong or slower))
 
 
 def _best(case: Case, device: torch.device, rounds: int, rows: list[Row], least: float) -> list[Change]:
-    """The changes of a case, those of the attempt that came out best for each row."""
+    """The changes of a case, for each row that of the attempt which was not slower, with the least noise."""
     best: dict[Key, Change] = {}
     for _ in range(ATTEMPTS):
         for change in changes(rows, measure(case, device, rounds), least):
-            if change.key not in best or change.now > best[change.key].now:
+            kept = best.get(change.key)
+            if kept is None or (change.slower, change.allowed) < (kept.slower, kept.allowed):
                 best[change.key] = change
-        if not any(change.slower for change in best.values()):
+        if not any(change.slower or change.noisy for change in best.values()):
             break
     return list(best.values())

@@ -86,6 +86,7 @@ def loss_curves(axes: Any, results: Results) -> None:
             label=name,
             color=matplotlib.colormaps["viridis"](place / len(curves)),
         )
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="step", ylabel="loss, nats per token", title="Losses of the same weights and batches")
     axes.legend(frameon=False, fontsize=7, ncols=2)
 
@@ -101,6 +102,7 @@ def speed_over_time(axes: Any, results: Results) -> None:
         axes.plot(
             range(1, len(seconds) + 1), [tokens[name] / each for each in seconds], label=name, color=colour
         )
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="round", ylabel="tokens per second", title="Tokens per second in each round")
     axes.set_ylim(bottom=0)
 

@@ -19,7 +19,7 @@ from rich.table import Table
 from benchmarks.compare import RESULTS, read
 from benchmarks.train import VOCAB_SIZE, settings
 from gpt.cli import UserError
-from gpt.config import ModelConfig
+from gpt.config import PRESETS, ModelConfig
 from tapelm.roofline import DEVICES, Device
 
 PARTS = ("products", "attention", "activations", "parameters", "constant")
@@ -160,11 +160,8 @@ def run(
 ) -> int:
     """`benchmarks plan`: prints the plan, with what its figures are worth."""
     multiples, section, source = fitted()
-    size = batch_size or settings(preset, 1).batch_size
-    if batch_size is None:
-        from gpt.config import PRESETS
-
-        size = PRESETS[preset].get("batch_size", 16)
+    settings(preset, 1)  # refuses an unknown preset
+    size = batch_size or PRESETS[preset].get("batch_size", 16)
     found = plan(preset, size, gpu, gpus, multiples)
     table = Table(title=f"{preset} on {gpus} x {gpu}, {size} windows a pass and GPU")
     for column in ("", "at the ceiling", "as measured steps were"):
