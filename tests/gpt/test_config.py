@@ -43,7 +43,7 @@ def test_command_line_overrides_single_values_of_a_preset(name: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"preset": "huge"}, "unknown preset 'huge'; choose one of: demo, seed, gpt2"),
+        ({"preset": "huge"}, "unknown preset 'huge'; choose one of: demo, seed, finance, tape, gpt2"),
         ({"kernels": "plain", "precision": "bf16"}, "needs the fp32 master"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"max_steps": 0}, "max_steps must be at least 1"),

@@ -142,7 +142,7 @@ def test_bootstrap_covers_the_mean_and_keeps_days_together() -> None:
     means = sums["x"] / sums["rows"]
     assert means[0] == pytest.approx(common.mean())
     assert means[1:].std() == pytest.approx(1 / math.sqrt(4000), rel=0.15)  # not 1 / sqrt(40_000)
-    assert np.array_equal(bootstrap({"x": common}, days)["x"], sums["x"])
+    assert np.allclose(bootstrap({"x": common}, days)["x"], sums["x"])
 
 
 def test_matthews_coefficient() -> None:
