@@ -3,7 +3,8 @@
 OUT/rows.npy has one record for every daily row (ROW), OUT/tape.json the entities, the bins and the cuts. A
 document is one entity's rows of one context: its token, then for every row a calendar token (month and
 weekday, known beforehand) and a bin, and the end-of-text mark; in OUT/train it fills a block exactly. A bin
-is one of the 256 bytes, so that bits per byte are bits per return. OUT/train has its rows in PHASES rounds of
+is one of the 256 bytes, so that bits per byte of a training are bits per
+return, those of its calendar token included. OUT/train has its rows in PHASES rounds of
 documents that begin at different rows; OUT/val and OUT/test have every row of their split once.
 
 The embargo is one context: train ends so many rows before validation begins, and validation before test.

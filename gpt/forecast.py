@@ -194,7 +194,7 @@ def bootstrap(columns: dict[str, np.ndarray], days: np.ndarray) -> dict[str, np.
 
 
 def print_tape_table(result: dict[str, Any]) -> None:
-    """One row for every domain and method, intervals in brackets."""
+    """One row for every domain and method, each value with half the width of its interval."""
     table = Table(title=f"{result['split']} of {result['checkpoint']}, 95% intervals", title_justify="left")
     for column in (
         "domain",
@@ -220,5 +220,5 @@ def print_tape_table(result: dict[str, Any]) -> None:
 
 
 def _cell(score: list[float], digits: int) -> str:
-    value, low, high = (f"{number:.{digits}f}" for number in score)
-    return f"{value} [{low}, {high}]"
+    value, low, high = score
+    return f"{value:.{digits}f} ±{(high - low) / 2:.{digits}f}"
