@@ -84,7 +84,7 @@ def finish(
         "perplexity_change": math.exp(best - base) - 1.0,
         "peak_memory_bytes": peak_memory,
         "model_bytes": model_bytes(model),
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": base_parameters(model.config),
         "trained_parameters": sum(p.numel() for _, p in trained.named_parameters()),
         "gemm_peak_flops": peak_flops,
         "mfu": flops_per_token(model.config, config) * speed / peak_flops,
@@ -109,17 +109,32 @@ def model_bytes(model: Any) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
+def head_width(shape: Any) -> int:
+    return getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+
+
+def block_matrices(shape: Any) -> int:
+    """Elements of the seven projections of a block."""
+    heads = 2 * (shape.num_attention_heads + shape.num_key_value_heads) * head_width(shape)
+    return shape.hidden_size * (heads + 3 * shape.intermediate_size)
+
+
+def base_parameters(shape: Any) -> int:
+    """Parameters of the base model, whatever form they are kept in."""
+    embeddings = (1 if shape.tie_word_embeddings else 2) * shape.vocab_size * shape.hidden_size
+    norms = (2 * shape.num_hidden_layers + 1) * shape.hidden_size
+    return shape.num_hidden_layers * block_matrices(shape) + embeddings + norms
+
+
 def flops_per_token(shape: Any, config: FinetuneConfig) -> float:
     """Matrix products of a training token: forward and the gradient of the input, two flops each.
 
     Frozen weights need no gradient; with all weights training there is a third product. Attention counts the
     causal half of full blocks.
     """
-    width = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-    heads, groups = shape.num_attention_heads, shape.num_key_value_heads
-    block = shape.hidden_size * (2 * heads * width + 2 * groups * width + 3 * shape.intermediate_size)
-    matrices = shape.num_hidden_layers * block + shape.vocab_size * shape.hidden_size
-    attention = 6 * shape.num_hidden_layers * config.block_size * heads * width
+    matrices = shape.num_hidden_layers * block_matrices(shape) + shape.vocab_size * shape.hidden_size
+    width = shape.num_attention_heads * head_width(shape)
+    attention = 6 * shape.num_hidden_layers * config.block_size * width
     return (6.0 if config.method == "full" else 4.0) * matrices + attention
 
 

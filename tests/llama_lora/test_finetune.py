@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from gpt.cli import UserError
 from llama_lora.adapters import CONFIG, WEIGHTS, load, read_recipe
-from llama_lora.backends import TapelmBackend
+from llama_lora.backends import TapelmBackend, open_base
 from llama_lora.config import FinetuneConfig, parse_command_line
 from llama_lora.finetune import finetune
 
@@ -43,6 +43,9 @@ def test_a_run_learns_and_writes_its_files(settings, backend, method) -> None:
     assert summary["perplexity"] == pytest.approx(math.exp(lines[-1]["val_loss"]))
     assert summary["base_perplexity"] == pytest.approx(math.exp(lines[0]["val_loss"]))
     assert summary["tokens"] == lines[-1]["tokens"] <= 6 * 4 * 64
+    assert summary["parameters"] == sum(
+        p.numel() for p in open_base(config.model, torch.float32).parameters()
+    )
     assert (config.out / "loss.png").stat().st_size > 1000
     written = config.out / ("model" if method == "full" else "adapter")
     names = {path.name for path in written.iterdir()}
