@@ -53,4 +53,4 @@ def test_the_real_model_is_fetched_once_and_knows_english(tmp_path) -> None:
     assert open_tokenizer(path).tokenize("  12 3a") == ["ĠĠ", "1", "2", "Ġ", "3", "a"]
     with torch.no_grad():
         loss = open_base(path, torch.float32)(**ids, labels=ids["input_ids"]).loss
-    assert loss.item() < 4.5
+    assert loss.item() < 6.0  # chance: 10.8
