@@ -47,10 +47,9 @@ def test_the_real_model_is_fetched_once_and_knows_english(tmp_path) -> None:
     assert fetch(path) == path
     assert (path / SOURCE).stat().st_mtime_ns == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
-    ids = open_tokenizer(path)(
-        "Treasury yields held near 4.4% as traders weighed interest rates.", return_tensors="pt"
-    )
+    text = "The capital of France is Paris, and the capital of Germany is Berlin."
+    ids = open_tokenizer(path)(text, return_tensors="pt")
     assert open_tokenizer(path).tokenize("  12 3a") == ["ĠĠ", "1", "2", "Ġ", "3", "a"]
     with torch.no_grad():
         loss = open_base(path, torch.float32)(**ids, labels=ids["input_ids"]).loss
-    assert loss.item() < 6.0  # chance: 10.8
+    assert loss.item() < 2.5  # chance: 10.8
