@@ -49,13 +49,19 @@ def case(device: torch.device, shape: tuple[int, int], dtype: torch.dtype, norm:
     x, residual, grad, grad_r = (torch.randn(shape, device=device).to(dtype) for _ in range(4))
     vectors = [torch.rand(shape[1], device=device).to(dtype) for _ in range(2)]
 
-    def run(function: Callable[..., list[Tensor]]) -> list[Tensor]:
-        inputs = [t.detach().requires_grad_() for t in (x, residual, *vectors)]
+    def run(function: Callable[..., list[Tensor]], dtype: torch.dtype = dtype) -> list[Tensor]:
+        inputs = [t.detach().to(dtype).requires_grad_() for t in (x, residual, *vectors)]
         used = inputs if norm == "layer" else inputs[:3]
         y, r = function(norm, p, *inputs)
-        return [y.detach(), r.detach(), *torch.autograd.grad([y, r], used, [grad, grad_r])]
+        grads = torch.autograd.grad([y, r], used, [grad.to(dtype), grad_r.to(dtype)])
+        return [y.detach(), r.detach(), *grads]
 
-    compare = close(1e-4, 1e-3) if dtype == torch.float32 else close(0.05, 0.25)
+    def as_float32(ours: list[Tensor], _: list[Tensor]) -> None:
+        """PyTorch adds up the gradients of the vectors in bfloat16, 5% off for 4096 rows; ours are held to 1%
+        of what a sum of so many standard normal numbers is."""
+        close(0.05, 0.01 * shape[0] ** 0.5)(ours, run(torch_add_norm, torch.float32))
+
+    compare = close(1e-4, 1e-3) if dtype == torch.float32 else as_float32
     return Case(
         subject=f"add_{norm}_norm {'dropout ' if p else ''}fwd+bwd",
         shape="x".join(map(str, shape)),
