@@ -13,9 +13,12 @@ namespace {
 // A chunk is a third of the rows, so that the logits held are a third of all, but not above kChunkBytes. Below
 // kMinRows the products lose efficiency.
 constexpr int64_t kChunks = 3, kChunkBytes = 64 << 20, kMinRows = 128;
+// Where the weight does not train, it is packed for each of the two products of a chunk, and nothing else is held.
+constexpr int64_t kFrozenChunkBytes = 128 << 20;
 
-int64_t chunk_rows(int64_t N, int64_t row_bytes) {
-  const int64_t most = std::max(kMinRows, std::min(chunk_count(N, kChunks), kChunkBytes / std::max<int64_t>(1, row_bytes)));
+int64_t chunk_rows(int64_t N, int64_t row_bytes, bool frozen) {
+  const int64_t fitting = (frozen ? kFrozenChunkBytes : kChunkBytes) / std::max<int64_t>(1, row_bytes);
+  const int64_t most = std::max(kMinRows, frozen ? fitting : std::min(chunk_count(N, kChunks), fitting));
   return std::max<int64_t>(1, chunk_count(N, std::max<int64_t>(1, chunk_count(N, most))));  // chunks of equal size
 }
 
@@ -49,10 +52,10 @@ Tensor converted(const Tensor& x, at::ScalarType dtype) {
   return x.scalar_type() == dtype ? x : empty(x.sizes(), dtype).copy_(x);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_forward(const Tensor& hidden_, const Tensor& weight_,
-                                                                        const Tensor& targets_,
-                                                                        const std::optional<Tensor>& bias_,
-                                                                        int64_t ignore_index, bool need_grad) {
+// (loss, dhidden, dweight, dbias); a frozen weight has no gradient, nor has the bias beside it.
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& hidden_, const Tensor& weight_, const Tensor& targets_,
+                                                   const std::optional<Tensor>& bias_, int64_t ignore_index,
+                                                   bool need_grad, bool frozen) {
   check_dtype(hidden_, "linear_cross_entropy", "hidden");
   check_same_dtype(weight_, hidden_, "linear_cross_entropy", "weight");
   TORCH_CHECK_VALUE(hidden_.dim() == 2 && weight_.dim() == 2 && hidden_.size(1) == weight_.size(1),
@@ -80,10 +83,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_forward(const Te
   const float scale = 1.0f / static_cast<float>(valid);
 
   Tensor dhidden = need_grad ? empty_like(hidden) : at::empty({0}, hidden.options());
-  Tensor dweight = need_grad ? empty(weight.sizes(), at::kFloat) : at::empty({0}, floats);
-  if (need_grad && N == 0) dweight.zero_();
-  Tensor dbias = need_grad && bias.defined() ? at::zeros({V}, floats) : at::empty({0}, hidden.options());
-  const int64_t rows = chunk_rows(N, V * hidden.element_size());
+  const bool need_weight_grad = need_grad && !frozen;
+  Tensor dweight = need_weight_grad ? empty(weight.sizes(), at::kFloat) : at::empty({0}, floats);
+  if (need_weight_grad && N == 0) dweight.zero_();
+  Tensor dbias = need_weight_grad && bias.defined() ? at::zeros({V}, floats) : at::empty({0}, hidden.options());
+  const int64_t rows = chunk_rows(N, V * hidden.element_size(), frozen);
   Tensor buffer = empty({std::min(rows, N), V}, hidden.scalar_type());
   Tensor losses = at::zeros({N}, floats);
   float* loss = losses.mutable_data_ptr<float>();
@@ -108,6 +112,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_forward(const Te
     });
     if (!need_grad) continue;
     product(logits, weight, false, dhidden.slice(0, begin, end));
+    if (!need_weight_grad) continue;
     product(logits.t(), h, begin > 0, dweight);
     if (bias.defined()) dbias.add_(logits.sum(0, false, at::kFloat));
   }
@@ -117,14 +122,33 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_forward(const Te
   return {mean, dhidden, converted(dweight, hidden.scalar_type()), dbias.to(hidden.scalar_type())};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_forward(const Tensor& hidden, const Tensor& weight,
+                                                                        const Tensor& targets,
+                                                                        const std::optional<Tensor>& bias,
+                                                                        int64_t ignore_index, bool need_grad) {
+  return forward(hidden, weight, targets, bias, ignore_index, need_grad, false);
+}
+
+std::tuple<Tensor, Tensor> frozen_cross_entropy_forward(const Tensor& hidden, const Tensor& weight, const Tensor& targets,
+                                                        int64_t ignore_index, bool need_grad) {
+  auto [loss, dhidden, dweight, dbias] = forward(hidden, weight, targets, {}, ignore_index, need_grad, true);
+  return {loss, dhidden};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(tapelm, m) {
   m.def(
       "linear_cross_entropy_forward(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, int ignore_index, bool "
       "need_grad) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "frozen_cross_entropy_forward(Tensor hidden, Tensor weight, Tensor targets, int ignore_index, bool need_grad) -> "
+      "(Tensor, Tensor)");
 }
 
-TORCH_LIBRARY_IMPL(tapelm, CPU, m) { m.impl("linear_cross_entropy_forward", &linear_cross_entropy_forward); }
+TORCH_LIBRARY_IMPL(tapelm, CPU, m) {
+  m.impl("linear_cross_entropy_forward", &linear_cross_entropy_forward);
+  m.impl("frozen_cross_entropy_forward", &frozen_cross_entropy_forward);
+}
 
 }  // namespace tapelm
