@@ -50,6 +50,17 @@ def rows(loader: TokenLoader, steps: int | None = None) -> list[tuple[list[int],
     return [tuple(x.tolist() for x in row) for batch in batches for row in zip(*batch, strict=True)]
 
 
+def exits_in_silence(code: str, shards: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(shards)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(_text.__file__).parents[1])},
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def pieces_of(row: tuple[list[int], list[int], list[int]]) -> list[tuple[list[int], list[int]]]:
     """(inputs, targets) of every document of a packed row, padding checked and left out."""
     inputs, targets, ids = row
@@ -309,14 +320,7 @@ def test_exit_while_daemon_threads_read(shards: Path) -> None:
         "    threading.Thread(target=read, args=(TokenLoader(sys.argv[1], 8, 64),), daemon=True).start()\n"
         "time.sleep(0.2)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(shards)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(Path(_text.__file__).parents[1])},
-        timeout=120,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
+    exits_in_silence(code, shards)
 
 
 def test_packed_windows_are_no_longer_than_the_corpus(shards: Path) -> None:
@@ -352,14 +356,7 @@ def test_exit_with_a_running_thread(shards: Path) -> None:
     code = (
         "import sys; from tapelm import TokenLoader; loader = TokenLoader(sys.argv[1], 2, 16); next(loader)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(shards)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(Path(_text.__file__).parents[1])},
-        timeout=120,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
+    exits_in_silence(code, shards)
 
 
 def test_a_billion_tokens_open_at_once(tmp_path: Path) -> None:
