@@ -1,8 +1,8 @@
 """Files into token shards: streamed, on all cores, and continued where a killed run stopped.
 
 One thread finds blocks of input, the C++ encoder (csrc/text/encode_files.h) turns one on every core into
-tokens, and another thread writes and hashes these in order. Shards grow in OUT.partial; its journal.jsonl
-says for every finished shard where in the inputs encoding goes on after it.
+tokens, and whichever core has the next one writes and hashes it. Shards grow in OUT.partial; its
+journal.jsonl says for every finished shard where in the inputs encoding goes on after it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import shutil
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -171,13 +171,8 @@ def _write(
 
     writer = ShardWriter(partial, encoding.vocab_size, encoding.end_of_text, shard_tokens, shards, record)
 
-    def write(
-        position: Position, encoded: Future[tuple[np.ndarray, np.ndarray]], before: Future[None] | None
-    ) -> None:
+    def write(position: Position, tokens: np.ndarray, starts: np.ndarray) -> None:
         nonlocal current, left_out
-        if before is not None:
-            before.result()  # after a failure nothing more is written
-        tokens, starts = encoded.result()
         # Blocks need not be those of the run that was killed: what it wrote may be several of them.
         skip = min(left_out, tokens.size)
         left_out -= skip
@@ -185,14 +180,14 @@ def _write(
         writer.add(tokens[skip:], starts[np.searchsorted(starts, skip) :] - np.uint64(skip))
 
     cores = os.cpu_count() or 1
+    in_order = _InOrder(write)
     written: deque[Future[None]] = deque()
     try:
-        with ThreadPoolExecutor(1) as writer_thread, ThreadPoolExecutor(cores) as encoders:
+        with ThreadPoolExecutor(cores) as encoders:
             for block in read_blocks(paths, position, encoding.specials):
-                before = written[-1] if written else None
-                encoded = encoders.submit(block.encode, encoding)
-                written.append(writer_thread.submit(write, block.position, encoded, before))
-                if len(written) > 2 * cores:
+                written.append(in_order.expect())
+                encoders.submit(in_order.encode, block, encoding, written[-1])
+                if len(written) > 4 * cores:
                     written.popleft().result()
             while written:
                 written.popleft().result()
@@ -200,6 +195,54 @@ def _write(
         writer.close()
         raise
     return writer
+
+
+class _InOrder:
+    """Hands blocks to `write` in the order of `expect`, on whichever encoding thread has the next one.
+
+    A thread of its own for writing would be one more than there are cores, and in the way of the others. A
+    block's future is done when it is written; behind one that fails nothing is written.
+    """
+
+    def __init__(self, write: Callable[[Position, np.ndarray, np.ndarray], None]) -> None:
+        self._write = write
+        self._lock = threading.Lock()
+        self._expected: deque[Future[None]] = deque()
+        self._encoded: dict[Future[None], tuple[Position, np.ndarray, np.ndarray]] = {}
+        self._busy = False
+
+    def expect(self) -> Future[None]:
+        written: Future[None] = Future()
+        with self._lock:
+            self._expected.append(written)
+        return written
+
+    def encode(self, block: Lines | Pieces, encoding: Encoding, written: Future[None]) -> None:
+        try:
+            encoded = (block.position, *block.encode(encoding))
+        except BaseException as error:
+            written.set_exception(error)
+            return
+        with self._lock:
+            self._encoded[written] = encoded
+        while (ready := self._next()) is not None:
+            try:
+                self._write(*ready[1])
+            except BaseException as error:  # stays busy
+                ready[0].set_exception(error)
+                return
+            with self._lock:
+                self._busy = False
+            ready[0].set_result(None)
+
+    def _next(self) -> tuple[Future[None], tuple[Position, np.ndarray, np.ndarray]] | None:
+        """What to write now, unless another thread is writing: that one comes back for it."""
+        with self._lock:
+            if self._busy or not self._expected or self._expected[0] not in self._encoded:
+                return None
+            self._busy = True
+            written = self._expected.popleft()
+            return written, self._encoded.pop(written)
 
 
 def read_blocks(

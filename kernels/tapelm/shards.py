@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,8 @@ class ShardWriter:
         self._starts: list[np.ndarray] = []
         self._digest = hashlib.sha256()
         self._unsynced = 0
+        self._disk: ThreadPoolExecutor | None = None
+        self._synced: Future[None] | None = None
         self.dtype = token_dtype(vocab_size)
         self.shards = list(shards)
 
@@ -62,6 +65,7 @@ class ShardWriter:
             if self._file is None:
                 self._file = (self._directory / _file_name(len(self.shards))).open("w+b")
                 self._file.write(self._header())
+                self._disk = ThreadPoolExecutor(1)
             part = ids[used : used + self._limit - self._tokens]
             begin, end = np.searchsorted(starts, (used, used + part.size))
             self._starts.append(starts[begin:end] - np.uint64(used) + np.uint64(self._tokens))
@@ -82,8 +86,10 @@ class ShardWriter:
             size = file.tell()
             file.seek(0)
             file.write(self._header())
-            file.flush()
-            os.fsync(file.fileno())
+            self._sync()
+            assert self._disk is not None and self._synced is not None
+            self._disk.shutdown()
+            self._synced.result()
         self.shards.append(
             {
                 "file": Path(file.name).name,
@@ -93,7 +99,7 @@ class ShardWriter:
                 "sha256": self._digest.hexdigest(),
             }
         )
-        self._file, self._tokens, self._starts = None, 0, []
+        self._file, self._synced, self._tokens, self._starts = None, None, 0, []
         self._digest, self._unsynced = hashlib.sha256(), 0
 
     def _append(self, content: bytes | memoryview) -> None:
@@ -101,13 +107,22 @@ class ShardWriter:
         self._digest.update(content)
         self._unsynced += len(memoryview(content).cast("B"))
         if self._unsynced >= _SYNC_BYTES:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            self._sync()
             self._unsynced = 0
+
+    def _sync(self) -> None:
+        """Send to the disk what is written, once all that was sent before has arrived."""
+        self._file.flush()
+        if self._synced is not None:
+            self._synced.result()
+        assert self._disk is not None
+        self._synced = self._disk.submit(os.fsync, self._file.fileno())
 
     def close(self) -> None:
         """Give up the open shard, if any."""
         if self._file is not None:
+            assert self._disk is not None
+            self._disk.shutdown()  # before the file's number can become another file's
             self._file.raw.close()
             self._file = None
 

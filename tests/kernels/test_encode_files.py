@@ -19,8 +19,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tapelm import _text
-from tapelm.encode_files import Position, read_blocks
+from tapelm import _text, encode_files, shards
+from tapelm.encode_files import Encoding, Pieces, Position, read_blocks
 from tapelm.shards import ShardWriter, verify_shards
 from tapelm.tokenizer import Tokenizer
 
@@ -325,10 +325,10 @@ def test_a_killed_run_continues(tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "out").rmdir()
 
     journal = tmp_path / "out.partial" / "journal.jsonl"
-    for shards in (4, 9):
+    for finished_shards in (4, 9):
         process = start_encoding(tmp_path, 0.02)
         deadline = time.monotonic() + 60
-        while not journal.exists() or len(journal.read_bytes().splitlines()) < 1 + shards:
+        while not journal.exists() or len(journal.read_bytes().splitlines()) < 1 + finished_shards:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
@@ -398,6 +398,65 @@ def test_lines_that_end_in_any_character_are_cut(tokenizer: Tokenizer, tmp_path:
     assert len(blocks) > 5
     ids = [tokenizer.encode(piece.content) for block in blocks for piece in block.pieces]
     assert np.array_equal(np.concatenate(ids), tokenizer.encode(source.read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_blocks_are_written_in_order(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Whatever block is slow: those behind it wait, and no more of them than a few for every core."""
+    generator, lock, waiting, most = random.Random(seed), threading.Lock(), 0, 0
+    encode, add = Pieces.encode, ShardWriter.add
+
+    def slow(block: Pieces, encoding: Encoding) -> tuple[np.ndarray, np.ndarray]:
+        nonlocal waiting, most
+        time.sleep(generator.choice((0, 0, 0.001, 0.03)))
+        with lock:
+            waiting += 1
+            most = max(most, waiting)
+        return encode(block, encoding)
+
+    def leave(writer: ShardWriter, ids: np.ndarray, starts: np.ndarray) -> None:
+        nonlocal waiting
+        with lock:
+            waiting -= 1
+        add(writer, ids, starts)
+
+    monkeypatch.setattr(Pieces, "encode", slow)
+    monkeypatch.setattr(ShardWriter, "add", leave)
+    monkeypatch.setattr(encode_files.read_blocks, "__defaults__", (1, 1 << 19))
+    texts = [prose(1000 * seed + number, 30) for number in range(150)]
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number}.txt").write_bytes(text.encode())
+    tokenizer.encode_files([tmp_path / f"{number}.txt" for number in range(150)], tmp_path / "out")
+    tokens, starts = expected_of(tokenizer, texts)
+    assert tokens_of(tmp_path / "out").tolist() == tokens and starts_of(tmp_path / "out") == starts
+    assert most <= 4 * (os.cpu_count() or 1) + 1
+
+
+@pytest.mark.parametrize("call", [1, 2, 5])
+def test_a_disk_that_fails_behind_the_writer_is_noticed(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    """fsync runs beside the encoding: its error reaches the caller, and the shards that were there stay."""
+    source = tmp_path / "text.txt"
+    source.write_bytes(b"old words. " * 1000)
+    tokenizer.encode_files([source], tmp_path / "out")
+    before = contents(tmp_path / "out")
+    source.write_bytes(prose(0, 100_000).encode())
+    calls, fsync = [0], os.fsync
+
+    def failing(descriptor: int) -> None:
+        calls[0] += 1
+        if calls[0] == call:
+            raise OSError(5, "Input/output error")
+        fsync(descriptor)
+
+    monkeypatch.setattr(shards, "_SYNC_BYTES", 1 << 16)
+    monkeypatch.setattr(shards.os, "fsync", failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        tokenizer.encode_files([source], tmp_path / "out", shard_tokens=100_000)
+    assert contents(tmp_path / "out") == before
 
 
 def test_forked_children_encode_while_the_parent_does(tokenizer: Tokenizer) -> None:
