@@ -17,8 +17,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.harness import Case, Row, WrongResult, fingerprint, measure
+from benchmarks.harness import Case, Row, WrongResult, measure
 from gpt.cli import UserError
+from gpt.hardware import fingerprint
 
 RESULTS = Path(__file__).parent / "results"
 MACHINE = ("device", "threads", "cpu_model", "cpu_capability", "bf16")

@@ -32,7 +32,7 @@ from benchmarks import gpu_peers, harness
 from benchmarks.ops import adamw
 from benchmarks.subjects import BF16, SUBJECTS, Subject, random
 from gpt.cli import write_atomically
-from gpt.hardware import device_name
+from gpt.hardware import device_name, fingerprint
 from tapelm._library import CUDA_LAUNCHERS, architecture
 from tapelm.roofline import DEVICES, minimum
 
@@ -200,5 +200,5 @@ def write(content: dict[str, Any], device: torch.device, folder: Path) -> Path:
     """Writes the results with the machine's fingerprint; returns the file."""
     name = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
     path = folder / f"{name}-{datetime.date.today().isoformat()}.json"
-    write_atomically(path, json.dumps({"machine": harness.fingerprint(device), **content}, indent=1) + "\n")
+    write_atomically(path, json.dumps({"machine": fingerprint(device), **content}, indent=1) + "\n")
     return path

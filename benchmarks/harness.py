@@ -5,15 +5,8 @@ A shared machine drifts by factors within minutes, so that only times taken in t
 
 from __future__ import annotations
 
-import datetime
 import json
-import os
-import platform
-import re
-import shlex
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.ceilings import Ceilings, Limit, timed
 from gpt.cli import UserError, write_atomically
-from gpt.hardware import device_name, native_bf16, versions
+from gpt.hardware import device_name, fingerprint
 
 ROUNDS = 9
 
@@ -161,42 +154,6 @@ def close(rtol: float, atol: float) -> Callable[[Any, Any], None]:
             )
 
     return agree
-
-
-def fingerprint(device: torch.device) -> dict[str, Any]:
-    """What a figure needs beside it: machine, threads, date, commit and versions."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-        check=False,
-    )
-    return {
-        "device": device_name(device),
-        "threads": torch.get_num_threads(),
-        "cpu_model": cpu_model(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "bf16": native_bf16(device),
-        "load_average": os.getloadavg()[0],
-        "date": datetime.date.today().isoformat(),
-        "commit": commit.stdout.strip() or None,
-        "command": "python -m benchmarks " + shlex.join(sys.argv[1:]),
-        "versions": versions(),
-    }
-
-
-def cpu_model() -> str:
-    """Vendor, family and model of the CPU: product names are the same over generations."""
-    cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.is_file() else ""
-    found = [
-        re.search(rf"^{key}\s*: (.*)$", text, re.MULTILINE) for key in ("vendor_id", "cpu family", "model")
-    ]
-    if not all(found):
-        return platform.machine()
-    vendor, family, model = (match.group(1) for match in found if match)
-    return f"{vendor} family {family} model {model}"
 
 
 def report(title: str, rows: Sequence[Row], device: torch.device) -> None:

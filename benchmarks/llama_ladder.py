@@ -19,8 +19,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.harness import fingerprint
 from gpt.cli import UserError, wide_console, write_atomically
+from gpt.hardware import fingerprint
 from llama_lora import adapters as files
 from llama_lora.adapters import Recipe
 from llama_lora.backends import get_backend, open_tokenizer

@@ -39,7 +39,7 @@ COLUMNS = (
     Column("peak memory, MB", ("summary.peak_memory_bytes",), lambda number: f"{number / 1e6:,.0f}"),
     Column("tokens/s", ("summary.tokens_per_second",), "{:,.0f}".format),
     Column("s of training", ("summary.seconds",), "{:,.0f}".format),
-    Column("device", ("summary.device", "evaluation.device"), str),
+    Column("device", ("summary.device", "evaluation.machine.device"), str),
 )
 
 

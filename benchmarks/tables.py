@@ -1,12 +1,13 @@
 """Markdown tables from committed results: python -m benchmarks.tables puts them into the README.
 
-A line `<!-- table KIND FILE -->` in the README, FILE being in benchmarks/results, is followed by the table of
-that kind and by `<!-- end -->`. What stands between is replaced; a test fails when
-it is not what the file says.
+A line `<!-- table KIND FILE -->` in the README, FILE being in benchmarks/results and written by
+`python -m benchmarks` or `python -m gpt.evaluate`, is followed by the table of that kind and by
+`<!-- end -->`. What stands between is replaced; a test fails when it is not what the file says.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -160,9 +161,78 @@ def _cell(row: Row | None, timed: bool) -> str:
     return f"{number:,.1f}" if number < 10 else f"{number:,.0f}"
 
 
+def loader(results: Results) -> str:
+    """Batches, opening and files to shards, ours beside what it is compared with."""
+    rows = [row for row in results.rows if row.subject in ("loader", "open", "encode_files")]
+    return markdown(
+        ("", "median", "speed-up"),
+        [
+            (f"{row.subject} {row.shape}: {row.variant}", _duration(row), f"{_speed_up(row):.2f}×")
+            for row in rows
+        ],
+    )
+
+
+def _duration(row: Row) -> str:
+    """Of one batch, where a row has many: its shape begins with their number."""
+    if row.subject != "loader":
+        return f"{row.median_ms:,.2f} ms"
+    return f"{1e3 * row.median_ms / int(row.shape.split(' x ')[0]):,.1f} µs"
+
+
+def texts(results: Results) -> str:
+    """Bits per byte of a model that gpt.evaluate scored, beside the compressors."""
+    domains = results.content["domains"] | {"all": results.content["total"]}
+    keys = ("bits_per_byte", "unigram_bits_per_byte", "bz2_bits_per_byte", "xz_bits_per_byte")
+    return markdown(
+        (_of_run(results), "bytes", "perplexity of a token", "bits/byte", "unigram", "bz2 -9", "xz -9"),
+        [
+            (name, f"{row['bytes']:,}", f"{row['perplexity']:.2f}", *(f"{row[key]:.3f}" for key in keys))
+            for name, row in domains.items()
+        ],
+    )
+
+
+def forecasts(results: Results) -> str:
+    """CRPS and coverage with half their 95% intervals, of the model and of the methods beside it."""
+    keys = ("crps", "coverage_50", "coverage_80", "coverage_95", "model_crps_ratio")
+    lines = [
+        (f"{name}, {domain['rows']:,} rows: {method}", *(_with_interval(scores, key) for key in keys))
+        for name, domain in results.content["domains"].items()
+        for method, scores in domain["methods"].items()
+    ]
+    return markdown(
+        (_of_run(results), "CRPS", "inside 50%", "80%", "95%", "model's CRPS to this one's"), lines
+    )
+
+
+def _of_run(results: Results) -> str:
+    trained = results.content["trained"]
+    return (
+        f"{results.content['split']}, after {trained['tokens'] / 1e6:.1f} M tokens, "
+        f"{trained['seconds']:,.0f} s of training"
+    )
+
+
+def _with_interval(scores: dict[str, Sequence[float]], key: str) -> str:
+    if key not in scores:
+        return ""
+    middle, low, high = scores[key]
+    if key.startswith("coverage"):
+        return f"{100 * middle:.1f} ±{50 * (high - low):.1f}"
+    return f"{middle:.3f} ±{(high - low) / 2:.3f}"
+
+
 KINDS: dict[str, Callable[[Results], str]] = {
     "steps": steps, "ladder": ladder, "removal": removal, "ops": ops, "tokenizer": tokenizer,
+    "loader": loader, "texts": texts, "forecasts": forecasts,
 }  # fmt: skip
+
+
+def opened(path: Path) -> Results:
+    """A file of benchmarks or of gpt.evaluate, which has domains instead of rows."""
+    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return Results(path, content["machine"], [], content) if "domains" in content else read(path)
 
 
 def stamp(results: Results) -> str:
@@ -187,7 +257,7 @@ def splice(text: str, folder: Path = RESULTS) -> str:
 
     def made(block: re.Match[str]) -> str:
         opening, kind, file, _, closing = block.groups()
-        return f"{opening}{table(kind, read(folder / file))}{closing}"
+        return f"{opening}{table(kind, opened(folder / file))}{closing}"
 
     return BLOCK.sub(made, text)
 

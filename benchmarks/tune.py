@@ -30,9 +30,9 @@ from rich.progress import track
 from torch import Tensor
 
 from benchmarks import static
-from benchmarks.harness import fingerprint
 from benchmarks.subjects import SUBJECTS, meta, random
 from gpt.cli import UserError, write_atomically
+from gpt.hardware import fingerprint
 from tapelm._library import CUDA_LAUNCHERS, architecture, assumed_architecture
 from tapelm._tuning import FOLDER, Choice, Config, asked, trial
 from tapelm.proofs.launches import captured_launches

@@ -26,7 +26,7 @@ from gpt.checkpoint import load_model, sha256_of
 from gpt.cli import UserError, parse_options, prepare_output, run_program, wide_console, write_atomically
 from gpt.corpus import END_OF_TEXT, open_tokenizer, read_domains, training_counts
 from gpt.forecast import print_tape_table, score_tape
-from gpt.hardware import device_name, pick_device, set_threads, versions
+from gpt.hardware import fingerprint, pick_device, set_threads
 from gpt.model import GPT
 
 
@@ -124,8 +124,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "checkpoint": str(checkpoint),
         "step": state["step"],
         "block_size": model.config.block_size,
-        "device": device_name(device),
-        "versions": versions(),
+        "trained": {key: state[key] for key in ("tokens", "seconds")},
+        "machine": fingerprint(device),
     }
     if (config.data / TAPE).is_file():
         tape = Tape.load(config.data)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib.metadata
+import os
 import platform
 import re
 import resource
+import shlex
+import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -106,6 +111,49 @@ def gemm_peak_flops(device: torch.device, precision: str, seconds: float = 0.5) 
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def fingerprint(device: torch.device) -> dict[str, Any]:
+    """What a figure needs beside it: machine, threads, date, commit and versions."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+        check=False,
+    )
+    return {
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "cpu_model": cpu_model(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "bf16": native_bf16(device),
+        "load_average": os.getloadavg()[0],
+        "date": datetime.date.today().isoformat(),
+        "commit": commit.stdout.strip() or None,
+        "command": _command(),
+        "versions": versions(),
+    }
+
+
+def _command() -> str:
+    """How this process was started, as one would type it."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    program = f"-m {spec.name.removesuffix('.__main__')}" if spec else shlex.quote(sys.argv[0])
+    return f"python {program} {shlex.join(sys.argv[1:])}".strip()
+
+
+def cpu_model() -> str:
+    """Vendor, family and model of the CPU: product names are the same over generations."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.is_file() else ""
+    found = [
+        re.search(rf"^{key}\s*: (.*)$", text, re.MULTILINE) for key in ("vendor_id", "cpu family", "model")
+    ]
+    if not all(found):
+        return platform.machine()
+    vendor, family, model = (match.group(1) for match in found if match)
+    return f"{vendor} family {family} model {model}"
 
 
 def versions() -> dict[str, str]:

@@ -14,9 +14,10 @@ import torch
 import tapelm
 from benchmarks import compare
 from benchmarks.compare import LEAST, MOST, changes, committed
-from benchmarks.harness import Case, Row, close, fingerprint, write_results
+from benchmarks.harness import Case, Row, close, write_results
 from benchmarks.ops import bias_gelu
 from gpt.cli import UserError
+from gpt.hardware import fingerprint
 
 CPU = torch.device("cpu")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from benchmarks import tables
 from benchmarks.harness import Row, write_results
 from gpt.cli import UserError
+from gpt.hardware import fingerprint
 
 CPU = torch.device("cpu")
 
@@ -44,6 +46,29 @@ def test_a_table_follows_its_file(tmp_path: Path) -> None:
     ours.median_ms = 11.0
     write_results(tmp_path / "a.json", CPU, [plain, ours])
     assert tables.splice(made, tmp_path) != made
+
+
+def test_tables_of_evaluations(tmp_path: Path) -> None:
+    of_run = {"split": "val", "trained": {"tokens": 2_000_000, "seconds": 61.0}, "machine": fingerprint(CPU)}
+    scores = {"bytes": 1234, "perplexity": 5.0, "bits_per_byte": 0.7, "unigram_bits_per_byte": 1.7}
+    scores |= {"bz2_bits_per_byte": 1.3, "xz_bits_per_byte": 1.2}
+    (tmp_path / "texts.json").write_text(json.dumps(of_run | {"domains": {"fed": scores}, "total": scores}))
+    method = {"crps": [0.5, 0.4, 0.6], "model_crps_ratio": [0.99, 0.98, 1.0]}
+    method |= {
+        f"coverage_{level}": [level / 100, level / 100 - 0.02, level / 100 + 0.02] for level in (50, 80, 95)
+    }
+    domains = {"stocks": {"rows": 9, "methods": {"EWMA": method}}}
+    (tmp_path / "tape.json").write_text(json.dumps(of_run | {"rows": 9, "domains": domains}))
+    text = "".join(
+        f"<!-- table {kind} {kind[:4]}.json -->\n<!-- end -->\n" for kind in ("texts", "forecasts")
+    )
+    text = text.replace("text.json", "texts.json").replace("fore.json", "tape.json")
+    made = tables.splice(text, tmp_path)
+    assert "| val, after 2.0 M tokens, 61 s of training | bytes |" in made
+    assert "| fed | 1,234 | 5.00 | 0.700 | 1.700 | 1.300 | 1.200 |" in made
+    assert (
+        "| stocks, 9 rows: EWMA | 0.500 ±0.100 | 50.0 ±2.0 | 80.0 ±2.0 | 95.0 ±2.0 | 0.990 ±0.010 |" in made
+    )
 
 
 @pytest.mark.parametrize(
