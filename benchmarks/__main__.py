@@ -11,7 +11,7 @@ tune       measures launch configurations on the GPU at hand and writes the tabl
 llama      fine-tuning steps and decoding, against peft, bitsandbytes and transformers
 scaling    what a step costs over batch, sequence, width, depth, vocabulary and threads; fits the planner
 plan       step time, memory and cost of a preset on GPUs, from the roofline; measures nothing
-all        both ladders, ops, tokenizer and loader; --out takes the report
+all        ops, the ladders of both models, peers, tokenizer and loader; --out takes the report
 gpu-check  everything that needs a GPU: tests on the device, ops and train
 peers      the training step of nanoGPT, transformers and llm.c beside ours
 models     a table of run directories of gpt and llama_lora on the same held-out text
@@ -31,6 +31,7 @@ from benchmarks import (
     gpu_check,
     harness,
     ladder_report,
+    llama_rungs,
     loader,
     models,
     ops,
@@ -120,7 +121,7 @@ class Options:
 USES = {
     "json": ("ops", "train", "ladder", "tokenizer", "loader", "tune", "scaling", "peers", "llama", "all"),
     "out": ("all", "models", "ladder"),
-    "base": ("llama", "ladder"),
+    "base": ("llama", "ladder", "all"),
     "steps": ("ladder",),
     "sweeps": ("ladder",),
     "gpu": ("plan",),
@@ -199,9 +200,18 @@ def run(options: Options) -> int:
         request = Request(
             options.preset, options.batch_size or 4, device, options.data, not options.no_compiled
         )
-        climbed, sections["ladder"] = ladder_report.measure(options.model, request, rounds)
-        printed += climbed
+        climbed, section = ladder_report.measure("gpt", request, rounds)
+        printed, sections["ladders"] = printed + climbed, [section]
         save()
+    if options.subject == "all":
+        try:
+            request = Request("", llama_rungs.BATCH_SIZE, device, base=fetched(options.base))
+            climbed, section = ladder_report.measure("llama", request, rounds)
+        except UserError as error:
+            print(f"skipped: ladder of llama: {error}")
+        else:
+            printed, sections["ladders"] = printed + climbed, [*sections["ladders"], section]
+            save()
     if options.subject in ("peers", "all"):
         measured, skipped = peers.measure(
             options.preset, options.batch_size or 4, device, rounds,

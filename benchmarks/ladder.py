@@ -36,8 +36,8 @@ class Step(Protocol):
     shape: str
     dtype: torch.dtype
     """Of the matrix products, for the ceiling."""
-    tokens: int
-    """In one step."""
+    tokens: float
+    """In one step, on average."""
     flops: float
     """Of the matrix products that one step needs."""
     losses: list[torch.Tensor]
@@ -91,6 +91,8 @@ class Request:
     device: torch.device
     data: Path | None = None
     compiled: bool = True
+    base: Path | None = None
+    """llama: the directory of the model."""
 
 
 @dataclass
@@ -147,7 +149,7 @@ class _Trait:
 
     shape: str
     dtype: torch.dtype
-    tokens: int
+    tokens: float
     flops: float
     ceilings: Ceilings
 

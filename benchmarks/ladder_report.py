@@ -10,13 +10,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import gpt_ladder, harness
+from benchmarks import gpt_ladder, harness, llama_rungs
 from benchmarks.harness import Row
 from benchmarks.ladder import Climb, Ladder, Request, climb, sections
 from benchmarks.train import Profile, profile, report_profile
 from gpt.cli import UserError
 
-LADDERS: dict[str, Callable[[Request, Path], Ladder]] = {"gpt": gpt_ladder.build}
+LADDERS: dict[str, Callable[[Request, Path], Ladder]] = {"gpt": gpt_ladder.build, "llama": llama_rungs.build}
 """By model: (request, a folder that is removed afterwards) -> its ladder."""
 UNEXPLAINED, ACCOUNTED = 0.10, 0.95
 

@@ -47,12 +47,14 @@ class Step:
     path: Path
     batch_size: int
     device: torch.device
+    precision: str = "auto"
+    optimizer_bits: int = 8
 
     def __post_init__(self) -> None:
-        self.backend, self.dtype = get_backend(self.backend_name), pick_dtype("auto", self.device)
+        self.backend, self.dtype = get_backend(self.backend_name), pick_dtype(self.precision, self.device)
         self.config = FinetuneConfig(
             self.path, Path(), Path(), method=self.method, backend=self.backend_name,  # type: ignore[arg-type]
-            batch_size=self.batch_size, block_size=BLOCK_SIZE,
+            batch_size=self.batch_size, block_size=BLOCK_SIZE, optimizer_bits=self.optimizer_bits,  # type: ignore[arg-type]
         )  # fmt: skip
         self.model: Any = self.backend.load(self.path, Recipe(self.method), self.dtype, self.device)
         files.reset(self.backend.adapters(self.model), 0)
@@ -64,17 +66,18 @@ class Step:
         self.batches = [rows.training_batch(i, self.batch_size, 0, self.device) for i in range(3)]
         self.tokens = statistics.fmean(batch.tokens for batch in self.batches)
         self.flops = flops_per_token(self.model.config, self.config) * self.tokens
-        self.count = 0
+        self.losses: list[torch.Tensor] = []
 
     def loss(self) -> torch.Tensor:
-        return self.backend.loss(self.model, self.batches[self.count % len(self.batches)])
+        return self.backend.loss(self.model, self.batches[len(self.losses) % len(self.batches)])
 
     def __call__(self) -> None:
         self.model.train()
-        self.loss().backward()
+        loss = self.loss()
+        loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.count += 1
+        self.losses.append(loss.detach())
 
 
 def documents(vocab_size: int, tokens: int) -> list[Example]:

@@ -6,6 +6,7 @@ import base64
 import html
 import io
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from gpt.cli import write_atomically
 from gpt.report import STYLE, html_table
 
 OURS, PEER = "#1668b8", "#9aa0a8"
-NOT_OPS = ("ladder", "removal", "scaling", "open")
 Draw = Callable[[Any, Results], None]
 
 
@@ -26,10 +26,17 @@ def rows_of(results: Results, prefix: str) -> list[Row]:
     return [row for row in results.rows if row.subject.startswith(prefix)]
 
 
+def section_of(results: Results, title: str) -> dict[str, Any]:
+    """What the JSON holds of a ladder beside its rows."""
+    return next(section for section in results.content["ladders"] if section["title"] == title)
+
+
 def roofline(axes: Any, results: Results) -> None:
     """Measured time of every op over the time its work takes at the ceiling of its row."""
     rows = [
-        row for row in results.rows if row.fraction_of_ceiling > 0 and not row.subject.startswith(NOT_OPS)
+        row
+        for row in results.rows
+        if row.fraction_of_ceiling > 0 and not row.subject.startswith(tables.NOT_OPS)
     ]
     for name, colour, mark, wanted in (("peers", PEER, "x", False), ("tapelm", OURS, "o", True)):
         points = [row for row in rows if ("tapelm" in row.variant or "ours" in row.variant) is wanted]
@@ -59,26 +66,26 @@ def bars(axes: Any, rows: Sequence[Row], numbers: Sequence[float], show: str, ti
     axes.set_title(title)
 
 
-def ladder_bars(axes: Any, results: Results) -> None:
-    rows = rows_of(results, "ladder")
+def ladder_bars(axes: Any, results: Results, title: str) -> None:
+    rows = rows_of(results, f"ladder {title}")
     speeds = [row.extra["tokens_per_second"] for row in rows]
     bars(axes, rows, speeds, "{:,.0f}", "Tokens per second, one optimization more on every line")
 
 
-def removal_bars(axes: Any, results: Results) -> None:
-    rows = rows_of(results, "removal")[1:]
+def removal_bars(axes: Any, results: Results, title: str) -> None:
+    rows = rows_of(results, f"removal {title}")[1:]
     slower = [100 * (1 / next(iter(row.ratio_vs.values())) - 1) for row in rows]
     bars(axes, rows, slower, "{:+.0f}%", "How much longer a step takes without one of them")
 
 
-def memory_bars(axes: Any, results: Results) -> None:
-    rows = [row for row in rows_of(results, "ladder") if "peak_memory_bytes" in row.extra]
+def memory_bars(axes: Any, results: Results, title: str) -> None:
+    rows = [row for row in rows_of(results, f"ladder {title}") if "peak_memory_bytes" in row.extra]
     peaks = [row.extra["peak_memory_bytes"] / 1e6 for row in rows]
     bars(axes, rows, peaks, "{:,.0f}", "Peak memory of training, MB")
 
 
-def loss_curves(axes: Any, results: Results) -> None:
-    curves = results.content["ladder"]["losses"]
+def loss_curves(axes: Any, results: Results, title: str) -> None:
+    curves = section_of(results, title)["losses"]
     for place, (name, losses) in enumerate(curves.items()):
         axes.plot(
             range(1, len(losses) + 1),
@@ -91,11 +98,11 @@ def loss_curves(axes: Any, results: Results) -> None:
     axes.legend(frameon=False, fontsize=7, ncols=2)
 
 
-def speed_over_time(axes: Any, results: Results) -> None:
-    section = results.content["ladder"]
+def speed_over_time(axes: Any, results: Results, title: str) -> None:
+    section = section_of(results, title)
     tokens = {
         row.variant: row.extra["tokens_per_second"] * row.median_ms / 1e3
-        for row in rows_of(results, "ladder")
+        for row in rows_of(results, f"ladder {title}")
     }
     for place, (name, seconds) in enumerate(section["step_seconds"].items()):
         colour = matplotlib.colormaps["viridis"](place / len(tokens))
@@ -126,19 +133,11 @@ def draw(plot: Draw, results: Results, height: float) -> str:
 def to_html(results: Results) -> str:
     """The page; parts whose rows are missing are left out."""
     parts = []
-    if ladder := rows_of(results, "ladder"):
-        height = 0.8 + 0.32 * len(ladder)
-        section = results.content["ladder"]
-        parts.append(
-            f"<h2>The training step, {html.escape(section['title'])}, {ladder[0].shape} tokens</h2>"
-            f"{draw(ladder_bars, results, height)}{_from_markdown(tables.ladder(results))}"
-            f"<p class='note'>{'; '.join(map(html.escape, section['skipped']))}</p>"
-            f"{draw(removal_bars, results, 0.8 + 0.32 * len(rows_of(results, 'removal')))}"
-        )
-        if any("peak_memory_bytes" in row.extra for row in ladder):
-            parts.append(draw(memory_bars, results, height))
-        parts.append(draw(loss_curves, results, 4.2) + draw(speed_over_time, results, 3.6))
-    if any(row.fraction_of_ceiling > 0 and not row.subject.startswith(NOT_OPS) for row in results.rows):
+    for section in results.content.get("ladders", ()):
+        parts += _ladder(results, section)
+    if any(
+        row.fraction_of_ceiling > 0 and not row.subject.startswith(tables.NOT_OPS) for row in results.rows
+    ):
         parts.append("<h2>Kernels</h2>" + draw(roofline, results, 5.5))
         parts.append(_from_markdown(tables.ops(results)))
     above = "".join(
@@ -164,6 +163,26 @@ load {results.machine["load_average"]:.1f} at the end.</p>
 """
 
 
+def _ladder(results: Results, section: dict[str, Any]) -> list[str]:
+    """The part of the page about one ladder."""
+    title = section["title"]
+    rows = rows_of(results, f"ladder {title}")
+    height = 0.8 + 0.32 * len(rows)
+    skipped = html.escape("; ".join(section["skipped"]))
+    parts = [
+        f"<h2>The training step, {html.escape(title)}, {rows[0].shape} tokens</h2>",
+        draw(partial(ladder_bars, title=title), results, height),
+        _from_markdown(tables.ladder_of(results, section)),
+        f"<p class='note'>left out: {skipped}</p>" if skipped else "",
+    ]
+    if removed := rows_of(results, f"removal {title}"):
+        parts.append(draw(partial(removal_bars, title=title), results, 0.8 + 0.32 * len(removed)))
+    if any("peak_memory_bytes" in row.extra for row in rows):
+        parts.append(draw(partial(memory_bars, title=title), results, height))
+    parts.append(draw(partial(loss_curves, title=title), results, 4.2))
+    return [*parts, draw(partial(speed_over_time, title=title), results, 3.6)]
+
+
 def _from_markdown(text: str) -> str:
     """The table and the sentences after it, of tables.markdown."""
     lines = text.splitlines()
@@ -174,7 +193,13 @@ def _from_markdown(text: str) -> str:
 
 def write(results: Results, folder: Path) -> Path:
     """FOLDER/index.html and FOLDER/tables.md from FOLDER/results.json; returns the page."""
-    kinds = {"ladder": "ladder", "removal": "removal", "train": "steps", "cold": "tokenizer"}
+    kinds = {
+        "ladder": "ladder",
+        "removal": "removal",
+        "train": "steps",
+        "cold": "tokenizer",
+        "loader": "loader",
+    }
     present = [kind for prefix, kind in kinds.items() if rows_of(results, prefix)]
     text = "\n".join(tables.table(kind, results) for kind in (*present, "ops"))
     write_atomically(folder / "tables.md", text)

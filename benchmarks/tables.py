@@ -11,12 +11,18 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.compare import RESULTS, Results, read
 from benchmarks.harness import Row
 from gpt.cli import UserError, run_program, write_atomically
 
 README = Path(__file__).parent.parent / "README.md"
+NOT_OPS = (
+    "train", "ladder", "removal", "peers", "scaling", "loader", "open", "encode", "load", "cold", "warm",
+    "merges", "llama", "decode",
+)  # fmt: skip
+"""How the subjects begin whose rows are not of one op."""
 BLOCK = re.compile(r"(<!-- table (\S+) (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -67,7 +73,15 @@ def _heading(row: Row) -> str:
 
 
 def ladder(results: Results) -> str:
-    rows = chosen(results, "ladder")
+    """Every ladder of the file."""
+    sections = results.content.get("ladders", [])
+    if not sections:
+        raise UserError(f"{results.path} has no rows of ladder: write it with python -m benchmarks ladder")
+    return "\n".join(ladder_of(results, section) for section in sections)
+
+
+def ladder_of(results: Results, section: dict[str, Any]) -> str:
+    rows = chosen(results, f"ladder {section['title']}")
     first = rows[0].variant
     table = markdown(
         (_heading(rows[0]), "step", "tokens/s", "MFU", "gain", "speed-up", "peak memory", "loss"),
@@ -80,14 +94,10 @@ def ladder(results: Results) -> str:
             for row in rows
         ],
     )  # fmt: skip
-    section = results.content.get("ladder", {})
-    if "product_of_steps" in section:
-        table += (
-            f"\nThe gains multiply to {section['product_of_steps']:.2f}×, first against last is "
-            f"{section['total']:.2f}×; ops account for "
-            f"{section['profile']['accounted']:.0%} of the last step.\n"
-        )
-    return table
+    return table + (
+        f"\nThe gains multiply to {section['product_of_steps']:.2f}×, first against last is "
+        f"{section['total']:.2f}×; ops account for {section['profile']['accounted']:.0%} of the last step.\n"
+    )
 
 
 def megabytes(row: Row) -> str:
@@ -108,23 +118,10 @@ def removal(results: Results) -> str:
 
 def ops(results: Results) -> str:
     """Ours beside the baseline, one line for each op and shape."""
-    skipped = (
-        "train",
-        "ladder",
-        "removal",
-        "loader",
-        "open",
-        "encode",
-        "load",
-        "cold",
-        "warm",
-        "plan",
-        "peer",
-    )
     rows = [
         row
         for row in results.rows
-        if not row.subject.startswith(skipped) and row.variant != next(iter(row.ratio_vs))
+        if not row.subject.startswith(NOT_OPS) and row.variant != next(iter(row.ratio_vs))
     ]
     return markdown(
         ("op", "shape", "variant", "median", "speed-up", "of the ceiling"),
@@ -145,10 +142,10 @@ def tokenizer(results: Results) -> str:
     peers = list(dict.fromkeys(row.variant for row in rows if row.subject.startswith("cold")))
     lines = []
     for subject in dict.fromkeys(row.subject for row in rows):
-        if not subject.startswith(("load,", "cold", "warm", "train ")):
+        if not subject.startswith(("load,", "cold", "warm", "merges")):
             continue
         by_peer = {row.variant: row for row in rows if row.subject == subject}
-        timed = subject.startswith(("load", "train"))
+        timed = subject.startswith(("load", "merges"))
         cells = [_cell(by_peer.get(peer), timed) for peer in peers]
         lines.append((subject.replace(" thr", " thread") + (", ms" if timed else ", MB/s"), *cells))
     return markdown((rows[0].shape, *peers), lines)

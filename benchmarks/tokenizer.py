@@ -238,7 +238,7 @@ def _training(texts: list[str], vocabulary: Path, size: int, rounds: int, found:
         merges = json.loads(vocabulary.read_bytes())["model"]["merges"]
         if merges != json.loads(tokenizer.to_str())["model"]["merges"]:
             raise UserError("tokenizers learns other merges")
-    rows = [row(f"train {VOCAB_SIZE}", "tapelm", own, own, size, copy)]
+    rows = [row(f"merges {VOCAB_SIZE}", "tapelm", own, own, size, copy)]
     if theirs:
-        rows.append(row(f"train {VOCAB_SIZE}", "tokenizers", theirs, own, size, copy))
+        rows.append(row(f"merges {VOCAB_SIZE}", "tokenizers", theirs, own, size, copy))
     return rows

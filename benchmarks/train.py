@@ -90,7 +90,7 @@ class Step:
             self.config, model, self.precision, device, ops, **adamw_options
         )
         self.run = torch.compile(self.model) if compiled else self.model
-        self.tokens = batch_size * model.block_size
+        self.tokens: float = batch_size * model.block_size
         self.flops = model.flops_per_token() * self.tokens
         generator = torch.Generator().manual_seed(0)
         size = (batch_size, model.block_size + 1)

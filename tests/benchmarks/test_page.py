@@ -23,8 +23,12 @@ def row(subject: str, variant: str, ratios: dict[str, float], fraction: float = 
 
 def rows() -> list[Row]:
     extra = {"tokens_per_second": 100.0, "loss": 5.0, "peak_memory_bytes": 1e9}
-    ladder = [row("ladder gpt", name, {RUNGS[0]: 2.0, "before": 1.5}, **extra) for name in RUNGS]
-    removal = [row("removal gpt", name, {RUNGS[2]: 0.9}) for name in (RUNGS[2], "without linear")]
+    ladder = [
+        row(f"ladder {title}", name, {RUNGS[0]: 2.0, "before": 1.5}, **extra)
+        for title in ("gpt seed", "llama x")
+        for name in RUNGS
+    ]
+    removal = [row("removal gpt seed", name, {RUNGS[2]: 0.9}) for name in (RUNGS[2], "without linear")]
     ops = [row("norm", "torch", {"torch": 1.0}), row("norm", "tapelm", {"torch": 2.0}, fraction=1.2)]
     return [*ladder, *removal, *ops]
 
@@ -37,13 +41,15 @@ SECTION = {
 
 
 def test_the_page_is_self_contained_and_escaped(tmp_path: Path) -> None:
-    write_results(tmp_path / "results.json", CPU, rows(), ladder=SECTION)
+    write_results(tmp_path / "results.json", CPU, rows(), ladders=[SECTION, SECTION | {"title": "llama x"}])
     text = page.write(compare.read(tmp_path / "results.json"), tmp_path).read_text(encoding="utf-8")
-    assert text.count("<img") == 6 == text.count("data:image/png;base64,")
+    assert text.count("<img") == 10 == text.count("data:image/png;base64,")
     assert not re.search(r'(?:src|href)="(?!data:)', text) and "<script" not in text
     assert "+ bf16 &lt;autocast&gt;" in text and "<autocast>" not in text
     assert "Above the ceiling" in text and "norm 4 x 256, tapelm: 120%" in text
-    assert "| + loader | 10 ms |" in (tmp_path / "tables.md").read_text(encoding="utf-8")
+    assert text.count("<h2>The training step") == 2 and "left out: x: &lt;y&gt;" in text
+    made = (tmp_path / "tables.md").read_text(encoding="utf-8")
+    assert made.count("| + loader | 10 ms |") == 2 == made.count("The gains multiply to")
 
 
 def test_parts_that_were_not_measured_are_left_out(tmp_path: Path) -> None:
