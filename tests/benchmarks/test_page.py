@@ -49,7 +49,7 @@ def test_the_page_is_self_contained_and_escaped(tmp_path: Path) -> None:
     assert "Above the ceiling" in text and "norm 4 x 256, tapelm: 120%" in text
     assert text.count("<h2>The training step") == 2 and "left out: x: &lt;y&gt;" in text
     made = (tmp_path / "tables.md").read_text(encoding="utf-8")
-    assert made.count("| + loader | 10 ms |") == 2 == made.count("The gains multiply to")
+    assert made.count("| + loader | 10 ms | 100 |") == 2 == made.count("The gains multiply to")
 
 
 def test_parts_that_were_not_measured_are_left_out(tmp_path: Path) -> None:
