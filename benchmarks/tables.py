@@ -220,9 +220,21 @@ def _with_interval(scores: dict[str, Sequence[float]], key: str) -> str:
     return f"{middle:.3f} ±{(high - low) / 2:.3f}"
 
 
+def scaling(results: Results) -> str:
+    """Exponents of a step's cost, and how far the planner was off on shapes that it was not fitted to."""
+    plan = results.content["plan"]
+    exponents = [(name.replace("_", " "), f"{power:.2f}") for name, power in plan["exponents"].items()]
+    held_out = [(name, f"{100 * error:+.0f}%") for name, error in plan["held_out_errors"].items()]
+    return (
+        markdown(("a step's time goes with", "to the power"), exponents)
+        + "\n"
+        + markdown(("not fitted: batch x T x C x layers x heads x vocabulary", "predicted"), held_out)
+    )
+
+
 KINDS: dict[str, Callable[[Results], str]] = {
     "steps": steps, "ladder": ladder, "removal": removal, "ops": ops, "tokenizer": tokenizer,
-    "loader": loader, "texts": texts, "forecasts": forecasts,
+    "loader": loader, "texts": texts, "forecasts": forecasts, "scaling": scaling,
 }  # fmt: skip
 
 
