@@ -87,16 +87,16 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def gemm_peak_flops(device: torch.device, precision: str, seconds: float = 0.5) -> float:
+def gemm_peak_flops(device: torch.device, precision: str, seconds: float = 0.25) -> float:
     """Best flops per second of square matrix products in the run's matmul dtype, measured in this process.
 
     Sizes double, five products each, until about `seconds` are spent.
     """
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    generator = torch.Generator(device).manual_seed(0)  # the default one's state belongs to the run
     best, started = 0.0, time.perf_counter()
     for size in (2048, 4096, 8192) if device.type == "cuda" else (256, 512, 1024, 2048):
-        a = torch.randn(size, size, device=device).to(dtype)
-        b = torch.randn(size, size, device=device).to(dtype)
+        a, b = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
         for _ in range(5):
             synchronize(device)
             product_started = time.perf_counter()

@@ -101,6 +101,7 @@ def _train(config: TrainConfig, arguments: list[str] | None) -> int:
     tensorboard = open_tensorboard(config.out)
     step_function = torch.compile(model) if config.compile else model
     resumed_at, session_seconds = step, seconds
+    peak_before = gemm_peak_flops(device, precision)
     session_started = time.perf_counter()
 
     def save() -> Path:
@@ -187,7 +188,7 @@ def _train(config: TrainConfig, arguments: list[str] | None) -> int:
         "peak_memory_bytes": max(peak_memory, peak_memory_bytes(device)),
         "model_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
         "parameters": parameter_count(model),
-        "gemm_peak_flops": gemm_peak_flops(device, precision),
+        "gemm_peak_flops": max(peak_before, gemm_peak_flops(device, precision)),  # others may be at work
         "batches_sha256": digest,
         "best_val_loss": best_val_loss,
         "device": device_name(device),
