@@ -152,7 +152,7 @@ def report(title: str, found: Sequence[Change]) -> None:
 def _has_rows(path: Path) -> bool:
     """Whether a committed file has rows of this contract; lock files and others have their own."""
     rows = json.loads(path.read_text(encoding="utf-8")).get("rows", [])
-    return bool(rows) and all("ratio_vs" in row for row in rows)
+    return isinstance(rows, list) and bool(rows) and all("ratio_vs" in row for row in rows)
 
 
 def committed(machine: dict[str, Any], folder: Path = RESULTS) -> tuple[list[Row], float]:

@@ -13,7 +13,7 @@ import torch
 
 import tapelm
 from benchmarks import compare
-from benchmarks.compare import LEAST, MOST, changes, committed
+from benchmarks.compare import LEAST, MOST, RESULTS, changes, committed
 from benchmarks.harness import Case, Row, close, write_results
 from benchmarks.ops import bias_gelu
 from gpt.cli import UserError
@@ -101,6 +101,12 @@ def test_committed_rows_are_those_of_this_kind_of_machine(tmp_path: Path) -> Non
     assert committed(machine, tmp_path)[1] > LEAST
     with pytest.raises(UserError, match="no results of a machine like this one"):
         committed({**machine, "threads": 999}, tmp_path)
+
+
+def test_what_is_committed_can_be_read() -> None:
+    """Among them results of other programs, which have rows of their own or none."""
+    machine = json.loads((RESULTS / "amd-epyc-zen5-2cores-ops-2026-11-26.json").read_text())["machine"]
+    assert len(committed(machine)[0]) > 100
 
 
 def synthetic(clock, seconds: float, value: float = 1.0) -> Case:
