@@ -43,6 +43,6 @@ def peak_megabytes(tmp_path, megabytes):
 
 @pytest.mark.slow
 def test_memory_hardly_grows_with_the_text(tmp_path):
-    """Buffers fill up first: a straight line through these two would say 2.3 GB for 10 GB, which took 0.88."""
+    """Buffers fill up first: a line through these two would end at 2.3 GB for 10 GB, which took 0.88."""
     small, large = peak_megabytes(tmp_path, 140), peak_megabytes(tmp_path, 560)
     assert large < 700 and large - small < 120
