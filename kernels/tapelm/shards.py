@@ -106,17 +106,17 @@ class ShardWriter:
         self._file.write(content)
         self._digest.update(content)
         self._unsynced += len(memoryview(content).cast("B"))
-        if self._unsynced >= _SYNC_BYTES:
+        if self._unsynced >= _SYNC_BYTES and (self._synced is None or self._synced.done()):
             self._sync()
-            self._unsynced = 0
 
     def _sync(self) -> None:
-        """Send to the disk what is written, once all that was sent before has arrived."""
-        self._file.flush()
+        """Let a thread wait for the disk; raises what the wait before this one has raised."""
         if self._synced is not None:
             self._synced.result()
+        self._file.flush()
         assert self._disk is not None
         self._synced = self._disk.submit(os.fsync, self._file.fileno())
+        self._unsynced = 0
 
     def close(self) -> None:
         """Give up the open shard, if any."""
