@@ -40,7 +40,7 @@ test-full: setup
 # instrumented, so that leaks are not counted, and a test that starts another Python without the sanitizer is left out, as
 # are those in which the peers do most of the work, and the exit beside daemon threads, which pybind11 handles by binding
 # a reference to the null that a forced unwinding has for an exception. In a fork, the allocator of ASan may stay locked.
-SANITIZED_TESTS := not full_disk and not every_code_point and not corpora and not hypothesis_strings and not splits_alike and not daemon_threads and not forked_children
+SANITIZED_TESTS := not full_disk and not every_code_point and not corpora and not hypothesis_strings and not splits_alike and not daemon_threads and not forked_children and not outlives
 sanitize: setup
 	$(MAKE) --no-print-directory -j2 build/sanitize/tapelm/_text.so
 	ln -sf $(CURDIR)/kernels/tapelm/*.py $(CURDIR)/kernels/tapelm/_C.*.so build/sanitize/tapelm/

@@ -100,6 +100,13 @@ def is_complete(directory: Path, card: Mapping[str, Any]) -> bool:
     )
 
 
+def other_files(directory: Path, card: Mapping[str, Any]) -> list[str]:
+    """Files in the directory that are not of the data: someone has put them there."""
+    ours = {*card["outputs"], NAME, PAGE}
+    names = {str(path.relative_to(directory)) for path in directory.rglob("*") if not path.is_dir()}
+    return sorted(names - ours)
+
+
 def describe_change(card: Mapping[str, Any], settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
     """In words, the first thing in which the card differs from these settings and inputs."""
     for name, value in settings.items():

@@ -11,8 +11,8 @@ has passed: an interrupted run leaves OUT as it was.
 from __future__ import annotations
 
 import errno
-import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -32,6 +32,7 @@ from data.problems import Problems
 from data.sources import fed, files, hf, news, packages, rows, sec
 from data.tokens import write_tokens
 from gpt.cli import UserError, parse_options
+from tapelm.shards import replace_directory, sibling
 
 SOURCES: dict[str, Callable[[Config, Progress], Corpus]] = {
     "packages": packages.open_corpus,
@@ -63,12 +64,14 @@ def prepare(config: Config) -> dict[str, Any]:
             if card.is_complete(out, present):
                 print(f"{config.out}: up to date", file=sys.stderr)
                 return present
+        if present is not None and (others := card.other_files(out, present)):
+            raise DataError(f"{config.out} holds {others[0]}, which would be lost: move it elsewhere")
         out.parent.mkdir(parents=True, exist_ok=True)
-        staging = out.with_name(f"{out.name}.tmp-{os.getpid()}")
+        staging = sibling(out, "tmp")
+        staging.mkdir()
         try:
-            staging.mkdir()
             made = _build(config, corpus, staging, progress)
-            _publish(staging, out)
+            replace_directory(staging, out)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     for warning in made["warnings"]:
@@ -126,23 +129,9 @@ def _split_warnings(config: Config, counts: card.Counts) -> list[str]:
     ]
 
 
-def _publish(staging: Path, out: Path) -> None:
-    """Put the finished directory in place of the old one, which is deleted last."""
-    old = out.with_name(f"{out.name}.old-{os.getpid()}")
-    if out.exists():
-        os.replace(out, old)
-    try:
-        os.replace(staging, out)
-    except OSError:
-        if old.exists():
-            os.replace(old, out)
-        raise
-    if old.exists():
-        shutil.rmtree(old)
-
-
 def main() -> None:
     """Command line: exits 2 with one line for the user's mistakes and for full disks."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         config = parse_options(Config, sys.argv[1:], prog="python -m data.prepare", description=__doc__)
     except UserError as error:

@@ -37,13 +37,18 @@ class Columns:
 
 
 def open_corpus(config: Config, progress: Progress) -> Corpus:
-    """The files of --input, less those inside --out."""
+    """The files of --input, less those inside --out and what killed runs have left beside it."""
     out = config.out.resolve()
-    paths = [path for path in find_files(config.input) if not path.resolve().is_relative_to(out)]
+    paths = [path for path in find_files(config.input) if not _is_output(path.resolve(), out)]
     columns = Columns(text=config.text_column, date=config.date_column)
     tracked = progress.track(paths, description="input files")
     inputs = {str(path): sha256_of(path) for path in tracked}
     return Corpus(lambda problems: read_files(paths, columns, problems), inputs)
+
+
+def _is_output(path: Path, out: Path) -> bool:
+    beside = path.relative_to(out.parent).parts[0] if path.is_relative_to(out.parent) else ""
+    return beside == out.name or beside.startswith((f"{out.name}.tmp-", f"{out.name}.old-"))
 
 
 def find_files(inputs: Sequence[str]) -> list[Path]:
@@ -166,13 +171,16 @@ def _fault(text: Any) -> str | None:
 
 
 def to_day(value: Any) -> datetime.date | None:
-    """A day out of a date, a datetime or ISO text; None for nothing. Raises ValueError for anything else."""
+    """A day (UTC) out of a date, a datetime or ISO text; None for nothing. Raises ValueError for all else."""
     if value is None or value == "":
         return None
-    if isinstance(value, datetime.datetime):
-        return value.date()
-    if isinstance(value, datetime.date):
-        return value
-    if not isinstance(value, str):
+    if isinstance(value, str):
+        value = datetime.datetime.fromisoformat(value.strip())
+    if not isinstance(value, datetime.date):
         raise ValueError(f"{type(value).__name__} is no date")
-    return datetime.date.fromisoformat(value[:10])
+    if not isinstance(value, datetime.datetime):
+        return value
+    try:
+        return value.date() if value.tzinfo is None else value.astimezone(datetime.UTC).date()
+    except OverflowError as error:  # in the year 1 or 9999
+        raise ValueError(f"{value} has no day in UTC") from error

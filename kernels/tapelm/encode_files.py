@@ -13,103 +13,23 @@ import os
 import shutil
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 
-from tapelm import _text
-from tapelm.shards import ShardWriter, check_settings, replace_directory, replaceable, token_dtype
-
-JOURNAL = "journal.jsonl"
-BLOCK_BYTES = 1 << 21  # of text, encoded at a time
-PIECE_BYTES = 1 << 19  # of a plain text, read at a time
-_of_thread = threading.local()
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """A tokenizer as `encode_files` needs it."""
-
-    bpe: _text.Bpe
-    vocab_size: int
-    end_of_text: int
-    specials: list[bytes]
-    tokenizer_sha256: str
-
-    @property
-    def token_bytes(self) -> int:
-        return token_dtype(self.vocab_size).itemsize
-
-
-@dataclass(frozen=True)
-class Position:
-    """A place in the inputs: byte `offset` of file number `file`, perhaps `inside` a plain text."""
-
-    file: int = 0
-    offset: int = 0
-    inside: bool = False
-
-
-@dataclass(frozen=True)
-class Lines:
-    """Whole lines of a .jsonl file, read by the thread that encodes them."""
-
-    position: Position
-    path: Path
-    size: int
-
-    def encode(self, encoding: Encoding) -> tuple[np.ndarray, np.ndarray]:
-        content = _warm_memory(self.size)
-        with self.path.open("rb") as file:
-            file.seek(self.position.offset)
-            if file.readinto(content) != self.size:
-                raise ValueError(f"{self.path} changed while it was encoded: encode it again")
-        tokens = encoding.end_of_text, encoding.token_bytes
-        try:
-            return _text.encode_lines(encoding.bpe, content, str(self.path), 1, *tokens)
-        except ValueError:  # the same again, with the line counted from the beginning of the file
-            line = _lines_before(self.path, self.position.offset) + 1
-            return _text.encode_lines(encoding.bpe, content, str(self.path), line, *tokens)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Plain text of one file; the last piece of a file ends its document."""
-
-    position: Position
-    path: Path
-    content: bytes
-    ends: bool
-
-    @property
-    def place(self) -> str:
-        return f"{self.path}, from byte {self.position.offset}" if self.position.offset else str(self.path)
-
-
-@dataclass(frozen=True)
-class Pieces:
-    """Pieces of one or more files."""
-
-    pieces: list[Piece]
-
-    @property
-    def position(self) -> Position:
-        return self.pieces[0].position
-
-    def encode(self, encoding: Encoding) -> tuple[np.ndarray, np.ndarray]:
-        return _text.encode_pieces(
-            encoding.bpe,
-            [piece.content for piece in self.pieces],
-            [piece.place for piece in self.pieces],
-            [piece.ends for piece in self.pieces],
-            self.position.inside,
-            encoding.end_of_text,
-            encoding.token_bytes,
-        )
+from tapelm._blocks import Encoding, Lines, Pieces, Position, read_blocks
+from tapelm.shards import (
+    JOURNAL,
+    ShardWriter,
+    check_settings,
+    replace_directory,
+    replaceable,
+    strange_files,
+)
 
 
 def encode_files(
@@ -127,10 +47,10 @@ def encode_files(
         "end_of_text": encoding.end_of_text,
         "shard_tokens": shard_tokens,
     }
-    partial.mkdir(parents=True, exist_ok=True)
+    _make_partial(partial)
     kept = False
     with (partial / JOURNAL).open("a+", encoding="utf-8") as journal:
-        _lock(journal, out_dir)
+        _lock(journal, partial, out_dir)
         try:
             shards, position, skip = _read_journal(journal, partial, key)
             writer = _write(encoding, paths, partial, shard_tokens, journal, shards, position, skip)
@@ -149,6 +69,7 @@ def encode_files(
         finally:
             if not kept:
                 shutil.rmtree(partial, ignore_errors=True)
+            fcntl.flock(journal, fcntl.LOCK_UN)  # a child that was forked meanwhile has the file open, too
     return manifest
 
 
@@ -182,18 +103,21 @@ def _write(
     cores = os.cpu_count() or 1
     in_order = _InOrder(write)
     written: deque[Future[None]] = deque()
+    encoders = ThreadPoolExecutor(cores)
     try:
-        with ThreadPoolExecutor(cores) as encoders:
-            for block in read_blocks(paths, position, encoding.specials):
-                written.append(in_order.expect())
-                encoders.submit(in_order.encode, block, encoding, written[-1])
-                if len(written) > 4 * cores:
-                    written.popleft().result()
-            while written:
+        for block in read_blocks(paths, position, encoding.specials):
+            written.append(in_order.expect())
+            encoders.submit(in_order.encode, block, encoding, written[-1])
+            if len(written) > 4 * cores:
                 written.popleft().result()
+        while written:
+            written.popleft().result()
     except BaseException:
+        in_order.stop()
+        encoders.shutdown(cancel_futures=True)
         writer.close()
         raise
+    encoders.shutdown()
     return writer
 
 
@@ -218,22 +142,24 @@ class _InOrder:
         return written
 
     def encode(self, block: Lines | Pieces, encoding: Encoding, written: Future[None]) -> None:
+        current = written
         try:
             encoded = (block.position, *block.encode(encoding))
-        except BaseException as error:
-            written.set_exception(error)
-            return
-        with self._lock:
-            self._encoded[written] = encoded
-        while (ready := self._next()) is not None:
-            try:
-                self._write(*ready[1])
-            except BaseException as error:  # stays busy
-                ready[0].set_exception(error)
-                return
             with self._lock:
-                self._busy = False
-            ready[0].set_result(None)
+                self._encoded[written] = encoded
+            while (ready := self._next()) is not None:
+                current = ready[0]
+                self._write(*ready[1])
+                with self._lock:
+                    self._busy = False
+                current.set_result(None)
+        except BaseException as error:  # stays busy if it was writing
+            current.set_exception(error)
+
+    def stop(self) -> None:
+        """Write nothing more than what is being written."""
+        with self._lock:
+            self._expected.clear()
 
     def _next(self) -> tuple[Future[None], tuple[Position, np.ndarray, np.ndarray]] | None:
         """What to write now, unless another thread is writing: that one comes back for it."""
@@ -245,88 +171,33 @@ class _InOrder:
             return written, self._encoded.pop(written)
 
 
-def read_blocks(
-    paths: list[Path],
-    start: Position,
-    specials: list[bytes],
-    block_bytes: int = BLOCK_BYTES,
-    piece_bytes: int = PIECE_BYTES,
-) -> Iterator[Lines | Pieces]:
-    """The inputs from a position on in blocks of about `block_bytes`, whose tokens are those of the whole."""
-    pieces: list[Piece] = []
-    size = 0
-    for number in range(start.file, len(paths)):
-        path = paths[number]
-        begin = start if number == start.file else Position(number)
-        if path.suffix == ".jsonl":
-            if pieces:
-                yield Pieces(pieces)
-                pieces, size = [], 0
-            yield from _read_lines(path, begin, block_bytes)
-            continue
-        for piece in _read_pieces(path, begin, specials, piece_bytes):
-            pieces.append(piece)
-            size += len(piece.content)
-            if size >= block_bytes or len(pieces) >= 4096:
-                yield Pieces(pieces)
-                pieces, size = [], 0
-    if pieces:
-        yield Pieces(pieces)
-
-
-def _read_lines(path: Path, begin: Position, block_bytes: int) -> Iterator[Lines]:
-    offset, size = begin.offset, path.stat().st_size
-    with path.open("rb") as file:
-        while offset < size:
-            file.seek(offset + block_bytes - 1)
-            file.readline()
-            end = min(file.tell(), size)
-            yield Lines(Position(begin.file, offset), path, end - offset)
-            offset = end
-
-
-def _warm_memory(size: int) -> memoryview:
-    """`size` bytes that belong to this thread, the same at every call: warm in its cache."""
-    if len(getattr(_of_thread, "memory", b"")) < size:
-        _of_thread.memory = bytearray(size)
-    return memoryview(_of_thread.memory)[:size]
-
-
-def _lines_before(path: Path, offset: int) -> int:
-    lines = 0
-    with path.open("rb") as file:
-        while offset > 0 and (chunk := file.read(min(offset, BLOCK_BYTES))):
-            lines += chunk.count(b"\n")
-            offset -= len(chunk)
-    return lines
-
-
-def _read_pieces(path: Path, begin: Position, specials: list[bytes], piece_bytes: int) -> Iterator[Piece]:
-    offset, inside = begin.offset, begin.inside
-    with path.open("rb") as file:
-        file.seek(offset)
-        pending = b""
-        # Text that cannot be cut doubles from read to read, so that looking for a cut stays linear.
-        while chunk := file.read(max(piece_bytes, len(pending))):
-            pending += chunk
-            cut = _text.safe_cut(pending, specials)
-            if cut:
-                yield Piece(Position(begin.file, offset, inside), path, pending[:cut], False)
-                pending = pending[cut:]
-                offset, inside = offset + cut, True
-        yield Piece(Position(begin.file, offset, inside), path, pending, True)
-
-
 def _identity(path: Path) -> list[Any]:
     status = path.stat()
     return [str(path.resolve()), status.st_size, status.st_mtime_ns]
 
 
-def _lock(journal: TextIO, out_dir: str | os.PathLike[str]) -> None:
+def _make_partial(partial: Path) -> None:
+    """Create the directory; raises ValueError when there is one that is not of an earlier run."""
+    partial.mkdir(parents=True, exist_ok=True)
+    strange = strange_files(partial)
+    if strange or (any(partial.iterdir()) and not (partial / JOURNAL).exists()):
+        found = strange[0] if strange else f"no {JOURNAL}"
+        raise ValueError(
+            f"{partial} is needed for shards that are not finished, and holds {found}: move it elsewhere"
+        )
+
+
+def _lock(journal: TextIO, partial: Path, out_dir: str | os.PathLike[str]) -> None:
+    """Raises ValueError when another process has the journal, or has had it and moved it away."""
     try:
         fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        there = os.stat(partial / JOURNAL)
     except BlockingIOError as error:
         raise ValueError(f"another process is encoding to {os.fspath(out_dir)}: wait for it") from error
+    except FileNotFoundError:
+        there = None
+    if there is None or not os.path.samestat(there, os.fstat(journal.fileno())):
+        raise ValueError(f"another process has just encoded to {os.fspath(out_dir)}: look, or start again")
 
 
 def _append(journal: TextIO, record: dict[str, Any]) -> None:
@@ -359,9 +230,7 @@ def _read_journal(
     shards = [record["shard"] for record in records[1:]]
     kept = {shard["file"] for shard in shards} | {JOURNAL}
     for path in partial.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name not in kept:
+        if path.name not in kept:
             path.unlink()
     if not shards:
         return [], Position(), 0

@@ -11,9 +11,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
+import threading
+import warnings
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ import numpy as np
 from tapelm import _text
 
 MANIFEST = "manifest.json"
+JOURNAL = "journal.jsonl"  # of files that are being encoded
 _FORMAT = "tapelm-shards"
 _VERSION = 2
 _SYNC_BYTES = 1 << 22  # written before the disk is waited for, so that little is left to wait for at the end
@@ -53,19 +57,20 @@ class ShardWriter:
         self._starts: list[np.ndarray] = []
         self._digest = hashlib.sha256()
         self._unsynced = 0
-        self._disk: ThreadPoolExecutor | None = None
-        self._synced: Future[None] | None = None
+        self._disk: threading.Thread | None = None
+        self._disk_error: OSError | None = None
+        self._closed = False
         self.dtype = token_dtype(vocab_size)
         self.shards = list(shards)
 
     def add(self, ids: np.ndarray, starts: np.ndarray) -> None:
         """Append tokens (n,) in which documents begin at `starts` (k,) uint64, ascending."""
+        self._check_open()
         used = 0
         while used < ids.size:
             if self._file is None:
                 self._file = (self._directory / _file_name(len(self.shards))).open("w+b")
                 self._file.write(self._header())
-                self._disk = ThreadPoolExecutor(1)
             part = ids[used : used + self._limit - self._tokens]
             begin, end = np.searchsorted(starts, (used, used + part.size))
             self._starts.append(starts[begin:end] - np.uint64(used) + np.uint64(self._tokens))
@@ -78,18 +83,19 @@ class ShardWriter:
 
     def finish(self) -> None:
         """Complete the open shard: document starts, header, hash."""
+        self._check_open()
         if self._file is None:
             return
         with self._file as file:
-            self._append(bytes(-file.tell() % 8))
-            self._append(np.concatenate(self._starts).astype("<u8").data)
-            size = file.tell()
-            file.seek(0)
-            file.write(self._header())
-            self._sync()
-            assert self._disk is not None and self._synced is not None
-            self._disk.shutdown()
-            self._synced.result()
+            try:
+                self._append(bytes(-file.tell() % 8))
+                self._append(np.concatenate(self._starts).astype("<u8").data)
+                size = file.tell()
+                file.seek(0)
+                file.write(self._header())
+                self._sync()
+            finally:
+                self._wait_for_disk()  # before the file's number can become another file's
         self.shards.append(
             {
                 "file": Path(file.name).name,
@@ -99,30 +105,48 @@ class ShardWriter:
                 "sha256": self._digest.hexdigest(),
             }
         )
-        self._file, self._synced, self._tokens, self._starts = None, None, 0, []
+        self._file, self._tokens, self._starts = None, 0, []
         self._digest, self._unsynced = hashlib.sha256(), 0
 
     def _append(self, content: bytes | memoryview) -> None:
         self._file.write(content)
         self._digest.update(content)
         self._unsynced += len(memoryview(content).cast("B"))
-        if self._unsynced >= _SYNC_BYTES and (self._synced is None or self._synced.done()):
+        if self._unsynced >= _SYNC_BYTES and (self._disk is None or not self._disk.is_alive()):
             self._sync()
 
     def _sync(self) -> None:
         """Let a thread wait for the disk; raises what the wait before this one has raised."""
-        if self._synced is not None:
-            self._synced.result()
+        self._wait_for_disk()
         self._file.flush()
-        assert self._disk is not None
-        self._synced = self._disk.submit(os.fsync, self._file.fileno())
+        self._disk = threading.Thread(target=self._sync_file, args=(self._file.fileno(),))
+        self._disk.start()
         self._unsynced = 0
 
+    def _sync_file(self, number: int) -> None:
+        try:
+            os.fsync(number)
+        except OSError as error:
+            self._disk_error = error
+
+    def _wait_for_disk(self) -> None:
+        if self._disk is not None:
+            self._disk.join()
+            self._disk = None
+        if self._disk_error is not None:
+            error, self._disk_error = self._disk_error, None
+            raise error
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError("the writer of these shards is closed")
+
     def close(self) -> None:
-        """Give up the open shard, if any."""
+        """Give up the open shard, if any; nothing can be added any more."""
+        self._closed = True
         if self._file is not None:
-            assert self._disk is not None
-            self._disk.shutdown()  # before the file's number can become another file's
+            if self._disk is not None:
+                self._disk.join()
             self._file.raw.close()
             self._file = None
 
@@ -177,16 +201,39 @@ def check_settings(vocab_size: int, end_of_text: int, shard_tokens: int) -> None
         raise ValueError(f"shard_tokens must be positive, got {shard_tokens}")
 
 
+def strange_files(directory: Path) -> list[str]:
+    """Names of what is in `directory` and is no part of shards, nor of shards that are being written."""
+    ours = re.compile(rf"shard-\d{{5,}}\.bin|{re.escape(MANIFEST)}|{re.escape(JOURNAL)}")
+    return sorted(
+        path.name for path in directory.iterdir() if not ours.fullmatch(path.name) or not path.is_file()
+    )
+
+
 def replaceable(out_dir: str | os.PathLike[str]) -> Path:
     """`out_dir`, resolved; raises ValueError when it holds something else than shards."""
     target = Path(out_dir).resolve()
-    if (
-        target.exists()
-        and not (target / MANIFEST).is_file()
-        and (not target.is_dir() or any(target.iterdir()))
-    ):
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return target
+    if not target.is_dir() or not _has_manifest(target):
         raise ValueError(f"{out_dir} exists and is no shard directory: remove it or choose another out_dir")
+    if strange := strange_files(target):
+        raise ValueError(
+            f"{out_dir} holds {strange[0]}, which is no shard and would be lost: move it elsewhere"
+        )
     return target
+
+
+def _has_manifest(directory: Path) -> bool:
+    try:
+        manifest = json.loads((directory / MANIFEST).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(manifest, dict) and manifest.get("format") == _FORMAT
+
+
+def sibling(target: Path, kind: str) -> Path:
+    """A path beside `target` that no other process or thread uses: NAME.KIND-1f2e3d4c."""
+    return target.with_name(f"{target.name}.{kind}-{secrets.token_hex(4)}")
 
 
 def write_shards(
@@ -210,8 +257,7 @@ def write_shards(
     """
     check_settings(vocab_size, end_of_text, shard_tokens)
     target = replaceable(out_dir)
-    partial = target.with_name(f"{target.name}.tmp-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)  # of a killed process that had this id
+    partial = sibling(target, "tmp")
     partial.mkdir(parents=True)
     writer = ShardWriter(partial, vocab_size, end_of_text, shard_tokens)
     begin = np.zeros(1, dtype=np.uint64)
@@ -244,18 +290,23 @@ def _checked(document: np.ndarray, number: int, vocab_size: int, end_of_text: in
 
 
 def replace_directory(source: Path, target: Path) -> None:
-    """Rename `source` to `target`; what was there is removed afterwards, or put back when renaming fails."""
-    old = target.with_name(f"{target.name}.old-{os.getpid()}")
-    if not target.exists():
-        source.rename(target)
-        return
-    target.rename(old)
+    """Rename `source` to `target`; what was there is removed afterwards, or put back when renaming fails.
+
+    Warns when the old directory cannot be removed: the new one is in its place all the same.
+    """
+    old = sibling(target, "old")
     try:
+        if target.exists():
+            target.rename(old)
         source.rename(target)
     finally:
-        if not target.exists():
+        if old.exists() and not target.exists():
             old.rename(target)
-    shutil.rmtree(old)
+    try:
+        if old.exists():
+            shutil.rmtree(old)
+    except OSError as error:
+        warnings.warn(f"{old}, the data before, cannot be removed: {error}", stacklevel=2)
 
 
 def read_manifest(directory: Path) -> tuple[dict[str, Any], str]:

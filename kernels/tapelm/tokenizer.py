@@ -28,10 +28,11 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from tapelm import _text
+from tapelm._blocks import Encoding
 from tapelm._rank_files import ranks_of
 from tapelm._tokenizer_files import check_arguments, has_rank_suffix, read_tokenizer_file, tokenizer_file
 from tapelm._tokenizer_json import CHARACTER_OF_BYTE, new_config, read_config
-from tapelm.encode_files import Encoding, encode_files
+from tapelm.encode_files import encode_files
 
 
 @contextlib.contextmanager

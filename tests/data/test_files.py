@@ -9,7 +9,7 @@ import pytest
 
 from data.documents import DataError
 from data.problems import Problems
-from data.sources.files import Columns, find_files, read_files
+from data.sources.files import Columns, find_files, read_files, to_day
 from data.sources.formats import CHUNK_BYTES
 from data.sources.packing import MAX_BYTES, PACK_BYTES
 
@@ -140,6 +140,28 @@ def test_jsonl_columns_and_dates(tmp_path):
     assert (third.date, third.available_at) == (None, None)
 
 
+@pytest.mark.parametrize(
+    ("stamp", "day"),
+    [
+        ("2015-01-31", 31),
+        ("2015-01-31T23:59:59", 31),
+        ("2015-01-31 17:03:00+00:00", 31),
+        ("2015-01-30T23:00:00-05:00", 31),
+        ("2015-02-01T05:00:00.000+09:00", 31),
+        ("2015-01-31T22:15:00Z", 31),
+    ],
+)
+def test_days_are_those_of_utc(stamp, day):
+    """Releases of all time zones are compared with one cut."""
+    assert to_day(stamp) == date(2015, 1, day)
+
+
+@pytest.mark.parametrize("stamp", ["2015-01-31x", "31.01.2015", "0001-01-01T00:00+14:00", "2015-13-01", 2015])
+def test_other_dates_are_refused(stamp):
+    with pytest.raises(ValueError, match=r".+"):
+        to_day(stamp)
+
+
 def test_csv_with_quoted_newlines(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text('date,text\n2015-01-02,"two\n\nlines, one ""field"""\n2015-01-03,plain\n')
@@ -156,6 +178,7 @@ BAD_ROWS = [
     ("a.jsonl", '{"text": "x"}\n{"body": "x"}\n{"text": "y"}\n', "no column 'text'", 2),
     ("a.jsonl", '{"text": 3}\n{"text": "x"}\n{"text": "y"}\n', "text is int", 1),
     ("a.jsonl", '{"text": "x"}\n{"text": "x", "date": "3 May"}\n{"text": "y"}\n', "date is not ISO", 2),
+    ("a.jsonl", '{"text": "x"}\n{"text": "x", "date": "2015-01-02, revised"}\n{"text": "y"}\n', "date is", 2),
     ("a.jsonl", '{"text": "x", "date": 20150102}\n{"text": "x"}\n{"text": "y"}\n', "date is not ISO", 1),
     ("a.jsonl", '{"text": "a<|endoftext|>b"}\n{"text": "x"}\n{"text": "y"}\n', "text contains the res", 1),
     ("a.jsonl", '{"text": "\\ud800"}\n{"text": "x"}\n{"text": "y"}\n', "lone surrogate", 1),

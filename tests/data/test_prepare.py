@@ -4,7 +4,11 @@ import hashlib
 import json
 import random
 import resource
+import shutil
+import signal
+import subprocess
 import sys
+from dataclasses import replace
 from datetime import date, timedelta
 from pathlib import Path
 
@@ -158,6 +162,56 @@ def test_a_run_that_stops_leaves_the_old_data(tmp_path, monkeypatch, capsys, fai
     assert len(messages) == 1 and "nothing was replaced" in messages[0]
     assert hashes(config.out) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["news.jsonl", "out"]
+
+
+SLOW = """
+import signal, sys, time
+from data import prepare, tokens
+
+def write_shards(*_, **__):
+    print("writing", flush=True)
+    time.sleep(60)
+
+tokens.write_shards = write_shards
+prepare.main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_the_old_data(tmp_path, number):
+    config = config_for(tmp_path)
+    prepare(config)
+    before = hashes(config.out)
+    arguments = ["--source", "files", "--input", config.input[0], "--out", config.out, "--force"]
+    command = [sys.executable, "-c", SLOW, *map(str, arguments), "--vocab-size", "290", "--min-block", "64"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "writing\n"
+        process.send_signal(number)
+        messages = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "interrupted: nothing was replaced" in messages
+    assert "Traceback" not in messages
+    assert hashes(config.out) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["news.jsonl", "out"]
+
+
+def test_files_of_the_user_in_the_data_are_not_lost(tmp_path):
+    config = config_for(tmp_path)
+    prepare(config)
+    (config.out / "documents" / "thesis.txt").write_text("years of work")
+    with pytest.raises(program.DataError, match=r"holds documents/thesis\.txt, which would be lost"):
+        prepare(replace(config, force=True))
+    assert (config.out / "documents" / "thesis.txt").read_text() == "years of work"
+    (config.out / "documents" / "thesis.txt").unlink()
+    prepare(replace(config, force=True))
+
+
+def test_outputs_are_not_read_as_inputs(tmp_path):
+    config = config_for(tmp_path)
+    prepare(config)
+    shutil.copytree(config.out, tmp_path / "out.tmp-0a1b2c3d")
+    shutil.copytree(config.out, tmp_path / "out.old-0a1b2c3d")
+    made = prepare(replace(config, input=(str(tmp_path),), force=True))
+    assert list(made["inputs"]) == list(map(str, config.input))
 
 
 def test_full_disk_is_one_line(tmp_path, monkeypatch, capsys):

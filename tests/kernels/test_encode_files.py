@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tapelm import _text, encode_files, shards
-from tapelm.encode_files import Encoding, Pieces, Position, read_blocks
+from tapelm._blocks import Encoding, Pieces, Position, read_blocks
 from tapelm.shards import ShardWriter, verify_shards
 from tapelm.tokenizer import Tokenizer
 
@@ -525,7 +526,7 @@ def damage(line: bytes) -> Callable[[Path], object]:
     [
         (lambda directory: (directory / "shard-00002.bin").unlink(), 2),
         (cut_off, 2),
-        (lambda directory: (directory / "stray").mkdir(), 5),
+        (lambda directory: (directory / "shard-00009.bin").write_bytes(b"of an older run"), 5),
         (damage(b"{}\n"), 5),
         (damage(b"5\n"), 5),
         (damage(b"\xff\n"), 5),
@@ -559,6 +560,67 @@ def test_a_damaged_partial_directory_is_continued_from_what_is_good(
     tokenizer.encode_files([source], out, shard_tokens=1000)
     assert contents(out) == expected and not partial.exists()
     assert [(out / f"shard-{n:05d}.bin").stat().st_mtime_ns for n in range(kept)] == stamps[:kept]
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "shard-00000.bin", "folder/thesis.txt"])
+def test_a_partial_directory_of_someone_else_is_left_alone(
+    tokenizer: Tokenizer, tmp_path: Path, name: str
+) -> None:
+    path = tmp_path / "out.partial" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("years of work")
+    (tmp_path / "x.txt").write_text(prose(1, 10))
+    with pytest.raises(ValueError, match=r"out\.partial is needed .* move it elsewhere"):
+        tokenizer.encode_files([tmp_path / "x.txt"], tmp_path / "out")
+    assert path.read_text() == "years of work" and not (tmp_path / "out").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.partial", "x.txt"]
+
+
+def test_a_run_that_ended_while_another_waited_is_noticed(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x.txt").write_text(prose(1, 10))
+    lock = fcntl.flock
+
+    def late(journal: object, how: int) -> None:
+        if how & fcntl.LOCK_EX:
+            (tmp_path / "out.partial").rename(tmp_path / "out")
+            (tmp_path / "out" / "journal.jsonl").unlink()
+        lock(journal, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(ValueError, match="another process has just encoded to"):
+        tokenizer.encode_files([tmp_path / "x.txt"], tmp_path / "out")
+
+
+def test_nothing_is_written_after_an_interruption(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks that are on their way when Ctrl-C arrives do not reach the shards behind its back."""
+    source, written = tmp_path / "x.jsonl", []
+    source.write_text("".join(json.dumps({"text": prose(n, 100)}) + "\n" for n in range(200)))
+    add, result, blocks = ShardWriter.add, Future.result, encode_files.read_blocks
+
+    def slow(writer: ShardWriter, *block: np.ndarray) -> None:
+        time.sleep(0.01)
+        written.append(time.monotonic())
+        add(writer, *block)
+
+    def interrupted(future: Future[None]) -> None:
+        result(future)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(encode_files, "read_blocks", lambda *a: blocks(*a, block_bytes=1000))
+    monkeypatch.setattr(ShardWriter, "add", slow)
+    monkeypatch.setattr(Future, "result", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tokenizer.encode_files([source], tmp_path / "out", shard_tokens=1000)
+    ended = time.monotonic()
+    time.sleep(0.1)
+    assert max(written) <= ended and len(written) < 30
+    monkeypatch.undo()
+    manifest = tokenizer.encode_files([source], tmp_path / "out", shard_tokens=1000)
+    assert manifest["documents"] == 200 and verify_shards(tmp_path / "out") == manifest
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -16,7 +17,7 @@ import torch
 
 from tapelm import _text
 from tapelm.loader import Batch, TokenLoader
-from tapelm.shards import verify_shards, write_shards
+from tapelm.shards import ShardWriter, verify_shards, write_shards
 
 VOCAB, END = 1000, 999
 
@@ -365,8 +366,15 @@ def test_other_directories_are_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no shard directory"):
         write(tmp_path / "notes")
     assert (tmp_path / "notes" / "thesis.txt").read_text() == "years of work"
+    (tmp_path / "notes" / "manifest.json").write_text('{"name": "a browser extension"}')
+    with pytest.raises(ValueError, match="no shard directory"):
+        write(tmp_path / "notes")
     (tmp_path / "empty").mkdir()
     assert write(tmp_path / "empty") == verify_shards(tmp_path / "empty")
+    (tmp_path / "empty" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match=r"holds thesis\.txt, which is no shard"):
+        write(tmp_path / "empty")
+    assert (tmp_path / "empty" / "thesis.txt").read_text() == "years of work"
 
 
 def test_an_interrupted_source_leaves_old_shards(shards: Path) -> None:
@@ -395,6 +403,53 @@ def test_a_failed_rename_puts_old_shards_back(shards: Path, monkeypatch: pytest.
         write(shards, make_documents(seed=2))
     assert verify_shards(shards) == before
     assert [path.name for path in shards.parent.iterdir()] == ["shards"]
+
+
+def test_old_shards_that_cannot_be_removed_are_named(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, **_: object) -> None:
+        if ".old-" in path.name:
+            raise PermissionError(1, "Operation not permitted", str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    with pytest.warns(UserWarning, match=r"shards\.old-.*, the data before, cannot be removed"):
+        manifest = write(shards, make_documents(seed=2))
+    assert verify_shards(shards) == manifest
+
+
+AFTER_MAIN = """
+import sys, threading
+import numpy as np
+from tapelm import write_shards
+
+main = threading.current_thread()
+
+def documents():
+    yield np.arange(10)
+    main.join()  # what is written now is written while the interpreter shuts down
+    yield from (np.arange(10) for _ in range(400_000))
+
+def write():
+    write_shards(documents(), sys.argv[1], vocab_size=100, end_of_text=0, shard_tokens=3_000_000)
+
+threading.Thread(target=write).start()
+"""
+
+
+def test_a_thread_that_outlives_the_main_program_can_write(tmp_path: Path) -> None:
+    arguments = [sys.executable, "-c", AFTER_MAIN.replace("arange(10)", "arange(1, 10)"), tmp_path / "shards"]
+    subprocess.run(arguments, check=True, timeout=100)
+    assert verify_shards(tmp_path / "shards")["documents"] == 400_001
+
+
+def test_a_closed_writer_takes_nothing_more(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, VOCAB, END, 100)
+    ids, starts = np.ones(30, dtype=np.uint16), np.zeros(1, dtype=np.uint64)
+    writer.add(ids, starts)
+    writer.close()
+    with pytest.raises(ValueError, match="closed"):
+        writer.add(ids, starts)
+    with pytest.raises(ValueError, match="closed"):
+        writer.write_manifest()
 
 
 FULL_DISK = """
