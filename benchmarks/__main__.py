@@ -20,16 +20,22 @@ compare    two JSON files of one machine: which ratios changed by more than thei
 
 from __future__ import annotations
 
+import multiprocessing
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import tyro
 
 from benchmarks import (
     compare,
     gpu_check,
     harness,
+    kept_memory,
     ladder_report,
     llama_rungs,
     loader,
@@ -146,6 +152,10 @@ USES = {
 """Subjects that an option is for."""
 
 
+KEPT = {"ops", "train", "ladder", "scaling", "peers", "llama", "all"}
+"""Subjects that are measured with memory that the C library keeps."""
+
+
 def refuse_ignored(options: Options) -> None:
     """Raise UserError for an option that the subject would not look at."""
     for name, subjects in USES.items():
@@ -226,10 +236,10 @@ def run(options: Options) -> int:
         if options.subject == "all" and options.text is None and not tokenizer.CORPORA.is_dir():
             print("skipped: tokenizer: no text here, give --text a .txt or .jsonl file")
         else:
-            rows += tokenizer.measure(options.text, rounds)
+            rows += alone(tokenizer.measure, options.text, rounds)
             save()
     if options.subject in ("loader", "all"):
-        rows += loader.measure_all(device, rounds, options.preset, batch_size)
+        rows += alone(loader.measure_all, device, rounds, options.preset, batch_size)
     if options.subject == "llama":
         from benchmarks import llama
 
@@ -239,6 +249,20 @@ def run(options: Options) -> int:
     if options.subject == "all" and options.out is not None:
         print(f"wrote {page.write(compare.read(options.out / 'results.json'), options.out)}")
     return 0
+
+
+def alone(measure: Callable[..., list[harness.Row]], *arguments: Any) -> list[harness.Row]:
+    """What `measure` gives in a process of its own, where memory is as the C library has it."""
+    with (
+        kept_memory.given_back(),
+        ProcessPoolExecutor(
+            1,
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=set_threads,
+            initargs=(torch.get_num_threads(),),
+        ) as pool,
+    ):
+        return pool.submit(measure, *arguments).result()
 
 
 def fetched(base: Path) -> Path:
@@ -256,10 +280,12 @@ def main(arguments: list[str]) -> int:
     if options.subject == "ladder" and options.model == "llama":
         from benchmarks import llama_ladder
 
-        return llama_ladder.run(
-            fetched(options.base), options.data or Path("runs/corpus"), options.out or Path("runs/ladder"),
-            options.steps, sweeps=options.sweeps, json_path=options.json,
-        )  # fmt: skip
+        with kept_memory.given_back():  # to runs that are those of a user
+            return llama_ladder.run(
+                fetched(options.base), options.data or Path("runs/corpus"),
+                options.out or Path("runs/ladder"), options.steps,
+                sweeps=options.sweeps, json_path=options.json,
+            )  # fmt: skip
     if options.subject == "models":
         return models.run(options.files, options.out)
     if options.subject == "plan":
@@ -279,4 +305,6 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    if KEPT & set(sys.argv[1:]):
+        kept_memory.restart()
     run_program(main)

@@ -22,8 +22,8 @@ from gpt.cli import UserError
 from gpt.hardware import fingerprint
 
 RESULTS = Path(__file__).parent / "results"
-MACHINE = ("device", "threads", "cpu_model", "cpu_capability", "bf16")
-KIND = ("threads", "cpu_capability", "bf16")
+MACHINE = ("device", "threads", "cpu_model", "cpu_capability", "bf16", "glibc_tunables")
+KIND = ("threads", "cpu_capability", "bf16", "glibc_tunables")
 """What two machines must share for their ratios to be alike within OTHER_CPU."""
 LEAST, OTHER_CPU, MOST = 0.10, 0.30, 0.50
 NOISY = 0.30
@@ -161,11 +161,11 @@ def committed(machine: dict[str, Any], folder: Path = RESULTS) -> tuple[list[Row
     Raises UserError when there are none: ratios of another kind of machine would mean nothing here.
     """
     files = [read(path) for path in sorted(folder.glob("*.json")) if _has_rows(path)]
-    same = [each for each in files if all(each.machine.get(n) == machine[n] for n in MACHINE)]
-    alike = [each for each in files if all(each.machine.get(n) == machine[n] for n in KIND)]
+    same = [each for each in files if all(each.machine.get(n) == machine.get(n) for n in MACHINE)]
+    alike = [each for each in files if all(each.machine.get(n) == machine.get(n) for n in KIND)]
     chosen = same or alike
     if not chosen:
-        kind = ", ".join(f"{name} {machine[name]}" for name in KIND)
+        kind = ", ".join(f"{name} {machine.get(name)}" for name in KIND)
         raise UserError(
             f"no results of a machine like this one ({kind}) are committed in {folder}: "
             "write them with --json FILE in place of --check"

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 from benchmarks.gpu_check import own_text
+from benchmarks.kept_memory import is_kept
 from benchmarks.ladder import Ladder, Request, Rung
 from benchmarks.loader import HEADER_BYTES, Windows
 from benchmarks.train import VOCAB_SIZE, Batches, Step, settings
@@ -172,11 +173,14 @@ def build(request: Request, folder: Path) -> Ladder:
     half = pick_precision(config, device) == "bf16"
     rungs, skipped = [], []
 
-    def add(name: str, setting: Setting, kind: Any = "step") -> None:
-        rungs.append(Rung(name, partial(place.step, setting), kind))
+    def add(name: str, setting: Setting, kind: Any = "step", *, elsewhere: bool = False) -> None:
+        rungs.append(Rung(name, partial(place.step, setting), kind, elsewhere))
 
     now = Setting("fp32")
-    add("plain fp32", now)
+    kept = device.type == "cpu" and is_kept()
+    add("plain fp32", now, elsewhere=kept)
+    if kept:
+        add("+ kept memory", now)
     if half:
         now = replace(now, precision="bf16-autocast", adamw="torch fused")
         add("+ bf16 autocast, fused AdamW", now)

@@ -7,6 +7,7 @@ of rounds takes each optimization away from the full set. Peak memory comes from
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import multiprocessing
@@ -22,7 +23,9 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.ceilings import Ceilings
+from benchmarks.elsewhere import Elsewhere
 from benchmarks.harness import Row, WrongResult, interleave, make_row
+from benchmarks.kept_memory import given_back
 from gpt.hardware import peak_memory_bytes, set_threads
 
 WARM_UP = 2
@@ -62,6 +65,11 @@ class Rung:
     name: str
     build: Callable[[], Step]
     kind: Literal["step", "branch", "memory"] = "step"
+    elsewhere: bool = False
+    """In a process of its own, whose C library gives memory back: see kept_memory."""
+
+    def make(self) -> Step:
+        return Elsewhere(self.build) if self.elsewhere else self.build()
 
 
 @dataclass(frozen=True)
@@ -139,7 +147,7 @@ def climb(ladder: Ladder, device: torch.device, rounds: int, *, memory: bool = T
             result.removed.append(row)
     if memory:
         for rung, row in zip(ladder.rungs, result.rows, strict=True):
-            row.extra["peak_memory_bytes"] = peak_memory(rung.build, device)
+            row.extra["peak_memory_bytes"] = peak_memory(rung, device)
     return result
 
 
@@ -172,7 +180,7 @@ def _rounds(
     steps: dict[str, Step] = {}
     expected = math.nan
     for rung in track(rungs, description=title, console=Console(stderr=True), transient=True):
-        step = rung.build()
+        step = rung.make()
         loss = step.evaluate()
         expected = loss if not steps else expected
         if not abs(loss - expected) <= tolerance * abs(expected):
@@ -195,10 +203,13 @@ def _rounds(
     return losses, seconds, traits
 
 
-def peak_memory(build: Callable[[], Step], device: torch.device) -> float:
+def peak_memory(rung: Rung, device: torch.device) -> float:
     """Bytes that a step needs at its peak, over those of the same process before the step was built."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_peak_memory, build, str(device), torch.get_num_threads()).result()
+    with (
+        given_back() if rung.elsewhere else contextlib.nullcontext(),
+        ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool,
+    ):
+        return pool.submit(_peak_memory, rung.build, str(device), torch.get_num_threads()).result()
 
 
 def _peak_memory(build: Callable[[], Step], device: str, threads: int) -> float:

@@ -6,12 +6,14 @@ products with the frozen weights and attention. Rungs with torch.compile take mi
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from benchmarks import llama, llama_ladder
+from benchmarks.kept_memory import is_kept
 from benchmarks.ladder import Ladder, Request, Rung
 
 BATCH_SIZE = 1
@@ -46,6 +48,9 @@ def build(request: Request, folder: Path) -> Ladder:
         for rung in llama_ladder.RUNGS
         if rung.name != "+ packing" and "--compile" not in rung.flags
     ]
+    if request.device.type == "cpu" and is_kept():
+        first = rungs[0]
+        rungs[:1] = [replace(first, elsewhere=True), replace(first, name="+ kept memory")]
     return Ladder(
         f"llama {request.base.name}", rungs, tolerance=QUANTIZED, skipped=["torch.compile: minutes"]
     )

@@ -128,6 +128,7 @@ def fingerprint(device: torch.device) -> dict[str, Any]:
         "cpu_model": cpu_model(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "bf16": native_bf16(device),
+        "glibc_tunables": os.environ.get("GLIBC_TUNABLES") or None,
         "load_average": os.getloadavg()[0],
         "date": datetime.date.today().isoformat(),
         "commit": commit.stdout.strip() or None,

@@ -29,6 +29,29 @@ def test_ratios_are_those_of_the_times(clock) -> None:
     assert rows[1].extra["ratio_error"] < 1e-3
 
 
+def test_noisy_ratios_take_more_rounds(clock) -> None:
+    one, turn = [torch.ones(2)], iter(range(1000))
+
+    def noisy() -> object:
+        clock.now += 1e-3 * (1 + next(turn) % 3)
+        return one
+
+    counts = {}
+    for name, run in {"steady": clock.taking(1e-3, one), "noisy": noisy}.items():
+        calls: list[float] = []
+
+        def peer(calls: list[float] = calls) -> object:
+            calls.append(clock.now)
+            clock.now += 1e-3
+            return one
+
+        harness.measure(case({"peer": peer, name: run}), CPU, 5)
+        counts[name] = len(calls) - 1
+    assert counts == {"steady": 5, "noisy": 5 * harness.MOST_TIMES_ROUNDS}
+    slow = [1.0, 2.0, 1.0, 2.0, 1.0]
+    assert harness._settled({"peer": slow, "ours": slow[::-1]}, "peer")  # whose time is up
+
+
 def test_a_wrong_result_is_not_timed(clock) -> None:
     wrong = clock.taking(0.1, [torch.zeros(2)])
     with pytest.raises(WrongResult, match=r"op 1x1, ours: .*result 0 is wrong"):
