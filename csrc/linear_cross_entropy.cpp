@@ -11,14 +11,16 @@ namespace tapelm {
 namespace {
 
 // A chunk is a third of the rows, so that the logits held are a third of all, but not above kChunkBytes. Below
-// kMinRows the products lose efficiency.
-constexpr int64_t kChunks = 3, kChunkBytes = 64 << 20, kMinRows = 128;
+// kMinRows the products lose efficiency. Up to kWholeRows times the width, all rows are one chunk: the float32 sums of
+// the weight's gradient over several ones would be as large as what they save, and cost time.
+constexpr int64_t kChunks = 3, kChunkBytes = 64 << 20, kMinRows = 128, kWholeRows = 4;
 // Where the weight does not train, it is packed for each of the two products of a chunk, and nothing else is held.
 constexpr int64_t kFrozenChunkBytes = 128 << 20;
 
-int64_t chunk_rows(int64_t N, int64_t row_bytes, bool frozen) {
+int64_t chunk_rows(int64_t N, int64_t C, int64_t row_bytes, bool frozen) {
   const int64_t fitting = (frozen ? kFrozenChunkBytes : kChunkBytes) / std::max<int64_t>(1, row_bytes);
-  const int64_t most = std::max(kMinRows, frozen ? fitting : std::min(chunk_count(N, kChunks), fitting));
+  const int64_t wanted = frozen || N <= kWholeRows * C ? N : chunk_count(N, kChunks);
+  const int64_t most = std::max(kMinRows, std::min(wanted, fitting));
   return std::max<int64_t>(1, chunk_count(N, std::max<int64_t>(1, chunk_count(N, most))));  // chunks of equal size
 }
 
@@ -84,10 +86,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& hidden_, const 
 
   Tensor dhidden = need_grad ? empty_like(hidden) : at::empty({0}, hidden.options());
   const bool need_weight_grad = need_grad && !frozen;
-  Tensor dweight = need_weight_grad ? empty(weight.sizes(), at::kFloat) : at::empty({0}, floats);
+  const int64_t rows = chunk_rows(N, hidden.size(1), V * hidden.element_size(), frozen);
+  const auto sum_dtype = rows < N ? at::kFloat : hidden.scalar_type();
+  Tensor dweight = need_weight_grad ? empty(weight.sizes(), sum_dtype) : at::empty({0}, floats);
   if (need_weight_grad && N == 0) dweight.zero_();
   Tensor dbias = need_weight_grad && bias.defined() ? at::zeros({V}, floats) : at::empty({0}, hidden.options());
-  const int64_t rows = chunk_rows(N, V * hidden.element_size(), frozen);
   Tensor buffer = empty({std::min(rows, N), V}, hidden.scalar_type());
   Tensor losses = at::zeros({N}, floats);
   float* loss = losses.mutable_data_ptr<float>();

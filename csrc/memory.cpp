@@ -15,6 +15,7 @@ namespace {
 
 constexpr size_t kSmall = size_t{1} << 20;  // below this the C library keeps freed memory itself
 constexpr size_t kHugePage = size_t{1} << 21;
+constexpr size_t kLeast = size_t{1} << 26;  // may be kept in any case: a program of small ops has no peak to speak of
 
 struct Block {
   void* data;
@@ -87,7 +88,7 @@ class Memory final : public c10::Allocator {
 
   std::mutex mutex_;
   std::multimap<size_t, std::unique_ptr<Block>> free_;
-  size_t in_use_ = 0, kept_ = 0, peak_ = 0;  // bytes; peak_ is that of in_use_
+  size_t in_use_ = 0, kept_ = 0, peak_ = kLeast;  // bytes; peak_ is that of in_use_
 };
 
 }  // namespace

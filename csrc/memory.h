@@ -11,7 +11,7 @@
 namespace tapelm {
 
 // The allocator behind the functions below. A request takes a kept block that is at most a quarter larger; kept and used
-// blocks together never exceed the most that was in use at once.
+// blocks together never exceed the most that was in use at once, or 64 MB.
 c10::Allocator& memory();
 
 // An uninitialised contiguous CPU tensor.
