@@ -1,8 +1,9 @@
 // Where the results and the scratch space of the CPU ops live.
 //
 // The C library gives large blocks back to the system when they are freed, and every training step faults them in
-// again, page by page: on two cores that is a tenth of a step. Blocks of a megabyte and more are kept here for the next
-// request instead, on huge pages where the system has them.
+// again, page by page: on two cores that is a tenth of a step. Blocks of a megabyte and more come from segments that are
+// kept, on huge pages where the system has them; a request takes the lowest place where it fits, so that what a step
+// needs once is about what the segments ever hold.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -10,8 +11,7 @@
 
 namespace tapelm {
 
-// The allocator behind the functions below. A request takes a kept block that is at most a quarter larger; kept and used
-// blocks together never exceed the most that was in use at once, or 64 MB.
+// The allocator behind the functions below.
 c10::Allocator& memory();
 
 // An uninitialised contiguous CPU tensor.
