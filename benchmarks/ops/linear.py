@@ -9,31 +9,34 @@ import torch
 import torch.nn.functional as F
 
 import tapelm
-from benchmarks.harness import Case, close
+from benchmarks.harness import Case, agree_in_float32
 
 SHAPES = ((4096, 512, 1536), (4096, 512, 2048), (4096, 2048, 512), (1, 64, 64))  # rows, in, out
 
 
 def cases(device: torch.device) -> list[Callable[[], Case]]:
-    return [partial(case, device, shape) for shape in SHAPES]
+    return [
+        partial(case, device, shape, dtype) for shape in SHAPES for dtype in (torch.float32, torch.bfloat16)
+    ]
 
 
-def case(device: torch.device, shape: tuple[int, int, int]) -> Case:
+def case(device: torch.device, shape: tuple[int, int, int], dtype: torch.dtype) -> Case:
     rows, n_in, n_out = shape
-    x, grad = torch.randn(rows, n_in, device=device), torch.randn(rows, n_out, device=device)
-    weight, bias = torch.randn(n_out, n_in, device=device) / n_in**0.5, torch.randn(n_out, device=device)
+    x, grad = (torch.randn(rows, n, device=device).to(dtype) for n in (n_in, n_out))
+    weight = (torch.randn(n_out, n_in, device=device) / n_in**0.5).to(dtype)
+    bias = torch.randn(n_out, device=device).to(dtype)
 
-    def run(function: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
-        inputs = [t.detach().requires_grad_() for t in (x, weight, bias)]
+    def run(function: Callable[..., torch.Tensor], dtype: torch.dtype = dtype) -> list[torch.Tensor]:
+        inputs = [t.detach().to(dtype).requires_grad_() for t in (x, weight, bias)]
         out = function(*inputs)
-        return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
+        return [out.detach(), *torch.autograd.grad(out, inputs, grad.to(dtype))]
 
     return Case(
         subject="linear fwd+bwd",
         shape="x".join(map(str, shape)),
-        dtype=torch.float32,
+        dtype=dtype,
         variants={"torch": partial(run, F.linear), "tapelm": partial(run, tapelm.linear)},
         bound="gemm",
         work=6 * rows * n_in * n_out,
-        agree=close(1e-4, 1e-3),
+        agree=agree_in_float32(dtype, partial(run, F.linear), rows),
     )
