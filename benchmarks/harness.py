@@ -1,11 +1,13 @@
-"""Timing by interleaved rounds: A B ceilings, A B ceilings, ...; reported are medians and ratios of one run.
+"""Timing by interleaved rounds: A B ceilings, B A ceilings, ...; reported are medians and ratios of one run.
 
-A shared machine drifts by factors within minutes, so that only times taken in turn can be compared.
+A shared machine drifts by factors within minutes, so that only times taken in turn can be compared. The order
+within a round is another one each time, as what runs before leaves its mark in caches and memory.
 """
 
 from __future__ import annotations
 
 import json
+import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -117,9 +119,11 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Seconds of every variant in every round, each round ending with the ceilings."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
+    order, generator = list(variants), random.Random(0)
     for _ in range(rounds):
-        for name, run in variants.items():
-            seconds[name].append(timed(run, ceilings.device))
+        for name in order:
+            seconds[name].append(timed(variants[name], ceilings.device))
+        generator.shuffle(order)
         ceilings.round()
     return seconds
 

@@ -24,7 +24,7 @@ from rich.progress import track
 
 from benchmarks.ceilings import Ceilings
 from benchmarks.elsewhere import Elsewhere
-from benchmarks.harness import Row, WrongResult, interleave, make_row
+from benchmarks.harness import Row, WrongResult, interleave, make_row, relative_error
 from benchmarks.kept_memory import given_back
 from gpt.hardware import peak_memory_bytes, set_threads
 
@@ -130,6 +130,8 @@ def climb(ladder: Ladder, device: torch.device, rounds: int, *, memory: bool = T
         against = {first: seconds[first], "before": seconds[before]}
         row = traits[rung.name].row(f"ladder {ladder.title}", rung.name, seconds[rung.name], against, device)
         row.extra["loss"] = statistics.fmean(losses[rung.name][-rounds:])
+        gains = [a / b for a, b in zip(seconds[before], seconds[rung.name], strict=True)]
+        row.extra["gain_error"] = relative_error(gains)
         result.rows.append(row)
         if rung.kind == "step":
             result.product *= row.ratio_vs["before"]

@@ -69,7 +69,7 @@ def _table(title: str, rows: list[Row], against: str) -> Table:
     table = Table(title=title)
     first = next(iter(rows[0].ratio_vs))
     removal = against == first
-    head = ["", "median ms", "min-max", "tokens/s", "MFU", "slower" if removal else "gain"]
+    head = ["", "median ms", "min-max", "tokens/s", "MFU", "slower" if removal else "gain", "error"]
     for name in (*head, *([] if removal else ["speed-up", "peak memory"]), "loss"):
         table.add_column(name, justify="right" if name else "left")
     for row in rows:
@@ -81,6 +81,7 @@ def _table(title: str, rows: list[Row], against: str) -> Table:
             f"{row.extra['tokens_per_second']:,.0f}",
             f"{row.fraction_of_ceiling:.0%}",
             f"{1 / ratio if removal else ratio:.3f}x",
+            f"{row.extra['ratio_error' if removal else 'gain_error']:.1%}",
         ]
         if not removal:
             peak = row.extra.get("peak_memory_bytes")

@@ -81,23 +81,38 @@ def ladder(results: Results) -> str:
 
 
 def ladder_of(results: Results, section: dict[str, Any]) -> str:
+    """Gains with their standard errors; beside them what the last step loses without the rung, where it was
+    timed."""
     rows = chosen(results, f"ladder {section['title']}")
     first = rows[0].variant
+    removed = {
+        row.variant.removeprefix("without "): _gain(1 / _speed_up(row), row.extra.get("ratio_error"))
+        for row in results.rows
+        if row.subject == f"removal {section['title']}"
+    }
+    head = (_heading(rows[0]), "step", "tokens/s", "MFU", "gain", "speed-up", "the last one without it")
     table = markdown(
-        (_heading(rows[0]), "step", "tokens/s", "MFU", "gain", "speed-up", "peak memory", "loss"),
+        (*head, "peak memory", "loss"),
         [
             (
                 row.variant, f"{row.median_ms:.0f} ms", f"{row.extra['tokens_per_second']:,.0f}",
-                f"{row.fraction_of_ceiling:.0%}", f"{row.ratio_vs['before']:.2f}×",
-                f"{row.ratio_vs[first]:.2f}×", megabytes(row), f"{row.extra['loss']:.3f}",
+                f"{row.fraction_of_ceiling:.0%}",
+                _gain(row.ratio_vs["before"], row.extra.get("gain_error")) if row.variant != first else "",
+                f"{row.ratio_vs[first]:.2f}×", removed.get(row.variant.removeprefix("+ "), ""),
+                megabytes(row), f"{row.extra['loss']:.3f}",
             )
             for row in rows
         ],
     )  # fmt: skip
     return table + (
-        f"\nThe gains multiply to {section['product_of_steps']:.2f}×, first against last is "
+        "\nRatios are medians over the rounds, not ratios of the medians beside them."
+        f" The gains multiply to {section['product_of_steps']:.2f}×, first against last is "
         f"{section['total']:.2f}×; ops account for {section['profile']['accounted']:.0%} of the last step.\n"
     )
+
+
+def _gain(ratio: float, error: float | None) -> str:
+    return f"{ratio:.2f}×" + ("" if error is None else f" ±{ratio * error:.2f}")
 
 
 def megabytes(row: Row) -> str:

@@ -156,7 +156,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], Ca
 
     def build(sabotage: Callable[..., Any]) -> Callable[[], Case]:
         monkeypatch.setattr(tapelm, "bias_gelu", lambda x, bias: sabotage(real(x, bias)))
-        return lambda: bias_gelu.case(CPU, (64, 64))
+        return lambda: bias_gelu.case(CPU, (64, 64), torch.float32)
 
     return build
 

@@ -23,12 +23,15 @@ def row(subject: str, variant: str, ratios: dict[str, float], fraction: float = 
 
 def rows() -> list[Row]:
     extra = {"tokens_per_second": 100.0, "loss": 5.0, "peak_memory_bytes": 1e9}
+    extra |= {"gain_error": 0.01, "ratio_error": 0.02}
     ladder = [
         row(f"ladder {title}", name, {RUNGS[0]: 2.0, "before": 1.5}, **extra)
         for title in ("gpt seed", "llama x")
         for name in RUNGS
     ]
-    removal = [row("removal gpt seed", name, {RUNGS[2]: 0.9}) for name in (RUNGS[2], "without linear")]
+    removal = [
+        row("removal gpt seed", name, {RUNGS[2]: 0.9}, **extra) for name in (RUNGS[2], "without linear")
+    ]
     ops = [row("norm", "torch", {"torch": 1.0}), row("norm", "tapelm", {"torch": 2.0}, fraction=1.2)]
     return [*ladder, *removal, *ops]
 
