@@ -12,13 +12,12 @@ namespace {
 
 // A chunk is a third of the rows, so that the logits held are a third of all, but not above kChunkBytes. Below
 // kMinRows the products lose efficiency. Up to kWholeRows times the width, all rows are one chunk: the float32 sums of
-// the weight's gradient over several ones would be as large as what they save, and cost time.
-constexpr int64_t kChunks = 3, kChunkBytes = 64 << 20, kMinRows = 128, kWholeRows = 4;
-// Where the weight does not train, it is packed for each of the two products of a chunk, and nothing else is held.
-constexpr int64_t kFrozenChunkBytes = 128 << 20;
+// the weight's gradient over several ones would be as large as what they save, and cost time. So they are where the
+// weight does not train and has none.
+constexpr int64_t kChunks = 3, kChunkBytes = 128 << 20, kMinRows = 128, kWholeRows = 4;
 
 int64_t chunk_rows(int64_t N, int64_t C, int64_t row_bytes, bool frozen) {
-  const int64_t fitting = (frozen ? kFrozenChunkBytes : kChunkBytes) / std::max<int64_t>(1, row_bytes);
+  const int64_t fitting = kChunkBytes / std::max<int64_t>(1, row_bytes);
   const int64_t wanted = frozen || N <= kWholeRows * C ? N : chunk_count(N, kChunks);
   const int64_t most = std::max(kMinRows, std::min(wanted, fitting));
   return std::max<int64_t>(1, chunk_count(N, std::max<int64_t>(1, chunk_count(N, most))));  // chunks of equal size
