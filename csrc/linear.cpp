@@ -44,7 +44,7 @@ bool prefer_matrix_product(at::ScalarType dtype) {
 
 template <typename T, typename Out>
 void matrix_product(Matrix<T> left, Matrix<T> right, int64_t M, int64_t N, int64_t K, const T* bias, bool add, Out* out,
-                    int64_t ld, float* row_sums) {
+                    int64_t ld, float* row_sums, const Addend<T>* addend) {
   if (K == 0 || N == 0) {
     for (int64_t m = 0; m < M; ++m)
       for (int64_t n = 0; n < N && !add; ++n) out[m * ld + n] = bias ? static_cast<Out>(bias[n]) : Out(0.0f);
@@ -52,14 +52,15 @@ void matrix_product(Matrix<T> left, Matrix<T> right, int64_t M, int64_t N, int64
     return;
   }
   const ProductShape s = TAPELM_DISPATCH(product_shape<T>());
-  const int64_t units = chunk_count(K, s.unit), panel = s.panel;
+  const int64_t more = addend ? chunk_count(addend->depth, s.unit) : 0;
+  const int64_t units = chunk_count(K, s.unit) + more, panel = s.panel;
   if (const int64_t most = kRightUnits / std::min(N, s.columns) * s.unit; K > most && row_sums == nullptr) {
     // A very deep product is a sum of less deep ones, whose right operands stay in the cache.
     const Scratch total(M * N);
     for (int64_t k = 0; k < K; k += most)
       matrix_product<T, float>({left.data + k * left.column, left.row, left.column},
                                {right.data + k * right.row, right.row, right.column}, M, N, std::min(most, K - k),
-                               nullptr, k > 0, total.get(), N);
+                               nullptr, k > 0, total.get(), N, nullptr, k + most >= K ? addend : nullptr);
     at::parallel_for(0, M, 64, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i)
         for (int64_t j = 0; j < N; ++j) {
@@ -79,8 +80,11 @@ void matrix_product(Matrix<T> left, Matrix<T> right, int64_t M, int64_t N, int64
     at::parallel_for(0, panels * chunk_count(K, s.depth), 4, [&](int64_t first, int64_t last) {
       for (int64_t task = first; task < last; ++task) {
         const int64_t k0 = task / panels * s.depth, depth = std::min(s.depth, K - k0), p = task % panels;
-        float* const to = packed.get() + (k0 / s.unit * panels + p * chunk_count(depth, s.unit)) * panel;
+        const int64_t own = chunk_count(depth, s.unit), all = own + (k0 + depth == K ? more : 0);
+        float* const to = packed.get() + (k0 / s.unit * panels + p * all) * panel;
         TAPELM_DISPATCH(pack_right(right, k0, depth, n0 + p * panel, N, to));
+        if (all > own)
+          TAPELM_DISPATCH(pack_right(addend->right, 0, addend->depth, n0 + p * panel, N, to + own * panel));
       }
     });
     // The blocks are handed out one by one: on a shared machine one thread is often slower than the other.
@@ -90,17 +94,17 @@ void matrix_product(Matrix<T> left, Matrix<T> right, int64_t M, int64_t N, int64
       for (int64_t m0 = block * next++; m0 < M; m0 = block * next++)
         TAPELM_DISPATCH(multiply_rows(left, m0, std::min(block, M - m0), K, packed.get(), columns,
                                       bias ? bias + n0 : nullptr, add, out + m0 * ld + n0, ld,
-                                      row_sums && n0 == 0 ? row_sums + m0 : nullptr, space.get()));
+                                      row_sums && n0 == 0 ? row_sums + m0 : nullptr, addend, space.get()));
     });
   }
 }
 
 template void matrix_product(Matrix<float>, Matrix<float>, int64_t, int64_t, int64_t, const float*, bool, float*,
-                             int64_t, float*);
+                             int64_t, float*, const Addend<float>*);
 template void matrix_product(Matrix<bf16>, Matrix<bf16>, int64_t, int64_t, int64_t, const bf16*, bool, bf16*, int64_t,
-                             float*);
+                             float*, const Addend<bf16>*);
 template void matrix_product(Matrix<bf16>, Matrix<bf16>, int64_t, int64_t, int64_t, const bf16*, bool, float*, int64_t,
-                             float*);
+                             float*, const Addend<bf16>*);
 
 namespace {
 

@@ -9,7 +9,7 @@ constexpr int64_t NC = 1024;  // columns when the depth takes several blocks: so
 
 template <typename T>
 ProductShape product_shape() {
-  return {MR, MC, NR, NC, KC * Packed<T>::kDepth, Packed<T>::kDepth, KC * MC + MC * NC};
+  return {MR, MC, NR, NC, KC * Packed<T>::kDepth, Packed<T>::kDepth, (KC + kAddendDepth) * MC + MC * NC};
 }
 
 // c[r][..] = sum over u of a[u][r] * b[u][..]; the sums stay in registers until the end.
@@ -48,21 +48,25 @@ TAPELM_INLINE void add_row_sums(const U* packed, int64_t rows, int64_t n, float*
 }
 
 // One left block (rows m0 .. m0 + rows, all K) against the packed right columns: out[rows][columns] (+= with `add`).
-// `right` holds the depth blocks one after another, each (units, columns rounded up to NR). Sums over several depth
+// `right` holds the depth blocks one after another, each (units, columns rounded up to NR), the last one with the
+// addend's units behind its own. Sums over several depth
 // blocks wait in `space`, so that `out` is written once, in its own type.
 template <typename T, typename Out>
 void multiply_rows(Matrix<T> left, int64_t m0, int64_t rows, int64_t K, const float* right_, int64_t columns,
-                   const T* bias, bool add, Out* out, int64_t ld, float* row_sums, float* space) {
+                   const T* bias, bool add, Out* out, int64_t ld, float* row_sums, const Addend<T>* addend,
+                   float* space) {
   const Unit<T>* const right = reinterpret_cast<const Unit<T>*>(right_);
   constexpr int64_t kBlock = KC * Packed<T>::kDepth;
   const int64_t padded = (columns + NR - 1) / NR * NR;
   Unit<T>* const packed = reinterpret_cast<Unit<T>*>(space);
-  float* const sums = space + KC * MC;
+  float* const sums = space + (KC + kAddendDepth) * MC;
   if (row_sums) std::fill(row_sums, row_sums + rows, 0.0f);
   for (int64_t k0 = 0; k0 < K; k0 += kBlock) {
-    const int64_t depth = std::min(kBlock, K - k0), n = units<T>(depth);
+    const int64_t depth = std::min(kBlock, K - k0), own = units<T>(depth);
     const bool first = k0 == 0, last = k0 + depth == K;
-    pack_left(left, m0, rows, k0, depth, packed);
+    const int64_t n = own + (last && addend ? units<T>(addend->depth) : 0);
+    pack_left(left, m0, rows, k0, depth, n, packed);
+    if (n > own) pack_left(addend->left, m0, rows, 0, addend->depth, n, packed + own * MR);
     if (row_sums) add_row_sums(packed, rows, n, row_sums);
     for (int64_t j = 0; j < columns; j += NR) {
       const int64_t width = std::min<int64_t>(NR, columns - j);

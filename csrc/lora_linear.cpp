@@ -20,16 +20,19 @@ Matrix<T> matrix_of(const Tensor& t) {
   return {t.const_data_ptr<T>(), t.stride(0), t.stride(1)};
 }
 
-// out = left right; the rows of out may lie apart.
-void multiply(const Tensor& left, const Tensor& right, Tensor out) {
-  if (!prefer_matrix_product(left.scalar_type()) || left.size(0) < kPackRows) {
+// out = left right + scaling low high, where low (M, R) and high (R, N); the rows of out may lie apart.
+void multiply(const Tensor& left, const Tensor& right, const Tensor& low, const Tensor& high, double scaling, Tensor out) {
+  if (!prefer_matrix_product(left.scalar_type()) || left.size(0) < kPackRows || low.size(1) > kAddendDepth) {
     at::mm_out(out, left, right);
+    out.addmm_(low, high, 1, scaling);
     return;
   }
+  const Tensor scaled = scaling == 1.0 ? low : at::mul(low, scaling);
   with_dtype(out, [&](auto zero) {
     using T = decltype(zero);
+    const Addend<T> addend{matrix_of<T>(scaled), matrix_of<T>(high), low.size(1)};
     matrix_product<T, T>(matrix_of<T>(left), matrix_of<T>(right), left.size(0), right.size(1), left.size(1), nullptr,
-                         false, out.mutable_data_ptr<T>(), out.stride(0));
+                         false, out.mutable_data_ptr<T>(), out.stride(0), nullptr, low.size(1) > 0 ? &addend : nullptr);
   });
 }
 
@@ -151,7 +154,7 @@ std::tuple<Tensor, Tensor> lora_linear_forward(const Tensor& x, const Tensor& we
                                                int64_t block_size, const Tensor& a, const Tensor& b_, double scaling) {
   check(x, a, b_);
   const Tensor rows = as_rows(x), b = b_.contiguous();
-  const int64_t M = rows.size(0), N = b.size(0), K = a.size(1), R = a.size(0);
+  const int64_t M = rows.size(0), N = b.size(0), K = a.size(1);
   const Weight weight(weight_, state, block_size, N, K, x.scalar_type());
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = N;
@@ -166,8 +169,7 @@ std::tuple<Tensor, Tensor> lora_linear_forward(const Tensor& x, const Tensor& we
   }
   weight.for_rows([&](const Tensor& part, int64_t begin, int64_t end) {
     Tensor to = out.narrow(1, begin, end - begin);
-    multiply(rows, part.t(), to);
-    to.addmm_(u, b.narrow(0, begin, end - begin).t(), 1, scaling);
+    multiply(rows, part.t(), u, b.narrow(0, begin, end - begin).t(), scaling, to);
   });
   return {y, u};
 }
@@ -191,8 +193,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& grad, cons
     const Tensor out = dx.view({rows.size(0), K});
     weight.for_columns([&](const Tensor& part, int64_t begin, int64_t end) {
       Tensor to = out.narrow(1, begin, end - begin);
-      multiply(g, part, to);
-      to.addmm_(v, a.narrow(1, begin, end - begin), 1, scaling);
+      multiply(g, part, v, a.narrow(1, begin, end - begin), scaling, to);
     });
   }
   return {dx, at::mm(v.t(), rows).mul_(scaling), at::mm(g.t(), u).mul_(scaling)};

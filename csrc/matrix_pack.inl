@@ -142,15 +142,16 @@ void pack_right(Matrix<T> right, int64_t k0, int64_t depth, int64_t n0, int64_t 
   }
 }
 
-// left(m, k) for a block of rows: panels of MR rows, each out[u][MR]. The loop order follows memory: along k for a
+// left(m, k) for a block of rows: panels of MR rows, `units_apart`, each out[u][MR]. The loop order follows memory: along k for a
 // row-major operand, along the rows for a transposed one, whose next lines are asked for early because a stride of
 // whole pages is beyond the hardware's own prefetching.
 template <typename T>
-void pack_left(Matrix<T> left, int64_t m0, int64_t rows, int64_t k0, int64_t depth, Unit<T>* out) {
+void pack_left(Matrix<T> left, int64_t m0, int64_t rows, int64_t k0, int64_t depth, int64_t units_apart,
+               Unit<T>* out) {
   const T* in = left.data + m0 * left.row + k0 * left.column;
   const int64_t whole = rows / MR * MR, n = units<T>(depth);
   if (whole < rows) {
-    Unit<T>* to = out + whole * n;
+    Unit<T>* to = out + whole * units_apart;
     for (int64_t u = 0; u < n; ++u)
       for (int64_t r = 0; r < MR; ++r)
         to[u * MR + r] = whole + r < rows ? unit_at(in + (whole + r) * left.row, left.column, u, depth) : Unit<T>{};
@@ -160,13 +161,13 @@ void pack_left(Matrix<T> left, int64_t m0, int64_t rows, int64_t k0, int64_t dep
     for (int64_t u = 0; u < n; ++u) {
       for (int64_t k = kStep * u + kAhead; k < std::min(depth, kStep * (u + 1) + kAhead); ++k)
         for (int64_t i = 0; i < whole; i += kLine) __builtin_prefetch(in + k * left.column + i);
-      for (int64_t i = 0; i < whole; i += MR) pack_across<MR>(in + i, left.column, u, depth, out + i * n + u * MR);
+      for (int64_t i = 0; i < whole; i += MR) pack_across<MR>(in + i, left.column, u, depth, out + i * units_apart + u * MR);
     }
   } else if (left.column == 1) {
-    for (int64_t i = 0; i < whole; i += MR) pack_along<MR>(in + i * left.row, left.row, depth, out + i * n);
+    for (int64_t i = 0; i < whole; i += MR) pack_along<MR>(in + i * left.row, left.row, depth, out + i * units_apart);
   } else {
     for (int64_t i = 0; i < whole; ++i)
       for (int64_t u = 0; u < n; ++u)
-        out[i / MR * MR * n + u * MR + i % MR] = unit_at(in + i * left.row, left.column, u, depth);
+        out[i / MR * MR * units_apart + u * MR + i % MR] = unit_at(in + i * left.row, left.column, u, depth);
   }
 }

@@ -15,12 +15,20 @@ struct Matrix {
   Matrix transposed() const { return {data, column, row}; }
 };
 
+// A product of small depth, at most kAddendDepth, that is added to another one while its sums are in registers.
+template <typename T>
+struct Addend {
+  Matrix<T> left, right;
+  int64_t depth;
+};
+constexpr int64_t kAddendDepth = 64;
+
 // out (M, N) row-major with leading dimension ld; out = left (M, K) * right (K, N) (+ bias (N) if not null), or
-// out += left * right when `add`. `row_sums` (M), if not null, receives the sums of left's rows. Uses the threads of
-// the caller's pool; bit-identical for every thread count. T and Out are float or BFloat16.
+// out += left * right when `add`; with the addend, if not null. `row_sums` (M), if not null, receives the sums of left's
+// rows. Uses the threads of the caller's pool; bit-identical for every thread count. T and Out are float or BFloat16.
 template <typename T, typename Out>
 void matrix_product(Matrix<T> left, Matrix<T> right, int64_t M, int64_t N, int64_t K, const T* bias, bool add, Out* out,
-                    int64_t ld, float* row_sums = nullptr);
+                    int64_t ld, float* row_sums = nullptr, const Addend<T>* addend = nullptr);
 
 // Whether matrix_product is the faster one on this CPU. Otherwise it is ATen's: MKL for float32 with AVX-512, oneDNN for
 // bfloat16 where it has more than the dot product (AMX) or AVX-512 without it.

@@ -22,6 +22,8 @@ SHAPES = (
     ((33,), 192, 70, 40),
     ((), 8, 3, 2),
     ((3,), 1100, 5, 8),
+    ((70,), 1030, 65, 64),  # two blocks of depth, the largest addend
+    ((70,), 40, 33, 65),  # and one that is larger
 )
 
 
@@ -66,6 +68,14 @@ def test_weight_in_several_parts():
     exact = torch.autograd.grad(functions(weight)[1](*exact_leaves).sum(), exact_leaves)
     for each in zip(ours, theirs, exact, strict=True):
         assert_close("gradient", torch.bfloat16, *each)
+
+
+def test_a_very_deep_weight():
+    """Whose product the CPU takes as a sum of several; the update goes with one of them."""
+    x, weight, a, b = make((64,), 8320, 1030, 4, "dense", torch.bfloat16)
+    ours, theirs = (op(x, a, b) for op in functions(weight))
+    exact = functions(weight)[1](x.double(), a.double(), b.double())
+    assert_close("value", torch.bfloat16, ours, theirs, exact)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "nested"])
