@@ -1,8 +1,9 @@
 """What the machine can do at most, measured between the things it is compared with.
 
 A round times every limit once, so that all rows of a dtype are held against the same figure. The GEMM peak is
-the best of a few shapes' medians, square and as models have them; the copy limit is the better one of a copy
-and a triad. On a GPU the limits run as captured graphs, so that launches cost nothing.
+the best of a few shapes' medians, square and as models have them, of PyTorch and of our own product; the copy
+limit is the better one of a copy and a triad. On a GPU the limits run as captured graphs, so that launches
+cost nothing.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 
+import tapelm
 from gpt.hardware import synchronize
 
 GEMM_SHAPES = ((1024, 1024, 1024), (2048, 512, 2048), (2048, 2048, 512))  # rows, inner, columns
@@ -53,7 +55,9 @@ class Ceilings:
         self.probes: dict[str, list[Probe]] = {}
         if "gemm" in bounds:
             for dtype in dict.fromkeys(dtypes):
-                self.probes[f"gemm {dtype}"] = [self._gemm(dtype, *shape) for shape in GEMM_SHAPES]
+                self.probes[f"gemm {dtype}"] = [
+                    probe for shape in GEMM_SHAPES for probe in self._gemm(dtype, *shape)
+                ]
         if "copy" in bounds:
             self.probes["copy"] = self._bandwidth()
         for probe in self._all():
@@ -82,13 +86,17 @@ class Ceilings:
     def _all(self) -> Iterable[Probe]:
         return [probe for probes in self.probes.values() for probe in probes]
 
-    def _gemm(self, dtype: torch.dtype, rows: int, inner: int, columns: int) -> Probe:
+    def _gemm(self, dtype: torch.dtype, rows: int, inner: int, columns: int) -> list[Probe]:
+        """PyTorch's product, and on CPUs ours: MKL does not use all of every CPU."""
         a = torch.randn(rows, inner, device=self.device).to(dtype)
         b = torch.randn(inner, columns, device=self.device).to(dtype)
         out = torch.empty(rows, columns, device=self.device, dtype=dtype)
-        return self._probe(
-            f"{rows}x{inner}x{columns}", lambda: torch.mm(a, b, out=out), 2.0 * rows * inner * columns
-        )
+        name, work = f"{rows}x{inner}x{columns}", 2.0 * rows * inner * columns
+        probes = [self._probe(name, lambda: torch.mm(a, b, out=out), work)]
+        if self.device.type == "cpu":
+            weight = b.t().contiguous()
+            probes.append(self._probe(f"{name} (ours)", lambda: tapelm.linear(a, weight), work))
+        return probes
 
     def _bandwidth(self) -> list[Probe]:
         a, b, c = (torch.zeros(ARRAY_BYTES // 4, device=self.device) for _ in range(3))

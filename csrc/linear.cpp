@@ -1,5 +1,5 @@
-// Linear layer y = x weight^T + bias and its gradients. Without AVX-512 they run on our own matrix product, products of
-// a few rows and everything else on ATen's (MKL for float32, oneDNN for bfloat16).
+// Linear layer y = x weight^T + bias and its gradients, on our own matrix product or, for products of a few rows and
+// where prefer_matrix_product says so, on ATen's (MKL for float32, oneDNN for bfloat16).
 #include "common.h"
 #include "matrix_product.h"
 
@@ -39,7 +39,7 @@ int64_t balanced_rows(int64_t M, int64_t tile_rows, int64_t most) {
 }  // namespace
 
 bool prefer_matrix_product(at::ScalarType dtype) {
-  return dtype == at::kBFloat16 ? isa() != Isa::avx512 && !has_amx() : isa() < Isa::avx512;
+  return dtype == at::kBFloat16 ? isa() != Isa::avx512 && !has_amx() : isa() < Isa::avx512 || !mkl_has_avx512();
 }
 
 template <typename T, typename Out>

@@ -7,9 +7,14 @@ constexpr int64_t KC = 512;   // depth in units: a right panel of KC x NR stream
 constexpr int64_t MC = 72;    // rows: a left block of MC x KC stays in L2; a multiple of every MR
 constexpr int64_t NC = 1024;  // columns when the depth takes several blocks: so that the sums of MC x NC stay in L2
 
+// Elements of depth whose products are summed up one by one; for float32 half as many, as its sums are the less exact
+// the longer they are.
+template <typename T>
+constexpr int64_t kBlock = Packed<T>::kDepth == 1 ? KC / 2 : KC * Packed<T>::kDepth;
+
 template <typename T>
 ProductShape product_shape() {
-  return {MR, MC, NR, NC, KC * Packed<T>::kDepth, Packed<T>::kDepth, (KC + kAddendDepth) * MC + MC * NC};
+  return {MR, MC, NR, NC, kBlock<T>, Packed<T>::kDepth, (KC + kAddendDepth) * MC + MC * NC};
 }
 
 // c[r][..] = sum over u of a[u][r] * b[u][..]; the sums stay in registers until the end.
@@ -56,13 +61,12 @@ void multiply_rows(Matrix<T> left, int64_t m0, int64_t rows, int64_t K, const fl
                    const T* bias, bool add, Out* out, int64_t ld, float* row_sums, const Addend<T>* addend,
                    float* space) {
   const Unit<T>* const right = reinterpret_cast<const Unit<T>*>(right_);
-  constexpr int64_t kBlock = KC * Packed<T>::kDepth;
   const int64_t padded = (columns + NR - 1) / NR * NR;
   Unit<T>* const packed = reinterpret_cast<Unit<T>*>(space);
   float* const sums = space + (KC + kAddendDepth) * MC;
   if (row_sums) std::fill(row_sums, row_sums + rows, 0.0f);
-  for (int64_t k0 = 0; k0 < K; k0 += kBlock) {
-    const int64_t depth = std::min(kBlock, K - k0), own = units<T>(depth);
+  for (int64_t k0 = 0; k0 < K; k0 += kBlock<T>) {
+    const int64_t depth = std::min(kBlock<T>, K - k0), own = units<T>(depth);
     const bool first = k0 == 0, last = k0 + depth == K;
     const int64_t n = own + (last && addend ? units<T>(addend->depth) : 0);
     pack_left(left, m0, rows, k0, depth, n, packed);

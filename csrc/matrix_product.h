@@ -30,8 +30,8 @@ template <typename T, typename Out>
 void matrix_product(Matrix<T> left, Matrix<T> right, int64_t M, int64_t N, int64_t K, const T* bias, bool add, Out* out,
                     int64_t ld, float* row_sums = nullptr, const Addend<T>* addend = nullptr);
 
-// Whether matrix_product is the faster one on this CPU. Otherwise it is ATen's: MKL for float32 with AVX-512, oneDNN for
-// bfloat16 where it has more than the dot product (AMX) or AVX-512 without it.
+// Whether matrix_product is the faster one on this CPU. Otherwise it is ATen's: MKL for float32 where it uses AVX-512,
+// oneDNN for bfloat16 where it has more than the dot product (AMX) or AVX-512 without it.
 bool prefer_matrix_product(at::ScalarType dtype);
 
 }  // namespace tapelm

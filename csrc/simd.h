@@ -49,6 +49,15 @@ inline bool has_amx() {
 #endif
 }
 
+// Whether MKL uses AVX-512 here: on other vendors' CPUs it stays with AVX2, half as fast.
+inline bool mkl_has_avx512() {
+#ifdef TAPELM_X86
+  return best_isa() >= Isa::avx512 && __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
 // Chosen at the first call. TAPELM_ISA={generic,avx2,avx512,avx512bf16} forces a lower one (tests, debugging).
 inline Isa isa() {
   static const Isa chosen = [] {

@@ -17,6 +17,7 @@ from torch import Tensor
 import tapelm
 from benchmarks import harness
 from benchmarks.harness import Case, close
+from benchmarks.kept_memory import restart
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ def case(device: torch.device, setting: Setting) -> Case:
 
 
 if __name__ == "__main__":
+    restart()
     device = torch.device("cpu")
     rows = harness.measure_all(cases(device, GRID), device, rounds=5)
     harness.report("python -m benchmarks.ops.attention", rows, device)

@@ -7,11 +7,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from gpt import checkpoint
+from gpt import train as program
 from gpt.checkpoint import sha256_of
 from gpt.cli import UserError, only_writer
 from gpt.config import TrainConfig, preset
@@ -84,17 +86,36 @@ def test_both_tables_see_the_same_batches_and_agree(tiny_data: Path, tmp_path: P
 
 
 @pytest.mark.slow
-def test_seed_model_keeps_the_losses_of_plain_for_50_steps(tiny_data: Path, tmp_path: Path) -> None:
-    """Layers, heads and width of the `seed` preset, float32, no dropout."""
+def test_seed_model_keeps_the_losses_of_plain_for_50_steps(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers, heads and width of the `seed` preset, float32, no dropout: as near as rounding lets it.
+
+    What a last bit does to the losses, the plain model itself says: once more from weights that differ by one.
+    """
     seed = preset("seed", data=tiny_data, out=tmp_path)
     size = {"n_layer": seed.n_layer, "n_head": seed.n_head, "n_embd": seed.n_embd, "dropout": 0.0}
-    losses = []
-    for table in TABLES:
+
+    def losses(table: str, name: str) -> np.ndarray:
         options = size | {"kernels": table, "max_steps": 50, "batch_size": 2, "block_size": 128}
-        train(tiny(tiny_data, tmp_path / table, **options))
-        losses.append([record["loss"] for record in records(tmp_path / table)])
-    assert len(losses[0]) == 50 and losses[0][-1] < 0.8 * losses[0][0]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+        train(tiny(tiny_data, tmp_path / name, **options))
+        return np.array([record["loss"] for record in records(tmp_path / name)])
+
+    plain, optimized = (losses(table, table) for table in TABLES)
+    made = program.model_and_optimizer
+
+    def nudged(*arguments: Any, **options: Any) -> Any:
+        model, optimizer = made(*arguments, **options)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1 + 2**-23)
+        return model, optimizer
+
+    monkeypatch.setattr(program, "model_and_optimizer", nudged)
+    again = losses("plain", "nudged")
+    assert len(plain) == 50 and plain[-1] < 0.8 * plain[0]
+    apart, noise = (np.abs(each / plain - 1) for each in (optimized, again))
+    assert apart[:5].max() < 1e-6 and apart.max() < 2 * noise.max() < 1e-3
 
 
 @pytest.mark.parametrize("table", TABLES)
