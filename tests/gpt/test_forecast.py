@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import random
@@ -21,7 +22,7 @@ from gpt import baselines
 from gpt.baselines import BASELINES, from_normal, from_probabilities, train_deviations
 from gpt.cli import UserError
 from gpt.config import ModelConfig, preset
-from gpt.evaluate import main
+from gpt.evaluate import check_same_tape, main
 from gpt.forecast import _windows, bin_probabilities, bootstrap, matthews, row_scores, score_tape, summary
 from gpt.model import GPT
 from gpt.ops import PLAIN
@@ -192,23 +193,24 @@ def test_program_trains_and_evaluates_numbers(tmp_path: Path, capsys: pytest.Cap
     for seed, name in enumerate(("a", "b")):
         lines += [f"{row.date},{name},{row.value!r},yen to the euro" for _, row in rows(name, seed)]
     (tmp_path / "rates.csv").write_text("\n".join(lines) + "\n")
-    data = tmp_path / "data"
-    prepare(
-        Config(
-            out=data,
-            source=("rows",),
-            input=(str(tmp_path / "rates.csv"),),
-            view="numbers",
-            min_block=32,
-            validation_from=DATES.validation_from,
-            test_from=DATES.test_from,
-            until=DATES.until,
+    data, others = tmp_path / "data", tmp_path / "others"
+    for out, shift in ((data, 0), (others, 60)):
+        prepare(
+            Config(
+                out=out,
+                source=("rows",),
+                input=(str(tmp_path / "rates.csv"),),
+                view="numbers",
+                min_block=32,
+                validation_from=DATES.validation_from - timedelta(days=shift),
+                test_from=DATES.test_from,
+                until=DATES.until,
+            )
         )
-    )
     run = tmp_path / "run"
-    train(
-        preset("demo", data=data, out=run, **SHAPE, batch_size=8, max_steps=30, learning_rate=3e-3, threads=1)
-    )
+    shape = SHAPE | {"batch_size": 8}
+    config = preset("demo", data=data, out=run, **shape, max_steps=30, learning_rate=3e-3, threads=1)
+    train(config)
     file = run / "evaluation.json"
     assert main(["--checkpoint", str(run), "--data", str(data), "--json", str(file)]) == 0
     result = json.loads(file.read_text())
@@ -223,3 +225,9 @@ def test_program_trains_and_evaluates_numbers(tmp_path: Path, capsys: pytest.Cap
     assert "about chance" in said and "MCC" in said
     summary_file = json.loads((run / "summary.json").read_text())
     assert summary_file["val_bits_per_byte"] > 0
+    with pytest.raises(UserError, match=f"tape that {data} held, {others} has other rows, splits or bins"):
+        main(["--checkpoint", str(run), "--data", str(others), "--json", str(file)])
+    with pytest.raises(UserError, match="does not say which tape it was trained on: train again on"):
+        check_same_tape(run, {}, data)
+    with pytest.raises(UserError, match=r"cannot resume from .*: tape was .* and is .* now"):
+        train(dataclasses.replace(config, data=others, resume="auto"))
