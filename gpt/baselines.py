@@ -6,6 +6,7 @@
 | random walk | normal, with the standard deviation of the entity's train rows |
 | EWMA | normal, with the trailing volatility that scales the tape (decay 0.94) |
 | GARCH(1,1) | normal, with parameters fitted by the package arch on train and then only filtered |
+| bins | in each bin as often as the train rows of all entities are: what the tape knows without a network |
 """
 
 from __future__ import annotations
@@ -102,6 +103,13 @@ def garch(tape: Tape, rows: np.ndarray) -> Forecasts:
     return from_normal(tape, rows, deviation[rows])
 
 
+def train_bins(tape: Tape, rows: np.ndarray) -> Forecasts:
+    """Filtered historical simulation: train's changes over trailing volatility, times that of the row."""
+    counted = np.bincount(tape.rows["bin"][tape.rows["split"] == TRAIN], minlength=BINS)
+    probabilities = (1 - UNIFORM) * counted / counted.sum() + UNIFORM / BINS
+    return from_probabilities(tape, rows, np.tile(probabilities, (len(rows), 1)))
+
+
 def train_deviations(tape: Tape) -> np.ndarray:
     """(entities,) root mean square of the train changes. Raises UserError for an entity without any."""
     found = [_train_changes(tape, entity) for entity in range(len(tape.entities))]
@@ -120,4 +128,5 @@ BASELINES: dict[str, Callable[[Tape, np.ndarray], Forecasts]] = {
     "random walk": random_walk,
     "EWMA": ewma,
     "GARCH(1,1)": garch,
+    "bins": train_bins,
 }

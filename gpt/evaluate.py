@@ -2,7 +2,7 @@
 
 Per domain (the source of the documents) and in total: loss, perplexity and bits per byte, beside the bits per
 byte of a unigram model of the tokens and of bz2 and xz on the same bytes. On a tape of numbers: next-bin
-loss, CRPS and coverage beside four baselines, see gpt.forecast.
+loss, CRPS and coverage beside five baselines, see gpt.forecast.
 """
 
 from __future__ import annotations

@@ -155,6 +155,9 @@ def summary(scores: dict[str, dict[str, np.ndarray]], days: np.ndarray, part: np
             if f"{name}/{column}" in sums
         }
         if name != "model":
+            made["methods"][name]["model_nll_difference"] = interval(
+                lambda of, key=f"{name}/nll": (of["model/nll"] - of[key]) / of["rows"]
+            )
             made["methods"][name]["model_crps_ratio"] = interval(
                 lambda of, key=f"{name}/crps": of["model/crps"] / of[key]
             )
@@ -202,6 +205,7 @@ def print_tape_table(result: dict[str, Any]) -> None:
         "NLL",
         "CRPS",
         *(f"{interval}%" for interval in INTERVALS),
+        "model's NLL",
         "model's CRPS",
     ):
         table.add_column(column, justify="left" if column in ("domain", "method") else "right")
@@ -209,8 +213,10 @@ def print_tape_table(result: dict[str, Any]) -> None:
         for name, scores in part["methods"].items():
             cells = [_cell(scores[key], 3) for key in ("nll", "crps")]
             cells += [_cell([100 * value for value in scores[f"coverage_{i}"]], 1) for i in INTERVALS]
-            ratio = scores.get("model_crps_ratio")
-            table.add_row(domain, name, *cells, "" if ratio is None else "×" + _cell(ratio, 3))
+            if name != "model":
+                cells += [_cell(scores["model_nll_difference"], 3, sign="+")]
+                cells += ["×" + _cell(scores["model_crps_ratio"], 3)]
+            table.add_row(domain, name, *cells)
         table.add_section()
     wide_console().print(table)
     direction = result["total"]["direction"]
@@ -219,6 +225,6 @@ def print_tape_table(result: dict[str, Any]) -> None:
     wide_console().print(f"direction: accuracy {accuracy}, MCC {mcc}, {up:.3f} of days up. Note: {CHANCE}.")
 
 
-def _cell(score: list[float], digits: int) -> str:
+def _cell(score: list[float], digits: int, sign: str = "-") -> str:
     value, low, high = score
-    return f"{value:.{digits}f} ±{(high - low) / 2:.{digits}f}"
+    return f"{value:{sign}.{digits}f} ±{(high - low) / 2:.{digits}f}"

@@ -113,6 +113,17 @@ def test_garch_follows_the_volatility_of_the_next_days(tape: Tape) -> None:
     assert crps["GARCH(1,1)"] < crps["random walk"] and crps["EWMA"] < crps["random walk"]
 
 
+def test_bins_are_as_often_as_in_train_times_volatility(tape: Tape) -> None:
+    chosen = of_split(tape, 1)
+    forecasts = baselines.train_bins(tape, chosen)
+    train = tape.rows[tape.rows["split"] == 0]
+    counted = np.array([np.sum(train["bin"] == number) for number in range(BINS)]) / train.size
+    assert np.allclose(forecasts.probabilities, 0.99 * counted + 0.01 / BINS)
+    known = np.quantile(train["change"] / train["volatility"], baselines.LEVELS)
+    volatility = tape.rows["volatility"][chosen, None]
+    assert np.allclose(forecasts.quantiles / volatility, known, atol=0.05)
+
+
 def test_garch_without_arch(tape: Tape, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> None:
         raise ImportError(name)
@@ -216,10 +227,12 @@ def test_program_trains_and_evaluates_numbers(tmp_path: Path, capsys: pytest.Cap
     result = json.loads(file.read_text())
     assert list(result["domains"]) == ["rates"]
     methods = result["total"]["methods"]
-    assert list(methods) == ["model", "unconditional", "random walk", "EWMA", "GARCH(1,1)"]
+    assert list(methods) == ["model", "unconditional", "random walk", "EWMA", "GARCH(1,1)", "bins"]
     for scores in methods.values():
         for value, low, high in scores.values():
             assert low <= value <= high
+    difference = methods["model"]["nll"][0] - methods["bins"]["nll"][0]
+    assert methods["bins"]["model_nll_difference"][0] == pytest.approx(difference)
     assert methods["model"]["nll"][0] < math.log(BINS) + 0.3
     said = capsys.readouterr().out
     assert "about chance" in said and "MCC" in said
