@@ -16,6 +16,7 @@ from typing import Any
 from benchmarks.compare import RESULTS, Results, read
 from benchmarks.harness import Row
 from gpt.cli import UserError, run_program, write_atomically
+from gpt.forecast import direction_line
 
 README = Path(__file__).parent.parent / "README.md"
 NOT_OPS = (
@@ -200,13 +201,14 @@ def forecasts(results: Results) -> str:
         for name, domain in domains.items()
         for method, scores in domain["methods"].items()
     ]
-    return markdown(
+    table = markdown(
         (
             _of_run(results), "NLL", "CRPS", "inside 50%", "80%", "95%", "model's NLL less this one's",
             "model's CRPS to this one's",
         ),
         lines,
     )  # fmt: skip
+    return f"{table}\n{direction_line(results.content)}\n"
 
 
 def _of_run(results: Results) -> str:

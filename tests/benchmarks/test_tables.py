@@ -58,7 +58,8 @@ def test_tables_of_evaluations(tmp_path: Path) -> None:
     method |= {
         f"coverage_{level}": [level / 100, level / 100 - 0.02, level / 100 + 0.02] for level in (50, 80, 95)
     }
-    part = {"rows": 9, "methods": {"EWMA": method}}
+    direction = {"accuracy": [0.5, 0.48, 0.52], "mcc": [0.01, -0.02, 0.04], "share_called_up": 0.25}
+    part = {"rows": 9, "methods": {"EWMA": method}, "direction": direction | {"share_up": 0.51}}
     evaluated = of_run | {"rows": 9, "domains": {"stocks": part}, "total": part}
     (tmp_path / "tape.json").write_text(json.dumps(evaluated))
     text = "".join(
@@ -71,6 +72,9 @@ def test_tables_of_evaluations(tmp_path: Path) -> None:
     numbers = "5.500 ±0.100 | 0.500 ±0.100 | 50.0 ±2.0 | 80.0 ±2.0 | 95.0 ±2.0 | -0.006 ±0.002 | 0.990 ±0.010"
     for name in ("stocks", "all"):
         assert f"| {name}, 9 rows: EWMA | {numbers} |" in made
+    assert (
+        "50.0 ±2.0% of changes other than 0 are called right, MCC 0.010 ±0.030; up is called in 25.0%" in made
+    )
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.bins import BINS
+from data.bins import BINS, Bins
 from data.documents import SplitDates
 from data.numbers import Ids, Tape, make_tape, make_tokenizer
 from data.prepare import Config, prepare
@@ -23,7 +23,16 @@ from gpt.baselines import BASELINES, from_normal, from_probabilities, train_devi
 from gpt.cli import UserError
 from gpt.config import ModelConfig, preset
 from gpt.evaluate import check_same_tape, main
-from gpt.forecast import _windows, bin_probabilities, bootstrap, matthews, row_scores, score_tape, summary
+from gpt.forecast import (
+    _windows,
+    bin_probabilities,
+    bootstrap,
+    direction_line,
+    matthews,
+    row_scores,
+    score_tape,
+    summary,
+)
 from gpt.model import GPT
 from gpt.ops import PLAIN
 from gpt.train import train
@@ -158,6 +167,40 @@ def test_bootstrap_covers_the_mean_and_keeps_days_together() -> None:
     np.testing.assert_allclose(bootstrap({"x": common}, days)["x"], sums["x"], rtol=1e-9, atol=1e-9)
 
 
+def test_a_bin_with_zero_is_split_as_train_has_it(tape: Tape) -> None:
+    """With an edge at 0, a change of 0 falls into the bin above, whose probability is not one of a rise."""
+    inner = np.linspace(-2, 2, BINS - 1)
+    edges, zero = np.concatenate(([-8.0], inner, [8.0])), BINS // 2
+    assert edges[zero] == 0
+    scaled = np.full(tape.rows.size, 1.0)
+    of_train = of_split(tape, 0)
+    scaled[of_train[:400]] = 0.0
+    scaled[of_train[400:500]] = edges[zero + 1] / 2
+    table = tape.rows.copy()
+    table["change"] = scaled * table["volatility"]
+    table["bin"] = Bins(edges).encode(scaled)
+    made = Tape(table, tape.entities, Bins(edges), tape.context, tape.differences)
+    chosen = of_split(made, 1)[:3]
+    probabilities = np.zeros((3, BINS))
+    probabilities[:, zero] = 0.5  # a fifth of it above 0
+    probabilities[:, 0], probabilities[:, -1] = (0.32, 0.29, 0.5), (0.18, 0.21, 0.0)
+    scores = row_scores(made, chosen, from_probabilities(made, chosen, probabilities))
+    assert scores["up"].tolist() == [-1, 1, -1]
+
+
+def test_one_direction_is_told_without_a_percentage() -> None:
+    rose = np.array([1.0, 1.0, -1.0, 0.0])
+    others = {name: np.ones(4) for name in ("nll", "crps", "coverage_50", "coverage_80", "coverage_95")}
+    told = []
+    for up in (np.ones(4), np.array([1.0, -1.0, -1.0, 1.0])):
+        part = summary({"model": others | {"up": up, "rose": rose}}, np.arange(4), np.ones(4, dtype=bool))
+        told.append((part["direction"], direction_line({"total": part})))
+    assert told[0][1] == "Direction: up is called in every row: none is forecast; 66.7% of changes rise."
+    assert told[1][0]["accuracy"][0] == pytest.approx(2 / 3)  # the row without a change does not count
+    assert told[1][0]["share_called_up"] == 0.5 and told[1][0]["share_up"] == pytest.approx(2 / 3)
+    assert told[1][1].startswith("Direction: 66.7 ±") and "MCC 0.500" in told[1][1]
+
+
 def test_matthews_coefficient() -> None:
     counts = {name: np.array([value]) for name, value in {"tp": 6, "tn": 3, "fp": 1, "fn": 2}.items()}
     assert matthews(counts)[0] == pytest.approx((6 * 3 - 1 * 2) / math.sqrt(7 * 8 * 4 * 5))
@@ -235,7 +278,7 @@ def test_program_trains_and_evaluates_numbers(tmp_path: Path, capsys: pytest.Cap
     assert methods["bins"]["model_nll_difference"][0] == pytest.approx(difference)
     assert methods["model"]["nll"][0] < math.log(BINS) + 0.3
     said = capsys.readouterr().out
-    assert "about chance" in said and "MCC" in said
+    assert "about chance" in said and "Direction: " in said
     summary_file = json.loads((run / "summary.json").read_text())
     assert summary_file["val_bits_per_byte"] > 0
     with pytest.raises(UserError, match=f"tape that {data} held, {others} has other rows, splits or bins"):
