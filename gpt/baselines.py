@@ -111,12 +111,20 @@ def train_bins(tape: Tape, rows: np.ndarray) -> Forecasts:
 
 
 def train_deviations(tape: Tape) -> np.ndarray:
-    """(entities,) root mean square of the train changes. Raises UserError for an entity without any."""
-    found = [_train_changes(tape, entity) for entity in range(len(tape.entities))]
-    for (name, _), changes in zip(tape.entities, found, strict=True):
-        if changes.size < 2:
-            raise UserError(f"{name} has no train rows: a baseline cannot be fitted")
-    return np.array([np.sqrt(np.mean(changes**2)) for changes in found])
+    """(entities,) root mean square of the train changes, NaN for an entity that is not in train."""
+    known = in_train(tape)
+    return np.array(
+        [
+            np.sqrt(np.mean(_train_changes(tape, entity) ** 2)) if known[entity] else np.nan
+            for entity in range(len(tape.entities))
+        ]
+    )
+
+
+def in_train(tape: Tape) -> np.ndarray:
+    """(entities,) bool: whether train has two rows of the entity or more, to fit something to."""
+    of_train = tape.rows["entity"][tape.rows["split"] == TRAIN]
+    return np.bincount(of_train, minlength=len(tape.entities)) >= 2
 
 
 def _train_changes(tape: Tape, entity: int) -> np.ndarray:

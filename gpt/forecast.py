@@ -27,7 +27,7 @@ from rich.table import Table
 from data.bins import BINS
 from data.documents import SPLITS
 from data.numbers import Ids, Tape
-from gpt.baselines import BASELINES, LEVELS, TRAIN, Forecasts, from_probabilities, train_deviations
+from gpt.baselines import BASELINES, LEVELS, TRAIN, Forecasts, from_probabilities, in_train, train_deviations
 from gpt.cli import UserError, wide_console
 from gpt.model import GPT
 from tapelm import Tokenizer
@@ -41,10 +41,20 @@ CHANCE = "direction is about chance in published work; read it with its interval
 def score_tape(
     model: GPT, tokenizer: Tokenizer, tape: Tape, split: str, batch_size: int = 16
 ) -> dict[str, Any]:
-    """Scores of the model and the baselines by domain and in total. Raises UserError for an empty split."""
+    """Scores of the model and the baselines by domain and in total. Raises UserError for an empty split.
+
+    Entities without train rows are left out and named: neither the baselines nor the model know them.
+    """
     rows = np.flatnonzero(tape.rows["split"] == SPLITS.index(split))
     if not rows.size:
         raise UserError(f"the {split} split of the tape has no rows")
+    known = in_train(tape)[tape.rows["entity"][rows]]
+    left_out = [tape.entities[entity][0] for entity in np.unique(tape.rows["entity"][rows[~known]])]
+    rows = rows[known]
+    if not rows.size:
+        raise UserError(
+            f"no entity of the {split} split has train rows: prepare the tape with a later --validation-from"
+        )
     methods = {
         "model": from_probabilities(tape, rows, bin_probabilities(model, tokenizer, tape, rows, batch_size))
     }
@@ -56,6 +66,7 @@ def score_tape(
     return {
         "split": split,
         "rows": int(rows.size),
+        "left_out_without_train_rows": left_out,
         "bootstrap": {"block_days": BLOCK_DAYS, "replicates": REPLICATES, "level": 0.95},
         "direction_note": CHANCE,
         "domains": {name: summary(scores, days, part) for name, part in parts.items()},
@@ -123,7 +134,7 @@ def row_scores(tape: Tape, rows: np.ndarray, forecasts: Forecasts) -> dict[str, 
 
 
 def _sides(tape: Tape) -> np.ndarray:
-    """(BINS,) 1 for a bin above 0, -1 for one below; for that of 0, the mean sign of train's changes in it."""
+    """(BINS,) 1 for a bin above 0, -1 for one below; for that with 0, its mean sign in train."""
     train = tape.rows[tape.rows["split"] == TRAIN]
     with_zero = int(tape.bins.encode(np.zeros(1))[0])
     sides = np.where(np.arange(BINS) > with_zero, 1.0, -1.0)
@@ -233,6 +244,9 @@ def print_tape_table(result: dict[str, Any]) -> None:
             table.add_row(domain, name, *cells)
         table.add_section()
     wide_console().print(table)
+    if result["left_out_without_train_rows"]:
+        names = ", ".join(result["left_out_without_train_rows"])
+        wide_console().print(f"Left out, having no train rows: {names}.")
     wide_console().print(f"{direction_line(result)} Note: {CHANCE}.")
 
 

@@ -29,6 +29,7 @@ from gpt.forecast import (
     bootstrap,
     direction_line,
     matthews,
+    print_tape_table,
     row_scores,
     score_tape,
     summary,
@@ -226,6 +227,28 @@ def test_every_row_is_forecast_once_from_the_rows_before_it(tape: Tape) -> None:
     assert np.array_equal(found, bin_probabilities(model, tokenizer, spoiled, chosen, 8))
     ids = Ids.of(tape, tokenizer)
     assert ids.first_bin + BINS == tokenizer.vocab_size
+
+
+def test_entities_without_train_rows_are_left_out_and_named(
+    tape: Tape, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("arch")
+    tokenizer = make_tokenizer(tape)
+    model = (
+        GPT(ModelConfig(**SHAPE, vocab_size=tokenizer.vocab_size, dropout=0.0), PLAIN).initialize(0).eval()
+    )
+    late = (tape.rows["entity"] == 1) & (tape.rows["split"] == 0)
+    shorter = Tape(tape.rows[~late], tape.entities, tape.bins, tape.context, tape.differences)
+    result = score_tape(model, tokenizer, shorter, "val")
+    assert result["left_out_without_train_rows"] == ["b"]
+    assert result["rows"] == np.sum((tape.rows["split"] == 1) & (tape.rows["entity"] != 1))
+    for scores in result["total"]["methods"].values():
+        assert all(np.isfinite(values).all() for values in scores.values())
+    print_tape_table(result | {"checkpoint": "run"})
+    assert "Left out, having no train rows: b." in capsys.readouterr().out
+    none = Tape(tape.rows[tape.rows["split"] != 0], tape.entities, tape.bins, tape.context, tape.differences)
+    with pytest.raises(UserError, match="no entity of the val split has train rows"):
+        score_tape(model, tokenizer, none, "val")
 
 
 def test_mistakes(tape: Tape) -> None:
