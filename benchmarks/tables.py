@@ -16,6 +16,7 @@ from typing import Any
 from benchmarks.compare import RESULTS, Results, read
 from benchmarks.harness import Row
 from gpt.cli import UserError, run_program, write_atomically
+from gpt.forecast import direction_line
 
 README = Path(__file__).parent.parent / "README.md"
 NOT_OPS = (
@@ -206,16 +207,23 @@ def texts(results: Results) -> str:
 
 
 def forecasts(results: Results) -> str:
-    """CRPS and coverage with half their 95% intervals, of the model and of the methods beside it."""
-    keys = ("crps", "coverage_50", "coverage_80", "coverage_95", "model_crps_ratio")
+    """NLL, CRPS and coverage with half their 95% intervals, of the model and of the methods beside it."""
+    keys = ("nll", "crps", "coverage_50", "coverage_80", "coverage_95")
+    keys += ("model_nll_difference", "model_crps_ratio")
+    domains = results.content["domains"] | {"all": results.content["total"]}
     lines = [
         (f"{name}, {domain['rows']:,} rows: {method}", *(_with_interval(scores, key) for key in keys))
-        for name, domain in results.content["domains"].items()
+        for name, domain in domains.items()
         for method, scores in domain["methods"].items()
     ]
-    return markdown(
-        (_of_run(results), "CRPS", "inside 50%", "80%", "95%", "model's CRPS to this one's"), lines
-    )
+    table = markdown(
+        (
+            _of_run(results), "NLL", "CRPS", "inside 50%", "80%", "95%", "model's NLL less this one's",
+            "model's CRPS to this one's",
+        ),
+        lines,
+    )  # fmt: skip
+    return f"{table}\n{direction_line(results.content)}\n"
 
 
 def _of_run(results: Results) -> str:
@@ -232,7 +240,8 @@ def _with_interval(scores: dict[str, Sequence[float]], key: str) -> str:
     middle, low, high = scores[key]
     if key.startswith("coverage"):
         return f"{100 * middle:.1f} ±{50 * (high - low):.1f}"
-    return f"{middle:.3f} ±{(high - low) / 2:.3f}"
+    sign = "+" if key == "model_nll_difference" else "-"
+    return f"{middle:{sign}.3f} ±{(high - low) / 2:.3f}"
 
 
 def scaling(results: Results) -> str:

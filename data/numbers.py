@@ -12,6 +12,7 @@ The embargo is one context: train ends so many rows before validation begins, an
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -69,6 +70,13 @@ class Tape:
             "context_rows": self.context,
         }
         (directory / TAPE).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+
+    @staticmethod
+    def sha256(directory: Path) -> str | None:
+        """Of a tape's bins, entities, rows and their splits; None for a directory without a tape."""
+        if not (directory / TAPE).is_file():
+            return None
+        return hashlib.sha256((directory / TAPE).read_bytes() + (directory / ROWS).read_bytes()).hexdigest()
 
     @classmethod
     def load(cls, directory: Path) -> Tape:

@@ -6,6 +6,7 @@
 | random walk | normal, with the standard deviation of the entity's train rows |
 | EWMA | normal, with the trailing volatility that scales the tape (decay 0.94) |
 | GARCH(1,1) | normal, with parameters fitted by the package arch on train and then only filtered |
+| bins | in each bin as often as the train rows of all entities are: what the tape knows without a network |
 """
 
 from __future__ import annotations
@@ -102,13 +103,28 @@ def garch(tape: Tape, rows: np.ndarray) -> Forecasts:
     return from_normal(tape, rows, deviation[rows])
 
 
+def train_bins(tape: Tape, rows: np.ndarray) -> Forecasts:
+    """Filtered historical simulation: train's changes over trailing volatility, times that of the row."""
+    counted = np.bincount(tape.rows["bin"][tape.rows["split"] == TRAIN], minlength=BINS)
+    probabilities = (1 - UNIFORM) * counted / counted.sum() + UNIFORM / BINS
+    return from_probabilities(tape, rows, np.tile(probabilities, (len(rows), 1)))
+
+
 def train_deviations(tape: Tape) -> np.ndarray:
-    """(entities,) root mean square of the train changes. Raises UserError for an entity without any."""
-    found = [_train_changes(tape, entity) for entity in range(len(tape.entities))]
-    for (name, _), changes in zip(tape.entities, found, strict=True):
-        if changes.size < 2:
-            raise UserError(f"{name} has no train rows: a baseline cannot be fitted")
-    return np.array([np.sqrt(np.mean(changes**2)) for changes in found])
+    """(entities,) root mean square of the train changes, NaN for an entity that is not in train."""
+    known = in_train(tape)
+    return np.array(
+        [
+            np.sqrt(np.mean(_train_changes(tape, entity) ** 2)) if known[entity] else np.nan
+            for entity in range(len(tape.entities))
+        ]
+    )
+
+
+def in_train(tape: Tape) -> np.ndarray:
+    """(entities,) bool: whether train has two rows of the entity or more, to fit something to."""
+    of_train = tape.rows["entity"][tape.rows["split"] == TRAIN]
+    return np.bincount(of_train, minlength=len(tape.entities)) >= 2
 
 
 def _train_changes(tape: Tape, entity: int) -> np.ndarray:
@@ -120,4 +136,5 @@ BASELINES: dict[str, Callable[[Tape, np.ndarray], Forecasts]] = {
     "random walk": random_walk,
     "EWMA": ewma,
     "GARCH(1,1)": garch,
+    "bins": train_bins,
 }

@@ -2,7 +2,7 @@
 
 Per domain (the source of the documents) and in total: loss, perplexity and bits per byte, beside the bits per
 byte of a unigram model of the tokens and of bz2 and xz on the same bytes. On a tape of numbers: next-bin
-loss, CRPS and coverage beside four baselines, see gpt.forecast.
+loss, CRPS and coverage beside five baselines, see gpt.forecast.
 """
 
 from __future__ import annotations
@@ -129,6 +129,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     }
     if (config.data / TAPE).is_file():
         tape = Tape.load(config.data)
+        check_same_tape(checkpoint, state, config.data)
         return of_run | score_tape(model, tokenizer, tape, config.split, config.batch_size)
     end_of_text = tokenizer.special_tokens[END_OF_TEXT]
     domains = read_domains(config.data / "documents" / f"{config.split}.jsonl", config.max_bytes)
@@ -162,6 +163,18 @@ def check_same_tokenizer(of_model: Path, of_data: Path) -> None:
     if sha256_of(of_model) != sha256_of(of_data):
         raise UserError(
             f"{of_model} and {of_data} are different tokenizers: use the data the model was trained on"
+        )
+
+
+def check_same_tape(checkpoint: Path, state: dict[str, Any], data: Path) -> None:
+    """Raise UserError unless the model was trained on this tape; any splits have the same tokenizer."""
+    trained_on = state.get("tape_sha256")
+    if trained_on is None:
+        raise UserError(f"{checkpoint} does not say which tape it was trained on: train again on {data}")
+    if trained_on != Tape.sha256(data):
+        raise UserError(
+            f"{checkpoint} was trained on the tape that {state['config']['data']} held, {data} has other "
+            "rows, splits or bins: evaluate on that one or train again on this one"
         )
 
 

@@ -9,7 +9,10 @@ of a day together, as their returns move together).
 | NLL | the bin that came, in nats; the same bins for all methods |
 | CRPS | twice the mean pinball loss over 99 quantiles, in standard deviations of the entity's train changes |
 | coverage | the share of changes inside the central 50, 80 and 95% interval |
-| direction | sign of the change against P(up) > 1/2; about chance is what to expect |
+| direction | of changes other than 0: up is forecast where P(change > 0) > P(change < 0), else down |
+
+Of the bin that 0 lies in, both sides get the shares that its train rows have there, a change of 0 being on
+neither. About chance is what to expect of the direction; a model that calls one way only has none.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from rich.table import Table
 from data.bins import BINS
 from data.documents import SPLITS
 from data.numbers import Ids, Tape
-from gpt.baselines import BASELINES, LEVELS, Forecasts, from_probabilities, train_deviations
+from gpt.baselines import BASELINES, LEVELS, TRAIN, Forecasts, from_probabilities, in_train, train_deviations
 from gpt.cli import UserError, wide_console
 from gpt.model import GPT
 from tapelm import Tokenizer
@@ -38,10 +41,20 @@ CHANCE = "direction is about chance in published work; read it with its interval
 def score_tape(
     model: GPT, tokenizer: Tokenizer, tape: Tape, split: str, batch_size: int = 16
 ) -> dict[str, Any]:
-    """Scores of the model and the baselines by domain and in total. Raises UserError for an empty split."""
+    """Scores of the model and the baselines by domain and in total. Raises UserError for an empty split.
+
+    Entities without train rows are left out and named: neither the baselines nor the model know them.
+    """
     rows = np.flatnonzero(tape.rows["split"] == SPLITS.index(split))
     if not rows.size:
         raise UserError(f"the {split} split of the tape has no rows")
+    known = in_train(tape)[tape.rows["entity"][rows]]
+    left_out = [tape.entities[entity][0] for entity in np.unique(tape.rows["entity"][rows[~known]])]
+    rows = rows[known]
+    if not rows.size:
+        raise UserError(
+            f"no entity of the {split} split has train rows: prepare the tape with a later --validation-from"
+        )
     methods = {
         "model": from_probabilities(tape, rows, bin_probabilities(model, tokenizer, tape, rows, batch_size))
     }
@@ -53,6 +66,7 @@ def score_tape(
     return {
         "split": split,
         "rows": int(rows.size),
+        "left_out_without_train_rows": left_out,
         "bootstrap": {"block_days": BLOCK_DAYS, "replicates": REPLICATES, "level": 0.95},
         "direction_note": CHANCE,
         "domains": {name: summary(scores, days, part) for name, part in parts.items()},
@@ -103,7 +117,7 @@ def _windows(tape: Tape, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndar
 
 
 def row_scores(tape: Tape, rows: np.ndarray, forecasts: Forecasts) -> dict[str, np.ndarray]:
-    """Scores (n,) by name; "up" is the forecast direction, "rose" what came, both 0 for a day without."""
+    """Scores (n,) by name; "up" is the direction called, 1 or -1, "rose" what came, 0 without a change."""
     change = tape.rows["change"][rows]
     scale = train_deviations(tape)[tape.rows["entity"][rows]]
     chosen = forecasts.probabilities[np.arange(rows.size), tape.rows["bin"][rows]]
@@ -114,9 +128,19 @@ def row_scores(tape: Tape, rows: np.ndarray, forecasts: Forecasts) -> dict[str, 
         low, high = (np.interp(level, LEVELS, np.arange(LEVELS.size)) for level in _ends(interval))
         inside = (change >= _quantile(forecasts, low)) & (change <= _quantile(forecasts, high))
         scores[f"coverage_{interval}"] = inside.astype(np.float64)
-    scores["up"] = np.sign(forecasts.quantiles[:, LEVELS.size // 2])
+    scores["up"] = np.where(forecasts.probabilities @ _sides(tape) > 0, 1.0, -1.0)
     scores["rose"] = np.sign(change)
     return scores
+
+
+def _sides(tape: Tape) -> np.ndarray:
+    """(BINS,) 1 for a bin above 0, -1 for one below; for that with 0, its mean sign in train."""
+    train = tape.rows[tape.rows["split"] == TRAIN]
+    with_zero = int(tape.bins.encode(np.zeros(1))[0])
+    sides = np.where(np.arange(BINS) > with_zero, 1.0, -1.0)
+    inside = train["bin"] == with_zero
+    sides[with_zero] = np.sign(train["change"][inside]).sum() / max(1, inside.sum())
+    return sides
 
 
 def _ends(interval: int) -> tuple[float, float]:
@@ -155,13 +179,17 @@ def summary(scores: dict[str, dict[str, np.ndarray]], days: np.ndarray, part: np
             if f"{name}/{column}" in sums
         }
         if name != "model":
+            made["methods"][name]["model_nll_difference"] = interval(
+                lambda of, key=f"{name}/nll": (of["model/nll"] - of[key]) / of["rows"]
+            )
             made["methods"][name]["model_crps_ratio"] = interval(
                 lambda of, key=f"{name}/crps": of["model/crps"] / of[key]
             )
     made["direction"] = {
         "accuracy": interval(lambda of: (of["tp"] + of["tn"]) / np.maximum(_decided(of), 1)),
         "mcc": interval(matthews),
-        "share_of_days_up": float(np.mean(rose > 0)),
+        "share_called_up": float(np.mean(up > 0)),
+        "share_up": float(np.sum(rose > 0) / max(1, np.sum(rose != 0))),
     }
     return made
 
@@ -202,6 +230,7 @@ def print_tape_table(result: dict[str, Any]) -> None:
         "NLL",
         "CRPS",
         *(f"{interval}%" for interval in INTERVALS),
+        "model's NLL",
         "model's CRPS",
     ):
         table.add_column(column, justify="left" if column in ("domain", "method") else "right")
@@ -209,16 +238,32 @@ def print_tape_table(result: dict[str, Any]) -> None:
         for name, scores in part["methods"].items():
             cells = [_cell(scores[key], 3) for key in ("nll", "crps")]
             cells += [_cell([100 * value for value in scores[f"coverage_{i}"]], 1) for i in INTERVALS]
-            ratio = scores.get("model_crps_ratio")
-            table.add_row(domain, name, *cells, "" if ratio is None else "×" + _cell(ratio, 3))
+            if name != "model":
+                cells += [_cell(scores["model_nll_difference"], 3, sign="+")]
+                cells += ["×" + _cell(scores["model_crps_ratio"], 3)]
+            table.add_row(domain, name, *cells)
         table.add_section()
     wide_console().print(table)
+    if result["left_out_without_train_rows"]:
+        names = ", ".join(result["left_out_without_train_rows"])
+        wide_console().print(f"Left out, having no train rows: {names}.")
+    wide_console().print(f"{direction_line(result)} Note: {CHANCE}.")
+
+
+def direction_line(result: dict[str, Any]) -> str:
+    """What the model's directions are worth, in a sentence; no percentage where it calls but one."""
     direction = result["total"]["direction"]
-    accuracy, mcc = _cell(direction["accuracy"], 3), _cell(direction["mcc"], 3)
-    up = direction["share_of_days_up"]
-    wide_console().print(f"direction: accuracy {accuracy}, MCC {mcc}, {up:.3f} of days up. Note: {CHANCE}.")
+    called, rose = direction["share_called_up"], direction["share_up"]
+    if called in (0, 1):
+        way = "up" if called else "down"
+        return f"Direction: {way} is called in every row: none is forecast; {rose:.1%} of changes rise."
+    accuracy = _cell([100 * value for value in direction["accuracy"]], 1)
+    return (
+        f"Direction: {accuracy}% of changes other than 0 are called right, MCC {_cell(direction['mcc'], 3)}; "
+        f"up is called in {called:.1%} of rows and comes in {rose:.1%} of changes."
+    )
 
 
-def _cell(score: list[float], digits: int) -> str:
+def _cell(score: list[float], digits: int, sign: str = "-") -> str:
     value, low, high = score
-    return f"{value:.{digits}f} ±{(high - low) / 2:.{digits}f}"
+    return f"{value:{sign}.{digits}f} ±{(high - low) / 2:.{digits}f}"

@@ -21,6 +21,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from data.numbers import Tape
 from gpt import checkpoint
 from gpt.cli import StopRequest, UserError, only_writer, run_program, write_atomically
 from gpt.config import ModelConfig, TrainConfig, parse_command_line
@@ -64,6 +65,7 @@ def _train(config: TrainConfig, arguments: list[str] | None) -> int:
     loader = open_loader(config.data / "train", config.batch_size, config.block_size, config.seed, device)
     validation = fixed_batches(config, device)
     check_shards(config.data, tokenizer)
+    tape = Tape.sha256(config.data)
     steps_per_epoch = max(1, len(loader) // config.accumulation_steps)
     total_steps = config.max_steps or config.epochs * steps_per_epoch
 
@@ -112,6 +114,7 @@ def _train(config: TrainConfig, arguments: list[str] | None) -> int:
             "peak_memory_bytes": max(peak_memory, peak_memory_bytes(device)),
             "best_val_loss": None if math.isinf(best_val_loss) else best_val_loss,
             "batches_sha256": digest,
+            "tape_sha256": tape,
             "loader": loader.state_dict(),
             "generators": checkpoint.generators(),
             "threads": torch.get_num_threads(),
@@ -257,6 +260,7 @@ def check_same_run(config: TrainConfig, shape: ModelConfig, precision: str, star
     before, now = before | {"precision": state["precision"]}, now | {"precision": precision}
     before["tokenizer"] = checkpoint.sha256_of(start / "tokenizer.json")[:12]
     now["tokenizer"] = checkpoint.sha256_of(config.data / "tokenizer.json")[:12]
+    before["tape"], now["tape"] = state.get("tape_sha256"), Tape.sha256(config.data)
     for name, value in now.items():
         if before[name] != value:
             raise UserError(

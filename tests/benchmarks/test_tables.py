@@ -53,12 +53,15 @@ def test_tables_of_evaluations(tmp_path: Path) -> None:
     scores = {"bytes": 1234, "perplexity": 5.0, "bits_per_byte": 0.7, "unigram_bits_per_byte": 1.7}
     scores |= {"bz2_bits_per_byte": 1.3, "xz_bits_per_byte": 1.2}
     (tmp_path / "texts.json").write_text(json.dumps(of_run | {"domains": {"fed": scores}, "total": scores}))
-    method = {"crps": [0.5, 0.4, 0.6], "model_crps_ratio": [0.99, 0.98, 1.0]}
+    method = {"nll": [5.5, 5.4, 5.6], "crps": [0.5, 0.4, 0.6]}
+    method |= {"model_nll_difference": [-0.006, -0.008, -0.004], "model_crps_ratio": [0.99, 0.98, 1.0]}
     method |= {
         f"coverage_{level}": [level / 100, level / 100 - 0.02, level / 100 + 0.02] for level in (50, 80, 95)
     }
-    domains = {"stocks": {"rows": 9, "methods": {"EWMA": method}}}
-    (tmp_path / "tape.json").write_text(json.dumps(of_run | {"rows": 9, "domains": domains}))
+    direction = {"accuracy": [0.5, 0.48, 0.52], "mcc": [0.01, -0.02, 0.04], "share_called_up": 0.25}
+    part = {"rows": 9, "methods": {"EWMA": method}, "direction": direction | {"share_up": 0.51}}
+    evaluated = of_run | {"rows": 9, "domains": {"stocks": part}, "total": part}
+    (tmp_path / "tape.json").write_text(json.dumps(evaluated))
     text = "".join(
         f"<!-- table {kind} {kind[:4]}.json -->\n<!-- end -->\n" for kind in ("texts", "forecasts")
     )
@@ -66,8 +69,11 @@ def test_tables_of_evaluations(tmp_path: Path) -> None:
     made = tables.splice(text, tmp_path)
     assert "| val, after 2.0 M tokens, 61 s of training | bytes |" in made
     assert "| fed | 1,234 | 5.00 | 0.700 | 1.700 | 1.300 | 1.200 |" in made
+    numbers = "5.500 ±0.100 | 0.500 ±0.100 | 50.0 ±2.0 | 80.0 ±2.0 | 95.0 ±2.0 | -0.006 ±0.002 | 0.990 ±0.010"
+    for name in ("stocks", "all"):
+        assert f"| {name}, 9 rows: EWMA | {numbers} |" in made
     assert (
-        "| stocks, 9 rows: EWMA | 0.500 ±0.100 | 50.0 ±2.0 | 80.0 ±2.0 | 95.0 ±2.0 | 0.990 ±0.010 |" in made
+        "50.0 ±2.0% of changes other than 0 are called right, MCC 0.010 ±0.030; up is called in 25.0%" in made
     )
 
 

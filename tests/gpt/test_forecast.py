@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import random
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.bins import BINS
+from data.bins import BINS, Bins
 from data.documents import SplitDates
 from data.numbers import Ids, Tape, make_tape, make_tokenizer
 from data.prepare import Config, prepare
@@ -21,8 +22,18 @@ from gpt import baselines
 from gpt.baselines import BASELINES, from_normal, from_probabilities, train_deviations
 from gpt.cli import UserError
 from gpt.config import ModelConfig, preset
-from gpt.evaluate import main
-from gpt.forecast import _windows, bin_probabilities, bootstrap, matthews, row_scores, score_tape, summary
+from gpt.evaluate import check_same_tape, main
+from gpt.forecast import (
+    _windows,
+    bin_probabilities,
+    bootstrap,
+    direction_line,
+    matthews,
+    print_tape_table,
+    row_scores,
+    score_tape,
+    summary,
+)
 from gpt.model import GPT
 from gpt.ops import PLAIN
 from gpt.train import train
@@ -112,6 +123,17 @@ def test_garch_follows_the_volatility_of_the_next_days(tape: Tape) -> None:
     assert crps["GARCH(1,1)"] < crps["random walk"] and crps["EWMA"] < crps["random walk"]
 
 
+def test_bins_are_as_often_as_in_train_times_volatility(tape: Tape) -> None:
+    chosen = of_split(tape, 1)
+    forecasts = baselines.train_bins(tape, chosen)
+    train = tape.rows[tape.rows["split"] == 0]
+    counted = np.array([np.sum(train["bin"] == number) for number in range(BINS)]) / train.size
+    assert np.allclose(forecasts.probabilities, 0.99 * counted + 0.01 / BINS)
+    known = np.quantile(train["change"] / train["volatility"], baselines.LEVELS)
+    volatility = tape.rows["volatility"][chosen, None]
+    assert np.allclose(forecasts.quantiles / volatility, known, atol=0.05)
+
+
 def test_garch_without_arch(tape: Tape, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> None:
         raise ImportError(name)
@@ -146,6 +168,40 @@ def test_bootstrap_covers_the_mean_and_keeps_days_together() -> None:
     np.testing.assert_allclose(bootstrap({"x": common}, days)["x"], sums["x"], rtol=1e-9, atol=1e-9)
 
 
+def test_a_bin_with_zero_is_split_as_train_has_it(tape: Tape) -> None:
+    """With an edge at 0, a change of 0 falls into the bin above, whose probability is not one of a rise."""
+    inner = np.linspace(-2, 2, BINS - 1)
+    edges, zero = np.concatenate(([-8.0], inner, [8.0])), BINS // 2
+    assert edges[zero] == 0
+    scaled = np.full(tape.rows.size, 1.0)
+    of_train = of_split(tape, 0)
+    scaled[of_train[:400]] = 0.0
+    scaled[of_train[400:500]] = edges[zero + 1] / 2
+    table = tape.rows.copy()
+    table["change"] = scaled * table["volatility"]
+    table["bin"] = Bins(edges).encode(scaled)
+    made = Tape(table, tape.entities, Bins(edges), tape.context, tape.differences)
+    chosen = of_split(made, 1)[:3]
+    probabilities = np.zeros((3, BINS))
+    probabilities[:, zero] = 0.5  # a fifth of it above 0
+    probabilities[:, 0], probabilities[:, -1] = (0.32, 0.29, 0.5), (0.18, 0.21, 0.0)
+    scores = row_scores(made, chosen, from_probabilities(made, chosen, probabilities))
+    assert scores["up"].tolist() == [-1, 1, -1]
+
+
+def test_one_direction_is_told_without_a_percentage() -> None:
+    rose = np.array([1.0, 1.0, -1.0, 0.0])
+    others = {name: np.ones(4) for name in ("nll", "crps", "coverage_50", "coverage_80", "coverage_95")}
+    told = []
+    for up in (np.ones(4), np.array([1.0, -1.0, -1.0, 1.0])):
+        part = summary({"model": others | {"up": up, "rose": rose}}, np.arange(4), np.ones(4, dtype=bool))
+        told.append((part["direction"], direction_line({"total": part})))
+    assert told[0][1] == "Direction: up is called in every row: none is forecast; 66.7% of changes rise."
+    assert told[1][0]["accuracy"][0] == pytest.approx(2 / 3)  # the row without a change does not count
+    assert told[1][0]["share_called_up"] == 0.5 and told[1][0]["share_up"] == pytest.approx(2 / 3)
+    assert told[1][1].startswith("Direction: 66.7 ±") and "MCC 0.500" in told[1][1]
+
+
 def test_matthews_coefficient() -> None:
     counts = {name: np.array([value]) for name, value in {"tp": 6, "tn": 3, "fp": 1, "fn": 2}.items()}
     assert matthews(counts)[0] == pytest.approx((6 * 3 - 1 * 2) / math.sqrt(7 * 8 * 4 * 5))
@@ -173,6 +229,28 @@ def test_every_row_is_forecast_once_from_the_rows_before_it(tape: Tape) -> None:
     assert ids.first_bin + BINS == tokenizer.vocab_size
 
 
+def test_entities_without_train_rows_are_left_out_and_named(
+    tape: Tape, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("arch")
+    tokenizer = make_tokenizer(tape)
+    model = (
+        GPT(ModelConfig(**SHAPE, vocab_size=tokenizer.vocab_size, dropout=0.0), PLAIN).initialize(0).eval()
+    )
+    late = (tape.rows["entity"] == 1) & (tape.rows["split"] == 0)
+    shorter = Tape(tape.rows[~late], tape.entities, tape.bins, tape.context, tape.differences)
+    result = score_tape(model, tokenizer, shorter, "val")
+    assert result["left_out_without_train_rows"] == ["b"]
+    assert result["rows"] == np.sum((tape.rows["split"] == 1) & (tape.rows["entity"] != 1))
+    for scores in result["total"]["methods"].values():
+        assert all(np.isfinite(values).all() for values in scores.values())
+    print_tape_table(result | {"checkpoint": "run"})
+    assert "Left out, having no train rows: b." in capsys.readouterr().out
+    none = Tape(tape.rows[tape.rows["split"] != 0], tape.entities, tape.bins, tape.context, tape.differences)
+    with pytest.raises(UserError, match="no entity of the val split has train rows"):
+        score_tape(model, tokenizer, none, "val")
+
+
 def test_mistakes(tape: Tape) -> None:
     tokenizer = make_tokenizer(tape)
     small = ModelConfig(
@@ -192,34 +270,43 @@ def test_program_trains_and_evaluates_numbers(tmp_path: Path, capsys: pytest.Cap
     for seed, name in enumerate(("a", "b")):
         lines += [f"{row.date},{name},{row.value!r},yen to the euro" for _, row in rows(name, seed)]
     (tmp_path / "rates.csv").write_text("\n".join(lines) + "\n")
-    data = tmp_path / "data"
-    prepare(
-        Config(
-            out=data,
-            source=("rows",),
-            input=(str(tmp_path / "rates.csv"),),
-            view="numbers",
-            min_block=32,
-            validation_from=DATES.validation_from,
-            test_from=DATES.test_from,
-            until=DATES.until,
+    data, others = tmp_path / "data", tmp_path / "others"
+    for out, shift in ((data, 0), (others, 60)):
+        prepare(
+            Config(
+                out=out,
+                source=("rows",),
+                input=(str(tmp_path / "rates.csv"),),
+                view="numbers",
+                min_block=32,
+                validation_from=DATES.validation_from - timedelta(days=shift),
+                test_from=DATES.test_from,
+                until=DATES.until,
+            )
         )
-    )
     run = tmp_path / "run"
-    train(
-        preset("demo", data=data, out=run, **SHAPE, batch_size=8, max_steps=30, learning_rate=3e-3, threads=1)
-    )
+    shape = SHAPE | {"batch_size": 8}
+    config = preset("demo", data=data, out=run, **shape, max_steps=30, learning_rate=3e-3, threads=1)
+    train(config)
     file = run / "evaluation.json"
     assert main(["--checkpoint", str(run), "--data", str(data), "--json", str(file)]) == 0
     result = json.loads(file.read_text())
     assert list(result["domains"]) == ["rates"]
     methods = result["total"]["methods"]
-    assert list(methods) == ["model", "unconditional", "random walk", "EWMA", "GARCH(1,1)"]
+    assert list(methods) == ["model", "unconditional", "random walk", "EWMA", "GARCH(1,1)", "bins"]
     for scores in methods.values():
         for value, low, high in scores.values():
             assert low <= value <= high
+    difference = methods["model"]["nll"][0] - methods["bins"]["nll"][0]
+    assert methods["bins"]["model_nll_difference"][0] == pytest.approx(difference)
     assert methods["model"]["nll"][0] < math.log(BINS) + 0.3
     said = capsys.readouterr().out
-    assert "about chance" in said and "MCC" in said
+    assert "about chance" in said and "Direction: " in said
     summary_file = json.loads((run / "summary.json").read_text())
     assert summary_file["val_bits_per_byte"] > 0
+    with pytest.raises(UserError, match=f"tape that {data} held, {others} has other rows, splits or bins"):
+        main(["--checkpoint", str(run), "--data", str(others), "--json", str(file)])
+    with pytest.raises(UserError, match="does not say which tape it was trained on: train again on"):
+        check_same_tape(run, {}, data)
+    with pytest.raises(UserError, match=r"cannot resume from .*: tape was .* and is .* now"):
+        train(dataclasses.replace(config, data=others, resume="auto"))
