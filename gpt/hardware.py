@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def gemm_peak_flops(device: torch.device, precision: str, seconds: float = 0.25)
 
     Sizes double, five products each, until about `seconds` are spent; on CPUs of PyTorch's product and ours.
     """
-    products = [torch.mm]
+    products: list[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = [torch.mm]
     if device.type == "cpu":
         import tapelm
 

@@ -91,7 +91,7 @@ def test_seed_model_keeps_the_losses_of_plain_for_50_steps(
 ) -> None:
     """Layers, heads and width of the `seed` preset, float32, no dropout: as near as rounding lets it.
 
-    What a last bit does to the losses, the plain model itself says: once more from weights that differ by one.
+    What a last bit does to the losses, the plain model itself says: again from weights that differ by one.
     """
     seed = preset("seed", data=tiny_data, out=tmp_path)
     size = {"n_layer": seed.n_layer, "n_head": seed.n_head, "n_embd": seed.n_embd, "dropout": 0.0}
