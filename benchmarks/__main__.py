@@ -288,6 +288,8 @@ def main(arguments: list[str]) -> int:
             )  # fmt: skip
     if options.subject == "models":
         return models.run(options.files, options.out)
+    if options.subject == "plan" and (options.dollars or 0) < 0:
+        raise UserError("--dollars must not be negative")
     if options.subject == "plan":
         return planner.run(
             options.preset, options.batch_size, options.gpu, options.gpus, options.dollars, options.tokens

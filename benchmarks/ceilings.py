@@ -120,16 +120,18 @@ def _rates(probes: list[Probe]) -> list[tuple[float, str]]:
     return [(probe.work / statistics.median(probe.seconds), probe.name) for probe in probes]
 
 
-def timed(function: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one call: on a GPU between two events, else by the clock."""
+def timed(function: Callable[[], Any], device: torch.device, calls: int = 1) -> float:
+    """Seconds of one call, the mean of `calls`: on a GPU between two events, else by the clock."""
     if device.type == "cuda":
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         synchronize(device)
         first.record()
-        function()
+        for _ in range(calls):
+            function()
         last.record()
         synchronize(device)
-        return first.elapsed_time(last) / 1e3
+        return first.elapsed_time(last) / 1e3 / calls
     started = time.perf_counter()
-    function()
-    return time.perf_counter() - started
+    for _ in range(calls):
+        function()
+    return (time.perf_counter() - started) / calls

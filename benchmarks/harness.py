@@ -7,6 +7,7 @@ within a round is another one each time, as what runs before leaves its mark in 
 from __future__ import annotations
 
 import json
+import math
 import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +27,8 @@ from gpt.cli import UserError, write_atomically
 from gpt.hardware import device_name, fingerprint
 
 ROUNDS = 9
+LEAST_SECONDS, MOST_CALLS = 2e-3, 50
+"""A variant is called so often in a round that what ran before it, as the ceilings, does not matter."""
 SETTLED = 0.01
 MOST_TIMES_ROUNDS, MOST_SECONDS = 6, 1.5
 """While a ratio's standard error is above SETTLED, a short case takes its rounds again and again."""
@@ -85,12 +88,16 @@ def measure(case: Case, device: torch.device, rounds: int = ROUNDS) -> list[Row]
     """Check that the variants agree, then time them and the ceiling in turn."""
     check(case)
     ceilings = Ceilings(device, [case.dtype], [case.bound])
-    seconds = interleave(case.variants, ceilings, rounds)
+    calls = {
+        name: min(MOST_CALLS, math.ceil(LEAST_SECONDS / timed(run, device)))
+        for name, run in case.variants.items()
+    }
+    seconds = interleave(case.variants, ceilings, rounds, calls)
     baseline = next(iter(case.variants))
     for _ in range(MOST_TIMES_ROUNDS - 1):
         if _settled(seconds, baseline):
             break
-        for name, times in interleave(case.variants, ceilings, rounds).items():
+        for name, times in interleave(case.variants, ceilings, rounds, calls).items():
             seconds[name] += times
     limit = ceilings.limit(case.bound, case.dtype)
     return [
@@ -115,14 +122,17 @@ def _settled(seconds: Mapping[str, Sequence[float]], baseline: str) -> bool:
 
 
 def interleave(
-    variants: Mapping[str, Callable[[], Any]], ceilings: Ceilings, rounds: int
+    variants: Mapping[str, Callable[[], Any]],
+    ceilings: Ceilings,
+    rounds: int,
+    calls: Mapping[str, int] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of every variant in every round, each round ending with the ceilings."""
+    """Seconds of every variant in every round, of one or `calls` calls; each round ends with the ceilings."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     order, generator = list(variants), random.Random(0)
     for _ in range(rounds):
         for name in order:
-            seconds[name].append(timed(variants[name], ceilings.device))
+            seconds[name].append(timed(variants[name], ceilings.device, calls[name] if calls else 1))
         generator.shuffle(order)
         ceilings.round()
     return seconds

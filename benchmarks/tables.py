@@ -178,12 +178,21 @@ def loader(results: Results) -> str:
     """Batches, opening and files to shards, ours beside what it is compared with."""
     rows = [row for row in results.rows if row.subject in ("loader", "open", "encode_files")]
     return markdown(
-        ("", "median", "speed-up"),
+        ("", "median", "speed-up", "of the copy bandwidth"),
         [
-            (f"{row.subject} {row.shape}: {row.variant}", _duration(row), f"{_speed_up(row):.2f}×")
+            (
+                f"{row.subject} {row.shape}: {row.variant}",
+                _duration(row),
+                "" if row.variant in row.ratio_vs else f"{_speed_up(row):.2f}×",
+                _of_ceiling(row) if row.subject == "loader" else "",
+            )
             for row in rows
         ],
     )
+
+
+def _of_ceiling(row: Row) -> str:
+    return f"{row.fraction_of_ceiling:.0%}" + ("!" if row.fraction_of_ceiling > 1 else "")
 
 
 def _duration(row: Row) -> str:

@@ -8,6 +8,7 @@ vocabulary and documents, and its ids are compared.
 
 from __future__ import annotations
 
+import functools
 import gzip
 import hashlib
 import importlib
@@ -19,7 +20,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,9 @@ def gigatoken(path: Path) -> tuple[Encoder, Callable[[Any], np.ndarray]]:
     )
 
 
-def tiktoken(path: Path) -> tuple[Encoder, Callable[[Any], np.ndarray]]:
-    module = importlib.import_module("tiktoken")
+@functools.cache
+def ranks_of(path: Path) -> tuple[dict[bytes, int], dict[str, int]]:
+    """Ids of the tokens and of the special tokens of a tokenizer.json, as tiktoken takes them."""
     byte_of = {character: byte for byte, character in enumerate(CHARACTER_OF_BYTE)}
     config = json.loads(path.read_bytes())
     specials = {token["content"]: token["id"] for token in config["added_tokens"]}
@@ -87,11 +89,22 @@ def tiktoken(path: Path) -> tuple[Encoder, Callable[[Any], np.ndarray]]:
         for token, index in config["model"]["vocab"].items()
         if token not in specials
     }
+    return ranks, specials
+
+
+def tiktoken(path: Path) -> tuple[Encoder, Callable[[Any], np.ndarray]]:
+    module = importlib.import_module("tiktoken")
+    ranks, specials = ranks_of(path)
     encoding = module.Encoding("ours", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=specials)
-    return (
-        lambda texts, threads: encoding.encode_ordinary_batch(texts, num_threads=threads),
-        lambda result: np.concatenate([np.asarray(ids, dtype=np.uint32) for ids in result]),
-    )
+
+    def encode(texts: Sequence[Any], threads: int) -> list[np.ndarray]:
+        one = functools.partial(encoding.encode_to_numpy, disallowed_special=())
+        if threads == 1:
+            return [one(text) for text in texts]
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(one, texts))
+
+    return encode, np.concatenate
 
 
 def tokenizers(path: Path) -> tuple[Encoder, Callable[[Any], np.ndarray]]:
@@ -121,6 +134,8 @@ def one_run(name: str, vocabulary: Path, text: Path, threads: int) -> tuple[dict
         texts = [one.encode() for one in texts if isinstance(one, str)]
     for module in {"tapelm": ("tapelm",), "gigatoken": ("gigatoken", "awkward")}.get(name, (name,)):
         importlib.import_module(module)
+    if name == "tiktoken":
+        ranks_of(vocabulary)  # whose own files hold them as they are
     load, (encode, flat) = timed(lambda: PEERS[name](vocabulary))
     cold, result = timed(lambda: encode(texts, threads))
     ids = hashlib.sha256(np.asarray(flat(result), dtype=np.uint32).tobytes()).hexdigest()

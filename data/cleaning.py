@@ -11,7 +11,7 @@ import unicodedata
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from data.documents import Document
+from data.documents import END_OF_TEXT, Document
 from data.problems import Problems
 
 FUNCTION_WORDS = frozenset(("the", "be", "to", "of", "and", "that", "have", "with"))
@@ -62,6 +62,15 @@ def clean_text(text: str) -> str:
     return BLANK_LINES.sub("\n\n", BOILERPLATE.sub("", text)).strip()
 
 
+def is_unicode(text: str) -> bool:
+    """Whether the text can be written as UTF-8: has no half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def is_english(text: str) -> bool:
     """Whether two different function words of English stand in the beginning of the text."""
     words = text[:ENGLISH_SAMPLE].lower().split()
@@ -72,13 +81,17 @@ def clean_document(document: Document, filters: Filters, problems: Problems) -> 
     """The document with its text cleaned; None, and counted, when a filter drops it."""
     text = clean_text(document.text)
     reason = None
-    if len(text) < filters.min_chars:
+    if not all(map(is_unicode, (text, document.source, document.id or ""))):
+        reason = "lone surrogate"
+    elif END_OF_TEXT in text:
+        reason = f"{END_OF_TEXT} in the text"
+    elif len(text) < filters.min_chars:
         reason = "too short"
     elif len(text) > filters.max_chars:
         reason = "too long"
     elif filters.language == "en" and not is_english(text):
         reason = "not English"
     if reason is not None:
-        problems.drop(document.source, reason)
+        problems.drop(document.source if is_unicode(document.source) else "?", reason)
         return None
     return document if text == document.text else replace(document, text=text)

@@ -14,8 +14,9 @@ import errno
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -63,20 +64,34 @@ def prepare(config: Config) -> dict[str, Any]:
                 raise DataError(f"{config.out} holds other data ({change}); pass --force to rebuild it")
             if card.is_complete(out, present):
                 print(f"{config.out}: up to date", file=sys.stderr)
+                _warn(present)
                 return present
-        if present is not None and (others := card.other_files(out, present)):
-            raise DataError(f"{config.out} holds {others[0]}, which would be lost: move it elsewhere")
+        _refuse_to_lose(config, present)
         out.parent.mkdir(parents=True, exist_ok=True)
         staging = sibling(out, "tmp")
         staging.mkdir()
         try:
             made = _build(config, corpus, staging, progress)
+            _refuse_to_lose(config, present)  # what has come there meanwhile
             replace_directory(staging, out)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+    _warn(made)
+    return made
+
+
+def _warn(made: Mapping[str, Any]) -> None:
     for warning in made["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
-    return made
+
+
+def _refuse_to_lose(config: Config, present: Mapping[str, Any] | None) -> None:
+    """Raise DataError when config.out holds something else than what the card `present` lists."""
+    out = config.out.resolve()
+    if card.read_card(out) != present or (present is None and out.exists() and any(out.iterdir())):
+        raise DataError(f"{config.out} was filled by another process meanwhile: run it again")
+    if present is not None and (others := card.other_files(out, present)):
+        raise DataError(f"{config.out} holds {others[0]}, which would be lost: move it elsewhere")
 
 
 def _build(config: Config, corpus: Corpus, staging: Path, progress: Progress) -> dict[str, Any]:
@@ -89,8 +104,11 @@ def _build(config: Config, corpus: Corpus, staging: Path, progress: Progress) ->
         dates = replace(dates, embargo_days=0)  # the embargo is counted in rows
         counts = write_tape(make_tape(corpus.rows(problems), dates, config.min_block, problems), staging)
     else:
-        counts, dates = collect(config, corpus, staging, problems, progress)
-        card.check_sizes(counts, config.min_block)
+        try:
+            counts, dates = collect(config, corpus, staging, problems, progress)
+            card.check_sizes(counts, config.min_block)
+        except DataError as error:
+            raise DataError("; ".join((str(error), *problems.warnings()))) from error
         check_sources(config, counts)
         write_tokens(config, staging, counts, progress)
         if "news" in config.source:
@@ -110,7 +128,7 @@ def _build(config: Config, corpus: Corpus, staging: Path, progress: Progress) ->
         dates=dates,
         problems=problems,
         leaks=found,
-        warnings=[*_split_warnings(config, counts), *problems.warnings()],
+        warnings=[*_split_warnings(config, counts), *_date_warnings(counts), *problems.warnings()],
     )
     card.write_card(staging, made)
     write_page(staging / card.PAGE, made)
@@ -129,6 +147,16 @@ def _split_warnings(config: Config, counts: card.Counts) -> list[str]:
     ]
 
 
+def _date_warnings(counts: card.Counts) -> list[str]:
+    """A sentence on dates that are still to come, which would decide where the splits are cut."""
+    today = date.today()
+    last = max(
+        (tally.last for split in SPLITS for tally in counts.tallies[split].values() if tally.last),
+        default=today,
+    )
+    return [f"documents are dated up to {last}, after today: check their dates"] if last > today else []
+
+
 def main() -> None:
     """Command line: exits 2 with one line for the user's mistakes and for full disks."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -144,8 +172,8 @@ def main() -> None:
         full = error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
         hint = "; free space or name another --out, nothing was replaced" if full else ""
         _fail(f"{error.filename or config.out}: {error.strerror or error}{hint}")
-    except KeyboardInterrupt:
-        print("interrupted: nothing was replaced", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"interrupted: {str(error) or 'nothing was replaced'}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -23,7 +23,7 @@ SHARD_HEADER_BYTES = 64  # csrc/text/shards.h
 def open_tokenizer(path: Path) -> Tokenizer:
     """A tokenizer with an <|endoftext|>. Raises UserError for a missing file or one of another kind."""
     if not path.is_file():
-        raise UserError(f"no {path}: run python -m data.prepare --source packages --out {path.parent}")
+        raise UserError(f"{no_data(path.parent)} (there is no {path})")
     try:
         tokenizer = Tokenizer.load(path)
     except ValueError as error:
@@ -33,14 +33,20 @@ def open_tokenizer(path: Path) -> Tokenizer:
     return tokenizer
 
 
+def no_data(data: Path) -> str:
+    """What to do about a --data that is none."""
+    if data.is_file():
+        return f"{data} is a file: run python -m data.prepare --source files --input {data} --out DIR"
+    what = "is no data directory" if data.exists() else "does not exist"
+    return f"{data} {what}: name one of python -m data.prepare, or make it with --out {data}"
+
+
 def open_loader(
     shards: Path, batch_size: int, block_size: int, seed: int, device: torch.device
 ) -> TokenLoader:
     """Batches of `shards`. Raises UserError when there are none, or too few tokens for a batch."""
     if not (shards / "manifest.json").is_file():
-        raise UserError(
-            f"no token shards in {shards}: run python -m data.prepare --source packages --out {shards.parent}"
-        )
+        raise UserError(f"{no_data(shards.parent)} (there are no token shards in {shards})")
     try:
         return TokenLoader(shards, batch_size, block_size, seed=seed, device=device)
     except ValueError as error:
@@ -61,12 +67,12 @@ def check_shards(data: Path, tokenizer: Tokenizer) -> None:
             )
     card = data / "data_card.json"
     outputs = json.loads(card.read_text(encoding="utf-8"))["outputs"] if card.is_file() else {}
-    made = outputs.get("tokenizer.json", {}).get("sha256")
-    if made not in (None, sha256_of(data / "tokenizer.json")):
-        raise UserError(
-            f"{data / 'tokenizer.json'} is not the one that the shards were made with: "
-            "run python -m data.prepare again"
-        )
+    for name in ("tokenizer.json", "train/manifest.json", "val/manifest.json"):
+        made = outputs.get(name, {}).get("sha256")
+        if made not in (None, sha256_of(data / name)):
+            raise UserError(
+                f"{data / name} is not the one that data.prepare made: run python -m data.prepare --force"
+            )
 
 
 def fixed_batches(config: TrainConfig, device: torch.device) -> list[Batch]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import glob
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,7 @@ def open_corpus(config: Config, progress: Progress) -> Corpus:
 
 def _is_output(path: Path, out: Path) -> bool:
     beside = path.relative_to(out.parent).parts[0] if path.is_relative_to(out.parent) else ""
-    return beside == out.name or beside.startswith((f"{out.name}.tmp-", f"{out.name}.old-"))
+    return re.fullmatch(re.escape(out.name) + r"(\.(tmp|old)-[0-9a-f]{8})?", beside) is not None
 
 
 def find_files(inputs: Sequence[str]) -> list[Path]:

@@ -17,6 +17,7 @@ from data.problems import Problems
 CHUNK_BYTES = 1 << 20
 FIELD_BYTES = 1 << 24  # longest field of a CSV; an open quote does not swallow more than this
 PACKED = (".gz", ".zst")
+Fault = tuple[str, str]  # a place and advice
 Record = tuple[str, Mapping[str, Any]]  # its place in words, and its fields
 
 
@@ -26,11 +27,15 @@ def unpacked_name(path: Path) -> str:
     return next((name.removesuffix(suffix) for suffix in PACKED if name.endswith(suffix)), name)
 
 
-def read_lines(path: Path, problems: Problems, *, cut: bool = False) -> Iterator[tuple[int, str]]:
+def read_lines(
+    path: Path, problems: Problems, *, cut: bool = False, escaped: list[Fault] | None = None
+) -> Iterator[tuple[int, str]]:
     """(line number, line with its \\n) of a UTF-8 file; a byte order mark is dropped.
 
-    Windows line ends are read as plain ones. A line that is not UTF-8 is counted and left out. cut: lines
-    over CHUNK_BYTES end at a space. Raises DataError for a broken archive or another encoding throughout.
+    Windows line ends are read as plain ones. A line that is not UTF-8 is counted and left out; with `escaped`
+    it is noted there and given all the same, a lone surrogate for a byte, as what it is part of may be more
+    than a line. cut: lines over CHUNK_BYTES end at a space. Raises DataError for a broken archive or another
+    encoding throughout.
     """
     number, offset = 0, 0
     tail = b""
@@ -43,15 +48,15 @@ def read_lines(path: Path, problems: Problems, *, cut: bool = False) -> Iterator
         if not end and cut and len(content) > CHUNK_BYTES:
             end = content.rfind(b" ") + 1
             if end:
-                yield from _decoded(path, [content[:end]], number, offset, problems)
+                yield from _decoded(path, [content[:end]], number, offset, problems, escaped)
         elif end:
             lines = content[:end].split(b"\n")[:-1]
-            yield from _decoded(path, lines, number, offset, problems)
+            yield from _decoded(path, lines, number, offset, problems, escaped)
             number += len(lines)
         tail = content[end:]
         offset += end
     if tail:
-        yield from _decoded(path, [tail], number, offset, problems)
+        yield from _decoded(path, [tail], number, offset, problems, escaped)
 
 
 def _chunks(path: Path) -> Iterator[bytes]:
@@ -95,9 +100,9 @@ def _check_encoding(path: Path, start: bytes) -> None:
 
 
 def _decoded(
-    path: Path, lines: list[bytes], number: int, offset: int, problems: Problems
+    path: Path, lines: list[bytes], number: int, offset: int, problems: Problems, escaped: list[Fault] | None
 ) -> Iterator[tuple[int, str]]:
-    """The lines that are UTF-8, numbered after `number`; offset: of the first, in bytes."""
+    """The lines, numbered after `number`, as read_lines gives them; offset: of the first, in bytes."""
     for line in lines:
         number += 1
         try:
@@ -105,7 +110,12 @@ def _decoded(
         except UnicodeDecodeError as error:
             place = f"{path}, line {number}"
             where = f"byte 0x{line[error.start]:02x} at offset {offset + error.start}"
-            problems.skip("not UTF-8", place, f"{where}; convert the file, for example with iconv -t utf-8")
+            advice = f"{where}; convert the file, for example with iconv -t utf-8"
+            if escaped is None:
+                problems.skip("not UTF-8", place, advice)
+            else:
+                escaped.append((place, advice))
+                yield number, line.decode(errors="surrogateescape").removesuffix("\r") + "\n"
         else:
             yield number, text.removesuffix("\r") + "\n"
         offset += len(line) + 1
@@ -129,22 +139,36 @@ def json_records(path: Path, problems: Problems) -> Iterator[Record]:
 
 
 def csv_records(path: Path, problems: Problems) -> Iterator[Record]:
-    """The rows of a CSV file whose first line names the columns."""
+    """The rows of a CSV file whose first line names the columns. Raises DataError when that is not UTF-8."""
     csv.field_size_limit(FIELD_BYTES)
-    reader = csv.DictReader((line for _, line in read_lines(path, problems)), strict=True)
+    escaped: list[Fault] = []
+    lines = read_lines(path, problems, escaped=escaped)
+    reader = csv.DictReader((line for _, line in lines), strict=True)
     while True:
         try:
+            names = reader.fieldnames
+            if names is not None and any(map(_has_surrogate, names)):
+                place, advice = escaped[0]
+                raise DataError(f"{place}: not UTF-8; {advice}")
             record = next(reader)
         except StopIteration:
             return
         except csv.Error:
+            escaped.clear()
             problems.skip("broken CSV", f"{path}, line {reader.reader.line_num}")
             continue
         place = f"{path}, line {reader.line_num}"
-        if None in record or None in record.values():
+        if escaped:
+            problems.skip("not UTF-8", *escaped[0])
+            escaped.clear()
+        elif None in record or None in record.values():
             problems.skip("another number of columns", place)
         else:
             yield place, record
+
+
+def _has_surrogate(text: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def parquet_records(path: Path, columns: list[str]) -> Iterator[Record]:

@@ -31,12 +31,15 @@ from tapelm.shards import (
     strange_files,
 )
 
+OTHER_KINDS = (".csv", ".parquet", ".gz", ".zst")
+
 
 def encode_files(
     encoding: Encoding, paths: list[Path], out_dir: str | os.PathLike[str], shard_tokens: int
 ) -> dict[str, Any]:
     """Encode `paths` into shards at `out_dir`; see `Tokenizer.encode_files`."""
     check_settings(encoding.vocab_size, encoding.end_of_text, shard_tokens)
+    _check_kinds(paths)
     target = replaceable(out_dir)
     partial = target.with_name(f"{target.name}.partial")
     inputs = [_identity(path) for path in paths]
@@ -174,6 +177,18 @@ class _InOrder:
 def _identity(path: Path) -> list[Any]:
     status = path.stat()
     return [str(path.resolve()), status.st_size, status.st_mtime_ns]
+
+
+def _check_kinds(paths: list[Path]) -> None:
+    """Raises ValueError for what is no file of text or of JSON lines."""
+    for path in paths:
+        if path.is_dir():
+            raise ValueError(f"{path} is a directory: name its files")
+        if path.suffix.lower() in OTHER_KINDS:
+            raise ValueError(
+                f"{path} is neither plain text nor .jsonl: unpack it, or let data.prepare read it, "
+                f"which takes {', '.join(OTHER_KINDS)}, too"
+            )
 
 
 def _make_partial(partial: Path) -> None:

@@ -216,6 +216,8 @@ def replaceable(out_dir: str | os.PathLike[str]) -> Path:
         return target
     if not target.is_dir() or not _has_manifest(target):
         raise ValueError(f"{out_dir} exists and is no shard directory: remove it or choose another out_dir")
+    if (target.parent / "data_card.json").is_file():
+        raise ValueError(f"{out_dir} is part of the data that data.prepare made: choose another out_dir")
     if strange := strange_files(target):
         raise ValueError(
             f"{out_dir} holds {strange[0]}, which is no shard and would be lost: move it elsewhere"
@@ -292,7 +294,8 @@ def _checked(document: np.ndarray, number: int, vocab_size: int, end_of_text: in
 def replace_directory(source: Path, target: Path) -> None:
     """Rename `source` to `target`; what was there is removed afterwards, or put back when renaming fails.
 
-    Warns when the old directory cannot be removed: the new one is in its place all the same.
+    Warns when the old directory cannot be removed, and says where it is when that is interrupted: the new one
+    is in its place all the same.
     """
     old = sibling(target, "old")
     try:
@@ -305,6 +308,8 @@ def replace_directory(source: Path, target: Path) -> None:
     try:
         if old.exists():
             shutil.rmtree(old)
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(f"{target} holds the new data, {old} the rest of the old") from error
     except OSError as error:
         warnings.warn(f"{old}, the data before, cannot be removed: {error}", stacklevel=2)
 

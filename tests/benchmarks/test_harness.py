@@ -33,20 +33,20 @@ def test_noisy_ratios_take_more_rounds(clock) -> None:
     one, turn = [torch.ones(2)], iter(range(1000))
 
     def noisy() -> object:
-        clock.now += 1e-3 * (1 + next(turn) % 3)
+        clock.now += 3e-3 * (1 + next(turn) % 3)
         return one
 
     counts = {}
-    for name, run in {"steady": clock.taking(1e-3, one), "noisy": noisy}.items():
+    for name, run in {"steady": clock.taking(3e-3, one), "noisy": noisy}.items():
         calls: list[float] = []
 
         def peer(calls: list[float] = calls) -> object:
             calls.append(clock.now)
-            clock.now += 1e-3
+            clock.now += 3e-3
             return one
 
         harness.measure(case({"peer": peer, name: run}), CPU, 5)
-        counts[name] = len(calls) - 1
+        counts[name] = len(calls) - 2
     assert counts == {"steady": 5, "noisy": 5 * harness.MOST_TIMES_ROUNDS}
     slow = [1.0, 2.0, 1.0, 2.0, 1.0]
     assert harness._settled({"peer": slow, "ours": slow[::-1]}, "peer")  # whose time is up

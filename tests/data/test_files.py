@@ -171,6 +171,23 @@ def test_csv_with_quoted_newlines(tmp_path):
     ]
 
 
+def test_a_bad_byte_costs_one_row_of_a_csv_whatever_its_lines(tmp_path):
+    rows = [f'2015-01-02,"START{n}\n\nmiddle of {n}\nTAIL{n}"\n'.encode() for n in range(6)]
+    rows[1] = rows[1].replace(b"middle", b"mi\xe9dle")
+    rows[3] = rows[3].replace(b"TAIL", b"T\xc4IL")
+    rows.append(b"3 May,x\n")
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"date,text\n" + b"".join(rows))
+    problems = Problems()
+    texts = [document.text for document in read(path, problems=problems)]
+    assert texts == [f"START{n}\n\nmiddle of {n}\nTAIL{n}" for n in (0, 2, 4, 5)]
+    assert problems.places["not UTF-8"] == [f"{path}, line 8", f"{path}, line 17"]
+    assert problems.places["date is not ISO"] == [f"{path}, line 26"]
+    path.write_bytes("date,text,größe\n2015-01-02,x,y\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"line 1: not UTF-8; .*iconv"):
+        read(path)
+
+
 BAD_ROWS = [
     ("a.jsonl", '{"text": "x"}\n{"text": \n{"text": "y"}\n', "not JSON", 2),
     ("a.jsonl", '{"text": "x"}\n[1]\n{"text": "y"}\n', "not a JSON object", 2),

@@ -194,6 +194,82 @@ def test_a_signal_leaves_the_old_data(tmp_path, number):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["news.jsonl", "out"]
 
 
+def test_what_comes_into_the_data_meanwhile_is_not_lost(tmp_path, monkeypatch):
+    config = config_for(tmp_path)
+    prepare(config)
+    write = tokens.write_shards
+
+    def slow(*arguments, **options):
+        (config.out / "notes.txt").write_text("years of work")
+        return write(*arguments, **options)
+
+    monkeypatch.setattr(tokens, "write_shards", slow)
+    with pytest.raises(program.DataError, match=r"holds notes\.txt, which would be lost"):
+        prepare(replace(config, force=True))
+    assert (config.out / "notes.txt").read_text() == "years of work"
+    other = replace(config, out=tmp_path / "other")
+    monkeypatch.setattr(
+        tokens,
+        "write_shards",
+        lambda *a, **o: (shutil.copytree(config.out, other.out, dirs_exist_ok=True), write(*a, **o))[1],
+    )
+    with pytest.raises(program.DataError, match="filled by another process meanwhile"):
+        prepare(other)
+
+
+def test_an_interruption_after_the_new_data_is_in_place_says_so(tmp_path, monkeypatch, capsys):
+    config = config_for(tmp_path)
+    prepare(config)
+    remove = shutil.rmtree
+
+    def interrupted(path, **options):
+        if ".old-" in Path(path).name:
+            raise KeyboardInterrupt
+        remove(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    arguments = ["--source", "files", "--input", config.input[0], "--out", config.out, "--force"]
+    code, _, messages = run(monkeypatch, capsys, *arguments, "--vocab-size", "290", "--min-block", "64")
+    assert code == 130 and len(messages) == 1
+    assert "holds the new data" in messages[0] and ".old-" in messages[0]
+    assert Tokenizer.load(config.out / "tokenizer.json").vocab_size == 290
+
+
+def test_marks_and_surrogates_that_cleaning_brings_to_light_are_dropped(tmp_path):
+    path = write_corpus(tmp_path / "wire.jsonl")
+    with open(path, "a", encoding="utf-8") as file:
+        for record in (
+            {"text": "a <|endof\u00adtext|> b"},
+            {"text": "x", "source": "\ud800x"},
+            {"text": "y", "source": "s", "id": "\udfff"},
+        ):
+            file.write(json.dumps(record | {"date": "2013-01-01"}) + "\n")
+    made = prepare(config_for(tmp_path, input=(str(path),)))
+    assert made["dropped_documents"]["wire"]["<|endoftext|> in the text"] == 1
+    assert made["dropped_documents"]["?"] == made["dropped_documents"]["s"] == {"lone surrogate": 1}
+
+
+def test_what_was_lost_is_told_when_nothing_is_left(tmp_path):
+    path = tmp_path / "news.csv"
+    path.write_bytes(b"date,text\n" + b"2015-01-02,caf\xe9\n" * 50)
+    with pytest.raises(program.DataError, match=r"50 not UTF-8; the first: .*news\.csv, line 2"):
+        prepare(config_for(tmp_path, input=(str(path),)))
+
+
+def test_dates_that_are_still_to_come_are_warned_of_every_time(tmp_path, monkeypatch, capsys):
+    path = write_corpus(tmp_path / "news.jsonl")
+    with open(path, "a", encoding="utf-8") as file:
+        for number in range(40):
+            file.write(
+                json.dumps({"text": f"Later {number} " * 60, "date": f"2199-01-{1 + number % 28:02}"}) + "\n"
+            )
+    arguments = ["--source", "files", "--input", path, "--out", tmp_path / "out", "--min-block", "64"]
+    arguments += ["--validation-from", "2014-01-01", "--test-from", "2015-01-01"]
+    for _ in range(2):
+        code, _, messages = run(monkeypatch, capsys, *arguments, "--vocab-size", "300")
+        assert code == 0 and "dated up to 2199-01-28, after today" in messages[0]
+
+
 def test_files_of_the_user_in_the_data_are_not_lost(tmp_path):
     config = config_for(tmp_path)
     prepare(config)

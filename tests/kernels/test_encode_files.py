@@ -576,6 +576,28 @@ def test_a_partial_directory_of_someone_else_is_left_alone(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.partial", "x.txt"]
 
 
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl.zst", "a.txt.gz", "a.parquet", "folder"])
+def test_other_kinds_of_files_are_refused_before_anything_is_made(
+    tokenizer: Tokenizer, tmp_path: Path, name: str
+) -> None:
+    path = tmp_path / name
+    if name == "folder":
+        path.mkdir()
+    else:
+        path.write_bytes(b"x")
+    with pytest.raises(ValueError, match=rf"{name} is (neither plain text nor|a directory)"):
+        tokenizer.encode_files([path], tmp_path / "out")
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_the_splits_of_prepared_data_are_not_replaced(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text(prose(1, 10))
+    tokenizer.encode_files([tmp_path / "x.txt"], tmp_path / "data" / "train")
+    (tmp_path / "data" / "data_card.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"train is part of the data that data\.prepare made"):
+        tokenizer.encode_files([tmp_path / "x.txt"], tmp_path / "data" / "train")
+
+
 def test_a_run_that_ended_while_another_waited_is_noticed(
     tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
