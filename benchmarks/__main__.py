@@ -97,7 +97,7 @@ class Options:
     profile: bool = False
     """train: print what each op of the optimized step costs instead."""
     rounds: int | None = None
-    """None takes 9; 7 for ladder, peers, scaling and all."""
+    """None takes 9; 5 for ladder, peers, scaling and all."""
     device: str = "auto"
     threads: int = 0
     """CPU threads; 0 takes PyTorch's default."""
@@ -166,7 +166,7 @@ def refuse_ignored(options: Options) -> None:
 
 def run(options: Options) -> int:
     fewer = options.subject in ("ladder", "peers", "scaling", "all")
-    rounds = (7 if fewer else harness.ROUNDS) if options.rounds is None else options.rounds
+    rounds = (5 if fewer else harness.ROUNDS) if options.rounds is None else options.rounds
     if rounds < 1 or (options.batch_size is not None and options.batch_size < 1):
         raise UserError("--rounds and --batch-size must be at least 1")
     set_threads(options.threads)

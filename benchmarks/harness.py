@@ -126,12 +126,19 @@ def interleave(
     ceilings: Ceilings,
     rounds: int,
     calls: Mapping[str, int] | None = None,
+    *,
+    warm: bool = False,
 ) -> dict[str, list[float]]:
-    """Seconds of every variant in every round, of one or `calls` calls; each round ends with the ceilings."""
+    """Seconds of every variant in every round, of one or `calls` calls; a round ends with the ceilings.
+
+    warm: a call that is not timed goes before, so that a long one finds caches and memory as it has left them.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     order, generator = list(variants), random.Random(0)
     for _ in range(rounds):
         for name in order:
+            if warm:
+                variants[name]()
             seconds[name].append(timed(variants[name], ceilings.device, calls[name] if calls else 1))
         generator.shuffle(order)
         ceilings.round()

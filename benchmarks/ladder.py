@@ -129,7 +129,7 @@ def climb(ladder: Ladder, device: torch.device, rounds: int, *, memory: bool = T
     for rung in ladder.rungs:
         against = {first: seconds[first], "before": seconds[before]}
         row = traits[rung.name].row(f"ladder {ladder.title}", rung.name, seconds[rung.name], against, device)
-        row.extra["loss"] = statistics.fmean(losses[rung.name][-rounds:])
+        row.extra["loss"] = statistics.fmean(losses[rung.name][-2 * rounds :])
         gains = [a / b for a, b in zip(seconds[before], seconds[rung.name], strict=True)]
         row.extra["gain_error"] = relative_error(gains)
         result.rows.append(row)
@@ -145,7 +145,7 @@ def climb(ladder: Ladder, device: torch.device, rounds: int, *, memory: bool = T
             against = {full.name: seconds[full.name]}
             subject = f"removal {ladder.title}"
             row = traits[rung.name].row(subject, rung.name, seconds[rung.name], against, device)
-            row.extra["loss"] = statistics.fmean(losses[rung.name][-rounds:])
+            row.extra["loss"] = statistics.fmean(losses[rung.name][-2 * rounds :])
             result.removed.append(row)
     if memory:
         for rung, row in zip(ladder.rungs, result.rows, strict=True):
@@ -194,7 +194,7 @@ def _rounds(
             step()
         steps[rung.name] = step
     ceilings = Ceilings(device, [step.dtype for step in steps.values()], ["gemm"])
-    seconds = interleave(steps, ceilings, rounds)
+    seconds = interleave(steps, ceilings, rounds, warm=True)
     losses = {name: [float(loss) for loss in step.losses] for name, step in steps.items()}
     traits = {
         name: _Trait(step.shape, step.dtype, step.tokens, step.flops, ceilings)

@@ -154,17 +154,17 @@ def ops(results: Results) -> str:
 
 def tokenizer(results: Results) -> str:
     """Passes in MB/s; loading and training in seconds."""
-    rows = chosen(results, "")
-    peers = list(dict.fromkeys(row.variant for row in rows if row.subject.startswith("cold")))
+    first = chosen(results, "cold")
+    peers = list(dict.fromkeys(row.variant for row in first))
     lines = []
-    for subject in dict.fromkeys(row.subject for row in rows):
+    for subject in dict.fromkeys(row.subject for row in results.rows):
         if not subject.startswith(("load,", "cold", "warm", "merges")):
             continue
-        by_peer = {row.variant: row for row in rows if row.subject == subject}
+        by_peer = {row.variant: row for row in results.rows if row.subject == subject}
         timed = subject.startswith(("load", "merges"))
         cells = [_cell(by_peer.get(peer), timed) for peer in peers]
         lines.append((subject.replace(" thr", " thread") + (", ms" if timed else ", MB/s"), *cells))
-    return markdown((rows[0].shape, *peers), lines)
+    return markdown((first[0].shape, *peers), lines)
 
 
 def _cell(row: Row | None, timed: bool) -> str:
