@@ -131,7 +131,7 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Seconds of every variant in every round, of one or `calls` calls; a round ends with the ceilings.
 
-    warm: a call that is not timed goes before, so that a long one finds caches and memory as it has left them.
+    warm: a call that is not timed goes before, so that a long one finds caches and memory as it leaves them.
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     order, generator = list(variants), random.Random(0)
