@@ -56,7 +56,7 @@ def measure(
         build = partial(Step, name, batch_size=batch_size, device=device, **choice)
         plain = choice["kernels"] == "plain"
         rungs.append(ladder.Rung(label, build, elsewhere=kept and plain))
-        if kept and plain and choice == choices[-2]:
+        if kept and plain and (optimized == "fp32" or precision != "fp32") and not choice.get("compiled"):
             rungs.append(ladder.Rung(f"{label}, memory kept", build))
     steps = ladder.Ladder(name, rungs, tolerance=1e-4 if optimized == "fp32" else 1e-2)
     rows = ladder.climb(steps, device, rounds, memory=False).rows
