@@ -93,9 +93,11 @@ def read_card(directory: Path) -> dict[str, Any] | None:
 
 
 def is_complete(directory: Path, card: Mapping[str, Any]) -> bool:
-    """Whether every output the card lists is there with its size."""
+    """Whether every output the card lists is there as it was written."""
     return all(
-        (directory / name).is_file() and (directory / name).stat().st_size == entry["bytes"]
+        (directory / name).is_file()
+        and (directory / name).stat().st_size == entry["bytes"]
+        and sha256_of(directory / name) == entry["sha256"]
         for name, entry in card["outputs"].items()
     )
 

@@ -26,6 +26,7 @@ from tapelm import Tokenizer
 
 GRAM = 13  # tokens
 MOST_OVERLAP = 0.9  # of a document's 13-grams; notes of one template and similar numbers share up to 0.83
+MUCH = "no copy, but most of it is in train: bits per byte will say little about new text"
 FEWEST_GRAMS = 20  # in a document that is judged
 FEWEST_SAMPLED = 8  # the same where only a share of them is compared
 MOST_GRAMS = 1 << 23  # of held-out text that are remembered, 64 MB
@@ -151,9 +152,6 @@ def _overlaps(seen: np.ndarray, documents: np.ndarray, fewest: int) -> np.ndarra
     totals = np.bincount(documents)
     shared = np.bincount(documents, weights=seen.astype(np.float64), minlength=totals.size)
     return np.where(totals >= fewest, shared / np.maximum(totals, 1), 0.0)
-
-
-MUCH = "no copy, but most of it is in train: bits per byte will say little about new text"
 
 
 def main(arguments: list[str]) -> int:

@@ -140,6 +140,10 @@ def test_changed_input_needs_force_and_a_damaged_directory_is_rebuilt(tmp_path):
     (config.out / "tokenizer.json").unlink()
     prepare(config)
     assert hashes(config.out) == before
+    shard = config.out / "train" / "shard-00000.bin"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\x7f")
+    prepare(config)
+    assert hashes(config.out) == before
     with open(config.input[0], "a") as file:
         file.write('{"text": "one more", "date": "2016-01-01"}\n')
     with pytest.raises(program.DataError, match="its inputs differ"):
