@@ -11,7 +11,7 @@ import unicodedata
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from data.documents import END_OF_TEXT, Document
+from data.documents import END_OF_TEXT, Document, is_unicode
 from data.problems import Problems
 
 FUNCTION_WORDS = frozenset(("the", "be", "to", "of", "and", "that", "have", "with"))
@@ -60,15 +60,6 @@ def clean_text(text: str) -> str:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     text = SPACES.sub(" ", INVISIBLE.sub("", text)).replace(" \n", "\n").replace("\n ", "\n")
     return BLANK_LINES.sub("\n\n", BOILERPLATE.sub("", text)).strip()
-
-
-def is_unicode(text: str) -> bool:
-    """Whether the text can be written as UTF-8: has no half of a surrogate pair."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def is_english(text: str) -> bool:

@@ -62,6 +62,15 @@ class Document:
             raise DataError(f"not a document: {error!r}") from error
 
 
+def is_unicode(text: str) -> bool:
+    """Whether the text can be written as UTF-8: has no half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _day(value: str | None) -> date | None:
     return None if value is None else date.fromisoformat(value)
 

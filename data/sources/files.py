@@ -15,7 +15,7 @@ from rich.progress import Progress
 from data.card import sha256_of
 from data.config import Config
 from data.corpus import Corpus
-from data.documents import END_OF_TEXT, DataError, Document
+from data.documents import END_OF_TEXT, DataError, Document, is_unicode
 from data.problems import Problems
 from data.sources.formats import PACKED, Record, csv_records, json_records, parquet_records, unpacked_name
 from data.sources.packing import read_texts
@@ -164,11 +164,7 @@ def _fault(text: Any) -> str | None:
         return f"text is {type(text).__name__}"
     if END_OF_TEXT in text:
         return f"text contains the reserved mark {END_OF_TEXT}"
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return "lone surrogate"
-    return None
+    return None if is_unicode(text) else "lone surrogate"
 
 
 def to_day(value: Any) -> datetime.date | None:

@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from data.documents import DataError
+from data.documents import DataError, is_unicode
 from data.problems import Problems
 
 CHUNK_BYTES = 1 << 20
@@ -147,7 +147,7 @@ def csv_records(path: Path, problems: Problems) -> Iterator[Record]:
     while True:
         try:
             names = reader.fieldnames
-            if names is not None and any(map(_has_surrogate, names)):
+            if names is not None and not all(map(is_unicode, names)):
                 place, advice = escaped[0]
                 raise DataError(f"{place}: not UTF-8; {advice}")
             record = next(reader)
@@ -165,10 +165,6 @@ def csv_records(path: Path, problems: Problems) -> Iterator[Record]:
             problems.skip("another number of columns", place)
         else:
             yield place, record
-
-
-def _has_surrogate(text: str) -> bool:
-    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def parquet_records(path: Path, columns: list[str]) -> Iterator[Record]:
