@@ -13,6 +13,7 @@ from typing import Any
 from rich.progress import Progress
 
 from data.card import sha256_of
+from data.cleaning import INVISIBLE
 from data.config import Config
 from data.corpus import Corpus
 from data.documents import END_OF_TEXT, DataError, Document, is_unicode
@@ -140,7 +141,10 @@ def _document(
     if text is None or (isinstance(text, str) and not text.strip()):
         problems.drop(source, "no text")
         return None
+    name = record.get("id")
     fault = _fault(text)
+    if fault is None and not (is_unicode(source) and is_unicode(str(name))):
+        fault = "lone surrogate"
     if fault is not None:
         problems.skip(fault, place)
         return None
@@ -149,7 +153,6 @@ def _document(
     except ValueError:
         problems.skip("date is not ISO", place, "expected a date such as 2015-01-31")
         return None
-    name = record.get("id")
     return Document(
         text=text.strip(),
         source=source,
@@ -162,7 +165,7 @@ def _document(
 def _fault(text: Any) -> str | None:
     if not isinstance(text, str):
         return f"text is {type(text).__name__}"
-    if END_OF_TEXT in text:
+    if END_OF_TEXT in text or (INVISIBLE.search(text) and END_OF_TEXT in INVISIBLE.sub("", text)):
         return f"text contains the reserved mark {END_OF_TEXT}"
     return None if is_unicode(text) else "lone surrogate"
 

@@ -239,7 +239,7 @@ def test_an_interruption_after_the_new_data_is_in_place_says_so(tmp_path, monkey
     assert Tokenizer.load(config.out / "tokenizer.json").vocab_size == 290
 
 
-def test_marks_and_surrogates_that_cleaning_brings_to_light_are_dropped(tmp_path):
+def test_marks_and_surrogates_that_cleaning_brings_to_light_are_bad_rows(tmp_path):
     path = write_corpus(tmp_path / "wire.jsonl")
     with open(path, "a", encoding="utf-8") as file:
         for record in (
@@ -248,9 +248,12 @@ def test_marks_and_surrogates_that_cleaning_brings_to_light_are_dropped(tmp_path
             {"text": "y", "source": "s", "id": "\udfff"},
         ):
             file.write(json.dumps(record | {"date": "2013-01-01"}) + "\n")
-    made = prepare(config_for(tmp_path, input=(str(path),)))
-    assert made["dropped_documents"]["wire"]["<|endoftext|> in the text"] == 1
-    assert made["dropped_documents"]["?"] == made["dropped_documents"]["s"] == {"lone surrogate": 1}
+    config = config_for(tmp_path, input=(str(path),))
+    rows = prepare(config)["bad_rows"]
+    assert rows["text contains the reserved mark <|endoftext|>"]["first"] == [f"{path}, line 301"]
+    assert rows["lone surrogate"] == {"count": 2, "first": [f"{path}, line 302", f"{path}, line 303"]}
+    with pytest.raises(program.DataError, match="line 301: text contains the reserved mark"):
+        prepare(replace(config, strict=True, force=True))
 
 
 def test_what_was_lost_is_told_when_nothing_is_left(tmp_path):
