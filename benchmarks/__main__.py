@@ -104,7 +104,7 @@ class Options:
     only: str = ""
     """ops, tune: only those whose name contains this."""
     text: Path | None = None
-    """tokenizer: a .txt or .jsonl(.gz) file, or a directory of them."""
+    """tokenizer, loader: a .txt or .jsonl(.gz) file, or a directory of them."""
     check: bool = False
     """static: change nothing, fail when what compiles now differs from the lock file. ops: fail when a kernel
     is wrong, or slower than the committed ratios by more than the noise."""
@@ -141,7 +141,7 @@ USES = {
     "compiled": ("train",),
     "no_compiled": ("ladder", "peers", "all"),
     "only": ("ops", "tune", "all"),
-    "text": ("tokenizer", "all"),
+    "text": ("tokenizer", "loader", "all"),
     "files": ("compare", "models"),
     "llmc": ("peers",),
     "check": ("static", "ops"),
@@ -239,7 +239,7 @@ def run(options: Options) -> int:
             rows += alone(tokenizer.measure, options.text, rounds)
             save()
     if options.subject in ("loader", "all"):
-        rows += alone(loader.measure_all, device, rounds, options.preset, batch_size)
+        rows += alone(loader.measure_all, rounds, options.preset, batch_size, options.text)
     if options.subject == "llama":
         from benchmarks import llama
 

@@ -23,10 +23,10 @@ from torch.utils.data import DataLoader
 from benchmarks.gpu_check import own_text
 from benchmarks.kept_memory import is_kept
 from benchmarks.ladder import Ladder, Request, Rung
-from benchmarks.loader import HEADER_BYTES, Windows
+from benchmarks.loader import Windows
 from benchmarks.train import VOCAB_SIZE, Batches, Step, settings
 from gpt.cli import UserError
-from gpt.corpus import END_OF_TEXT
+from gpt.corpus import END_OF_TEXT, SHARD_HEADER_BYTES
 from gpt.hardware import pick_precision
 from gpt.ops import PLAIN, Ops, ParameterGroups, load_ops
 from tapelm import Tokenizer, TokenLoader
@@ -147,7 +147,7 @@ def theirs(shards: Path, batch_size: int, block_size: int, device: torch.device)
     manifest, _ = read_manifest(shards)
     first = manifest["shards"][0]
     dtype = token_dtype(manifest["vocab_size"])
-    tokens = np.memmap(shards / first["file"], dtype, "r", HEADER_BYTES, (first["tokens"],))
+    tokens = np.memmap(shards / first["file"], dtype, "r", SHARD_HEADER_BYTES, (first["tokens"],))
     loader = DataLoader(Windows(tokens, block_size), batch_size, drop_last=True)
     for _ in itertools.count():
         for inputs, targets in loader:

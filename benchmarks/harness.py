@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,6 +109,12 @@ def measure(case: Case, device: torch.device, rounds: int = ROUNDS) -> list[Row]
         )
         for name, times in seconds.items()
     ]  # fmt: skip
+
+
+def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a picklable function gives in a process that has done nothing else."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def _settled(seconds: Mapping[str, Sequence[float]], baseline: str) -> bool:

@@ -1,4 +1,4 @@
-"""The batch loader against torch.utils.data.DataLoader and a memmap read per window; opening; files.
+"""The batch loader against torch.utils.data.DataLoader and a memmap read per window; opening.
 
 A timing takes batches of TOKENS tokens in all: some milliseconds also of ours, as within less the scheduler
 may not yet have found the thread that prepares them a core of its own. Before timing, the peers' windows are
@@ -15,8 +15,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +22,16 @@ import numpy as np
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 
-from benchmarks import train
+from benchmarks import encode_files, train
 from benchmarks.harness import Case, Row, measure
 from gpt.cli import UserError
-from tapelm import Tokenizer, TokenLoader, _text, write_shards
+from gpt.corpus import SHARD_HEADER_BYTES
+from tapelm import TokenLoader, _text, write_shards
 from tapelm.loader import ORDERS
 from tapelm.shards import MANIFEST
 
 TOKENS = 8 << 20  # a timing of batches
 VOCAB, END = 16_384, 0
-HEADER_BYTES = 64  # csrc/text/shards.h
-TEXT_BYTES = 48_000_000
 Step = Callable[[], object]
 
 
@@ -101,8 +98,8 @@ def memmap_batches(tokens: np.ndarray, batch_size: int, seq_len: int) -> Iterato
         yield torch.stack(inputs), torch.stack(targets)
 
 
-def measure_all(device: torch.device, rounds: int, preset: str, batch_size: int) -> list[Row]:
-    """Rows of batches, opening and encoding, for the shape of a preset's training step."""
+def measure_all(rounds: int, preset: str, batch_size: int, text: Path | None) -> list[Row]:
+    """Rows of batches, for the shape of a preset's training step, of opening and of encoding `text`."""
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         step = train.Step(preset, "optimized", batch_size, torch.device("cpu"))
@@ -114,7 +111,7 @@ def measure_all(device: torch.device, rounds: int, preset: str, batch_size: int)
             rows += _batches(root / f"{shape[1]}", *shape, rounds)
         for row in rows[: len(rows) // 2]:
             row.extra["fraction_of_training_step"] = 1 / row.extra["batches_per_second"] / min(seconds)
-        return rows + _opening(root / "open") + _encoding(root / "encode", device, rounds)
+        return rows + _opening(root / "open") + encode_files.measure(text, rounds)
 
 
 def _timed(step: Step) -> float:
@@ -130,7 +127,7 @@ def _batches(directory: Path, batch_size: int, seq_len: int, rounds: int) -> lis
     )
     manifest = write_shards(documents, directory, vocab_size=VOCAB, end_of_text=END)
     tokens = np.memmap(
-        directory / "shard-00000.bin", np.uint16, "r", HEADER_BYTES, (manifest["shards"][0]["tokens"],)
+        directory / "shard-00000.bin", np.uint16, "r", SHARD_HEADER_BYTES, (manifest["shards"][0]["tokens"],)
     )
     dataset, gathered = Windows(tokens, seq_len), Gathered(tokens, seq_len)
     sequential = TokenLoader(directory, batch_size, seq_len, order="sequential")
@@ -214,7 +211,7 @@ def _opening(directory: Path) -> list[Row]:
     for number in range(16):
         path = directory / f"shard-{number:05d}.bin"
         path.write_bytes(_text.shard_header(2, tokens, documents, VOCAB, END))
-        os.truncate(path, HEADER_BYTES + 2 * tokens)
+        os.truncate(path, SHARD_HEADER_BYTES + 2 * tokens)
         with path.open("ab") as file:
             ends = np.cumsum(generator.lognormal(0.0, 1.0, documents))
             starts = np.concatenate([[0.0], ends[:-1] / ends[-1]]) * (tokens - documents)
@@ -250,45 +247,3 @@ def _opened(directory: Path, order: str) -> Row:
         fraction_of_ceiling=0.0,
         extra={"peak_resident_bytes": resident},
     )
-
-
-def _encoding(directory: Path, device: torch.device, rounds: int) -> list[Row]:
-    """JSON lines to shards against encoding the same texts, already in memory, on all cores."""
-    directory.mkdir()
-    generator = np.random.default_rng(0)
-    letters = np.array(list("etaoinshrdlucmfwypvbg"))
-    words = ["".join(generator.choice(letters, n)) for n in generator.integers(1, 12, 30_000)]
-    ranks = (30_000 ** generator.random(TEXT_BYTES // 6)).astype(np.int64) - 1
-    # Lines of a dozen words, in JSON an escape each: as most documents, none can be taken as it stands.
-    texts = [
-        "\n".join(" ".join(words[rank] for rank in part[i : i + 12]) for i in range(0, len(part), 12))
-        for part in np.array_split(ranks, TEXT_BYTES // 6_000)
-    ]
-    tokenizer = Tokenizer.train(texts[:200], 8192)
-    source = directory / "text.jsonl"
-    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    end = tokenizer.special_tokens["<|endoftext|>"]
-    expected = np.concatenate([np.append(ids, end) for ids in tokenizer.encode_batch(texts)])
-    tokenizer.encode_files([source], directory / "out")
-    stored = np.fromfile(directory / "out" / "shard-00000.bin", np.uint16, expected.size, offset=HEADER_BYTES)
-    if not np.array_equal(stored, expected):
-        raise UserError("encode_files and encode_batch differ, nothing was timed")
-    size = sum(map(len, texts))
-    outputs = (directory / f"out-{number}" for number in count())  # replacing one would be timed, too
-    case = Case(
-        subject="encode_files",
-        shape=f"{size / 1e6:.0f} MB, {len(texts)} lines",
-        dtype=torch.uint16,
-        variants={
-            "encode_batch in memory": lambda: tokenizer.encode_batch(texts),
-            "file to shards": lambda: tokenizer.encode_files([source], next(outputs)),
-        },
-        bound="copy",
-        work=float(size + source.stat().st_size),
-        agree=lambda ours, expected: None,  # compared above
-    )
-    rows = measure(replace(case, dtype=torch.float32), torch.device("cpu"), rounds)
-    for row in rows:
-        row.dtype = "text"
-        row.extra["megabytes_per_second"] = size / 1e3 / row.median_ms
-    return rows

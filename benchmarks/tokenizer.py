@@ -13,20 +13,19 @@ import gzip
 import hashlib
 import importlib
 import json
-import multiprocessing
 import os
 import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import Row
+from benchmarks.harness import Row, in_fresh_process
 from gpt.cli import UserError
 from tapelm._tokenizer_json import CHARACTER_OF_BYTE, GPT2_PATTERN
 from tapelm.tokenizer import Tokenizer
@@ -144,11 +143,6 @@ def one_run(name: str, vocabulary: Path, text: Path, threads: int) -> tuple[dict
     return {"load": load, "cold": cold, "warm": warm}, ids
 
 
-def in_fresh_process(name: str, vocabulary: Path, text: Path, threads: int) -> tuple[dict[str, float], str]:
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(one_run, name, vocabulary, text, threads).result()
-
-
 def row(
     subject: str, variant: str, seconds: Sequence[float], ours_: Sequence[float], size: int, copy: float
 ) -> Row:
@@ -206,12 +200,12 @@ def _encoding(
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in found}
     source = np.zeros(size, dtype=np.uint8)
     copies = []
-    expected = in_fresh_process("tapelm", vocabulary, text, threads)[1]
+    expected = in_fresh_process(one_run, "tapelm", vocabulary, text, threads)[1]
     for done in range(rounds):
         for name in found:
             if name in SLOW and done >= SLOW_ROUNDS:
                 continue
-            seconds, ids = in_fresh_process(name, vocabulary, text, threads)
+            seconds, ids = in_fresh_process(one_run, name, vocabulary, text, threads)
             if ids != expected:
                 raise UserError(f"{name} gives other ids, its time means nothing")
             runs[name].append(seconds)

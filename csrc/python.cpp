@@ -34,10 +34,11 @@ template <typename T>
 using Array = py::array_t<T, py::array::c_style>;
 
 // Hands a vector's memory to numpy without a copy.
-template <typename T>
-Array<T> to_numpy(std::vector<T>&& values) {
-  auto* owner = new std::vector<T>(std::move(values));
-  const py::capsule free(owner, [](void* p) { delete static_cast<std::vector<T>*>(p); });
+template <typename T, typename Allocator>
+Array<T> to_numpy(std::vector<T, Allocator>&& values) {
+  using Owned = std::vector<T, Allocator>;
+  auto* owner = new Owned(std::move(values));
+  const py::capsule free(owner, [](void* p) { delete static_cast<Owned*>(p); });
   return Array<T>({static_cast<py::ssize_t>(owner->size())}, owner->data(), free);
 }
 

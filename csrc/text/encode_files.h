@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <span>
 #include <string>
 #include <string_view>
@@ -13,10 +14,21 @@
 
 namespace tapelm::text {
 
+// A vector's memory that is written before it is read: growing does not clear it.
+template <typename T>
+struct UnclearedAllocator : std::allocator<T> {
+  template <typename U>
+  struct rebind {
+    using other = UnclearedAllocator<U>;
+  };
+  template <typename U>
+  void construct(U*) noexcept {}
+};
+
 // Tokens of documents or parts of them, end-of-text included.
 struct TokenBlock {
-  std::vector<uint8_t> tokens;   // token_bytes each
-  std::vector<uint64_t> starts;  // index of every document's first token, where it is in this block
+  std::vector<uint8_t, UnclearedAllocator<uint8_t>> tokens;  // token_bytes each
+  std::vector<uint64_t> starts;                              // index of every document's first token, where it is in this block
 };
 
 struct TokenFormat {

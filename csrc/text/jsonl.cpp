@@ -26,6 +26,12 @@ Sixteen ends_of_runs(const char* p) {
 
 // Where a run of plain characters of a JSON string ends, at a quote, a backslash, a control character or at `end`.
 const char* end_of_run(const char* p, const char* end) {
+  for (; end - p >= static_cast<ptrdiff_t>(4 * sizeof(Sixteen)); p += 4 * sizeof(Sixteen)) {
+    const Sixteen any = ends_of_runs(p) | ends_of_runs(p + 16) | ends_of_runs(p + 32) | ends_of_runs(p + 48);
+    uint64_t halves[2];
+    std::memcpy(halves, &any, sizeof halves);
+    if ((halves[0] | halves[1]) != 0) break;
+  }
   for (; end - p >= static_cast<ptrdiff_t>(sizeof(Sixteen)); p += sizeof(Sixteen)) {
     const Sixteen ends = ends_of_runs(p);
     uint64_t halves[2];

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from tapelm.shards import token_dtype
 
 BLOCK_BYTES = 1 << 21  # of text, encoded at a time
 PIECE_BYTES = 1 << 19  # of a plain text, read at a time
+LOOK_BYTES = 1 << 14  # read at a time to find the end of a line
 _of_thread = threading.local()
 
 
@@ -51,10 +53,8 @@ class Lines:
 
     def encode(self, encoding: Encoding) -> tuple[np.ndarray, np.ndarray]:
         content = _warm_memory(self.size)
-        with self.path.open("rb") as file:
-            file.seek(self.position.offset)
-            if file.readinto(content) != self.size:
-                raise ValueError(f"{self.path} changed while it was encoded: encode it again")
+        if _read_at(self.path, self.position.offset, content) != self.size:
+            raise ValueError(f"{self.path} changed while it was encoded: encode it again")
         tokens = encoding.end_of_text, encoding.token_bytes
         try:
             return _text.encode_lines(encoding.bpe, content, str(self.path), 1, *tokens)
@@ -130,13 +130,34 @@ def read_blocks(
 
 def _read_lines(path: Path, begin: Position, block_bytes: int) -> Iterator[Lines]:
     offset, size = begin.offset, path.stat().st_size
-    with path.open("rb") as file:
+    with path.open("rb", buffering=0) as file:
         while offset < size:
-            file.seek(offset + block_bytes - 1)
-            file.readline()
-            end = min(file.tell(), size)
+            end = _line_end(file.fileno(), offset + block_bytes - 1, size)
             yield Lines(Position(begin.file, offset), path, end - offset)
             offset = end
+
+
+def _line_end(descriptor: int, at: int, size: int) -> int:
+    """Where the line that has byte `at` of a file of `size` bytes ends."""
+    while at < size and (chunk := os.pread(descriptor, LOOK_BYTES, at)):
+        if (found := chunk.find(b"\n")) >= 0:
+            return at + found + 1
+        at += len(chunk)
+    return size
+
+
+def _read_at(path: Path, offset: int, memory: memoryview) -> int:
+    """Fill `memory` from byte `offset` on; returns how many bytes there were.
+
+    Few calls, as each lets other threads run in Python, for which this one then waits.
+    """
+    descriptor, done = os.open(path, os.O_RDONLY | os.O_CLOEXEC), 0
+    try:
+        while done < len(memory) and (count := os.preadv(descriptor, [memory[done:]], offset + done)):
+            done += count
+    finally:
+        os.close(descriptor)
+    return done
 
 
 def _warm_memory(size: int) -> memoryview:

@@ -12,9 +12,7 @@ import json
 import os
 import shutil
 import threading
-from collections import deque
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -31,7 +29,8 @@ from tapelm.shards import (
     strange_files,
 )
 
-OTHER_KINDS = (".csv", ".parquet", ".gz", ".zst")
+OTHER_KINDS = (".csv", ".parquet", ".gz", ".zst")  # which data.prepare reads
+PACKED_KINDS = (".xz", ".bz2", ".zip", ".tar", ".7z")
 
 
 def encode_files(
@@ -103,75 +102,98 @@ def _write(
         current = (position, skip)
         writer.add(tokens[skip:], starts[np.searchsorted(starts, skip) :] - np.uint64(skip))
 
-    cores = os.cpu_count() or 1
-    in_order = _InOrder(write)
-    written: deque[Future[None]] = deque()
-    encoders = ThreadPoolExecutor(cores)
     try:
-        for block in read_blocks(paths, position, encoding.specials):
-            written.append(in_order.expect())
-            encoders.submit(in_order.encode, block, encoding, written[-1])
-            if len(written) > 4 * cores:
-                written.popleft().result()
-        while written:
-            written.popleft().result()
+        _Pipeline(read_blocks(paths, position, encoding.specials), encoding, write).run()
     except BaseException:
-        in_order.stop()
-        encoders.shutdown(cancel_futures=True)
         writer.close()
         raise
-    encoders.shutdown()
     return writer
 
 
-class _InOrder:
-    """Hands blocks to `write` in the order of `expect`, on whichever encoding thread has the next one.
+class _Pipeline:
+    """Encodes blocks on a thread for every core; whichever has the next one in order writes it, too.
 
-    A thread of its own for writing would be one more than there are cores, and in the way of the others. A
-    block's future is done when it is written; behind one that fails nothing is written.
+    A thread of its own for writing, or for handing out blocks, would be one more than there are cores, and in
+    the way of the others. Behind a block that fails nothing is written.
     """
 
-    def __init__(self, write: Callable[[Position, np.ndarray, np.ndarray], None]) -> None:
+    def __init__(
+        self,
+        blocks: Iterator[Lines | Pieces],
+        encoding: Encoding,
+        write: Callable[[Position, np.ndarray, np.ndarray], None],
+    ) -> None:
+        self._blocks = blocks
+        self._encoding = encoding
         self._write = write
-        self._lock = threading.Lock()
-        self._expected: deque[Future[None]] = deque()
-        self._encoded: dict[Future[None], tuple[Position, np.ndarray, np.ndarray]] = {}
-        self._busy = False
+        self._cores = os.cpu_count() or 1
+        self._reading = threading.Lock()  # of who asks for a block
+        self._changed = threading.Condition()
+        self._taken = 0  # blocks
+        self._written = 0
+        self._writing = False
+        self._encoded: dict[int, tuple[Position, np.ndarray, np.ndarray]] = {}
+        self._faults: dict[int, BaseException] = {}  # by number of the block
 
-    def expect(self) -> Future[None]:
-        written: Future[None] = Future()
-        with self._lock:
-            self._expected.append(written)
-        return written
-
-    def encode(self, block: Lines | Pieces, encoding: Encoding, written: Future[None]) -> None:
-        current = written
+    def run(self) -> None:
+        """Write all blocks; raises what the first of those that failed has raised."""
+        threads = [threading.Thread(target=self._work) for _ in range(self._cores)]
         try:
-            encoded = (block.position, *block.encode(encoding))
-            with self._lock:
-                self._encoded[written] = encoded
-            while (ready := self._next()) is not None:
-                current = ready[0]
-                self._write(*ready[1])
-                with self._lock:
-                    self._busy = False
-                current.set_result(None)
-        except BaseException as error:  # stays busy if it was writing
-            current.set_exception(error)
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        except BaseException as error:  # Ctrl-C
+            self._fail(-1, error)
+            for thread in threads:
+                if thread.ident is not None:
+                    thread.join()
+        if self._faults:
+            raise self._faults[min(self._faults)]
 
-    def stop(self) -> None:
-        """Write nothing more than what is being written."""
-        with self._lock:
-            self._expected.clear()
+    def _work(self) -> None:
+        while (taken := self._take()) is not None:
+            number, block = taken
+            try:
+                encoded = (block.position, *block.encode(self._encoding))
+                with self._changed:
+                    self._encoded[number] = encoded
+                while (ready := self._next()) is not None:
+                    number, encoded = ready
+                    self._write(*encoded)
+                    with self._changed:
+                        self._written, self._writing = number + 1, False
+                        self._changed.notify_all()
+            except BaseException as error:
+                self._fail(number, error)
 
-    def _next(self) -> tuple[Future[None], tuple[Position, np.ndarray, np.ndarray]] | None:
-        """What to write now, unless another thread is writing: that one comes back for it."""
-        with self._lock:
-            if self._busy or not self._expected or self._expected[0] not in self._encoded:
+    def _take(self) -> tuple[int, Lines | Pieces] | None:
+        """The next block, once not too many wait to be written; None when there is none or one has failed."""
+        with self._reading:
+            with self._changed:
+                self._changed.wait_for(lambda: self._faults or self._taken - self._written < 4 * self._cores)
+                if self._faults:
+                    return None
+            try:
+                block = next(self._blocks, None)
+            except BaseException as error:
+                self._fail(self._taken, error)
                 return None
-            self._busy = True
-            written = self._expected.popleft()
-            return written, self._encoded.pop(written)
+            self._taken += block is not None
+            return None if block is None else (self._taken - 1, block)
+
+    def _next(self) -> tuple[int, tuple[Position, np.ndarray, np.ndarray]] | None:
+        """What to write now, unless another thread is writing: that one comes back for it."""
+        with self._changed:
+            if self._writing or self._faults or self._written not in self._encoded:
+                return None
+            self._writing = True
+            return self._written, self._encoded.pop(self._written)
+
+    def _fail(self, number: int, error: BaseException) -> None:
+        with self._changed:
+            self._faults[number] = error
+            self._changed.notify_all()
 
 
 def _identity(path: Path) -> list[Any]:
@@ -184,6 +206,8 @@ def _check_kinds(paths: list[Path]) -> None:
     for path in paths:
         if path.is_dir():
             raise ValueError(f"{path} is a directory: name its files")
+        if path.suffix.lower() in PACKED_KINDS:
+            raise ValueError(f"{path} is neither plain text nor .jsonl: unpack it")
         if path.suffix.lower() in OTHER_KINDS:
             raise ValueError(
                 f"{path} is neither plain text nor .jsonl: unpack it, or let data.prepare read it, "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,11 +56,16 @@ class TokenLoader:
         """Open a directory written by `write_shards` or `Tokenizer.encode_files`.
 
         Raises:
+            TypeError: a number that is no integer.
             ValueError: damaged or missing shards (named), a corpus smaller than one window or one batch of
                 all ranks, arguments out of range, a CUDA device where PyTorch sees none. Contents are not
                 hashed: see `verify_shards`.
         """
-        for name, value in (("batch_size", batch_size), ("seq_len", seq_len), ("world_size", world_size)):
+        numbers = {"batch_size": batch_size, "seq_len": seq_len, "world_size": world_size}
+        for name, value in {**numbers, "rank": rank, "seed": seed}.items():
+            if isinstance(value, bool) or not isinstance(value, Integral):
+                raise TypeError(f"{name} must be an integer, got {value!r}")
+        for name, value in numbers.items():
             if not 0 < value < 2**31:
                 raise ValueError(f"{name} must be positive, got {value}")
         if not 0 <= rank < world_size:
@@ -98,10 +104,10 @@ class TokenLoader:
         self.end_of_text: int = manifest["end_of_text"]
         self._identity = {
             "fingerprint": fingerprint,
-            "seed": seed,
-            "batch_size": batch_size,
-            "seq_len": seq_len,
-            "world_size": world_size,
+            "seed": int(seed),
+            "batch_size": int(batch_size),
+            "seq_len": int(seq_len),
+            "world_size": int(world_size),
             "order": order,
         }
         self._step = 0

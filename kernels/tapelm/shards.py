@@ -69,7 +69,7 @@ class ShardWriter:
         used = 0
         while used < ids.size:
             if self._file is None:
-                self._file = (self._directory / _file_name(len(self.shards))).open("w+b")
+                self._file = (self._directory / _file_name(len(self.shards))).open("wb")
                 self._file.write(self._header())
             part = ids[used : used + self._limit - self._tokens]
             begin, end = np.searchsorted(starts, (used, used + part.size))

@@ -205,10 +205,12 @@ class Tokenizer:
     ) -> dict[str, Any]:
         """Encode files into a directory of token shards and return its manifest (see `tapelm.write_shards`).
 
-        A `.jsonl` file holds one document per line in its field "text"; any other file is one UTF-8 document.
+        A `.jsonl` file holds one document per line in its field "text"; any other file is one UTF-8 document,
+        an empty one a document of nothing but its end.
         Files are streamed, so that memory stays at some tens of megabytes (a line, or text without white
         space, is held whole), and encoded on all cores. Until everything is done the shards are in
-        `out_dir`.partial: killed at any time, the same call goes on after the last finished shard.
+        `out_dir`.partial: killed at any time, the same call goes on after the last finished shard, of
+        `shard_tokens` tokens; with fewer it starts anew.
 
         Raises:
             ValueError: a file is not UTF-8, not JSONL with "text", or holds a special token (the message

@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tapelm import _text, encode_files, shards
-from tapelm._blocks import Encoding, Pieces, Position, read_blocks
+from tapelm._blocks import Encoding, Lines, Pieces, Position, read_blocks
 from tapelm.shards import ShardWriter, verify_shards
 from tapelm.tokenizer import Tokenizer
 
@@ -273,6 +272,23 @@ def test_faults_are_named(
         tokenizer.encode_files([tmp_path / "missing.txt"], tmp_path / "out")
     with pytest.raises(TypeError, match="iterable of paths"):
         tokenizer.encode_files(str(tmp_path / name), tmp_path / "out")
+
+
+def test_the_first_of_two_faults_is_told(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the block that holds it takes longer than the one behind it."""
+    encode, blocks = Lines.encode, encode_files.read_blocks
+
+    def slow(block: Lines, encoding: Encoding) -> tuple[np.ndarray, np.ndarray]:
+        time.sleep(0.05 if block.position.offset == 0 else 0.0)
+        return encode(block, encoding)
+
+    (tmp_path / "x.jsonl").write_bytes(b"{}\n" + b'{"text": 1}\n' * 3)
+    monkeypatch.setattr(Lines, "encode", slow)
+    monkeypatch.setattr(encode_files, "read_blocks", lambda *a: blocks(*a, block_bytes=1))
+    with pytest.raises(ValueError, match="line 1 has no"):
+        tokenizer.encode_files([tmp_path / "x.jsonl"], tmp_path / "out")
 
 
 ENCODE = """
@@ -576,7 +592,9 @@ def test_a_partial_directory_of_someone_else_is_left_alone(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.partial", "x.txt"]
 
 
-@pytest.mark.parametrize("name", ["a.csv", "a.jsonl.zst", "a.txt.gz", "a.parquet", "folder"])
+@pytest.mark.parametrize(
+    "name", ["a.csv", "a.jsonl.zst", "a.txt.gz", "a.parquet", "a.zip", "a.txt.XZ", "folder"]
+)
 def test_other_kinds_of_files_are_refused_before_anything_is_made(
     tokenizer: Tokenizer, tmp_path: Path, name: str
 ) -> None:
@@ -621,20 +639,22 @@ def test_nothing_is_written_after_an_interruption(
     """Blocks that are on their way when Ctrl-C arrives do not reach the shards behind its back."""
     source, written = tmp_path / "x.jsonl", []
     source.write_text("".join(json.dumps({"text": prose(n, 100)}) + "\n" for n in range(200)))
-    add, result, blocks = ShardWriter.add, Future.result, encode_files.read_blocks
+    add, join, blocks = ShardWriter.add, threading.Thread.join, encode_files.read_blocks
 
     def slow(writer: ShardWriter, *block: np.ndarray) -> None:
         time.sleep(0.01)
         written.append(time.monotonic())
         add(writer, *block)
 
-    def interrupted(future: Future[None]) -> None:
-        result(future)
+    def interrupted(thread: threading.Thread) -> None:
+        monkeypatch.setattr(threading.Thread, "join", join)
+        while len(written) < 10:
+            time.sleep(0.001)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(encode_files, "read_blocks", lambda *a: blocks(*a, block_bytes=1000))
     monkeypatch.setattr(ShardWriter, "add", slow)
-    monkeypatch.setattr(Future, "result", interrupted)
+    monkeypatch.setattr(threading.Thread, "join", interrupted)
     with pytest.raises(KeyboardInterrupt):
         tokenizer.encode_files([source], tmp_path / "out", shard_tokens=1000)
     ended = time.monotonic()

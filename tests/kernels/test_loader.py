@@ -223,6 +223,18 @@ def test_unusable_arguments(shards: Path, arguments: dict, match: str) -> None:
         TokenLoader(shards, **{"batch_size": 2, "seq_len": 16, **arguments})
 
 
+@pytest.mark.parametrize("name", ["batch_size", "seq_len", "rank", "world_size", "seed"])
+@pytest.mark.parametrize("value", [16.0, True, "16", None])
+def test_numbers_are_integers(shards: Path, name: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=f"{name} must be an integer, got {value!r}"):
+        TokenLoader(shards, **{"batch_size": 2, "seq_len": 16, name: value})
+
+
+def test_numpy_integers_are_integers(shards: Path) -> None:
+    loader = TokenLoader(shards, np.int64(2), np.int32(16), seed=np.uint8(3))  # type: ignore[arg-type]
+    assert json.loads(json.dumps(loader.state_dict())) == TokenLoader(shards, 2, 16, seed=3).state_dict()
+
+
 def test_smallest_corpus(tmp_path: Path) -> None:
     write(tmp_path / "x", [np.arange(16, dtype=np.uint32)])
     loader = TokenLoader(tmp_path / "x", 1, 16)

@@ -1,0 +1,64 @@
+"""What gpt.train says of data that it cannot use."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gpt.cli import UserError
+from gpt.corpus import check_shards, no_data, open_loader, open_tokenizer
+from tapelm import Tokenizer, write_shards
+
+TOKENIZER = Tokenizer.train(["the committee kept the rate"], 270)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    for split in ("train", "val"):
+        end = TOKENIZER.special_tokens["<|endoftext|>"]
+        documents = (np.arange(1, 40) for _ in range(5))
+        write_shards(documents, tmp_path / split, vocab_size=TOKENIZER.vocab_size, end_of_text=end)
+    TOKENIZER.save(tmp_path / "tokenizer.json")
+    return tmp_path
+
+
+def test_data_that_is_none_is_told_apart(tmp_path: Path) -> None:
+    file = tmp_path / "news.txt"
+    file.write_text("x")
+    assert f"data.prepare --source files --input {file} --out" in no_data(file)
+    assert no_data(tmp_path).startswith(f"{tmp_path} is no data directory")
+    assert "does not exist" in no_data(tmp_path / "missing")
+    with pytest.raises(UserError, match=r"no data directory.*there are no token shards"):
+        open_loader(tmp_path / "train", 1, 8, 0, device="cpu")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"no data directory.*tokenizer\.json"):
+        open_tokenizer(tmp_path / "tokenizer.json")
+
+
+def test_whole_shards_are_accepted(data: Path) -> None:
+    check_shards(data, TOKENIZER)
+    assert open_tokenizer(data / "tokenizer.json").vocab_size == TOKENIZER.vocab_size
+
+
+def test_shards_of_another_vocabulary_are_refused(data: Path) -> None:
+    other = Tokenizer.train(["the committee kept the rate"], 265)
+    with pytest.raises(UserError, match=r"train was encoded with 270 token ids, but .* has 265"):
+        check_shards(data, other)
+
+
+def test_a_flipped_byte_is_noticed(data: Path) -> None:
+    path = data / "val" / "shard-00000.bin"
+    content = bytearray(path.read_bytes())
+    content[80] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"shard-00000\.bin is damaged.*run python -m data\.prepare again"):
+        check_shards(data, TOKENIZER)
+
+
+def test_files_that_are_not_those_of_the_card_are_noticed(data: Path) -> None:
+    made = {"tokenizer.json": {"sha256": "0" * 64}}
+    (data / "data_card.json").write_text(json.dumps({"outputs": made}))
+    with pytest.raises(UserError, match=r"tokenizer\.json is not the one that data\.prepare made.*--force"):
+        check_shards(data, TOKENIZER)
