@@ -309,6 +309,7 @@ PYBIND11_MODULE(_text, m) {
         },
         py::arg("text"), py::arg("specials"));
   m.def("word_lengths", &word_lengths, py::arg("text"), py::arg("pretokenizer"));
+  m.def("start_writing", &start_writing, py::arg("descriptor"), py::call_guard<py::gil_scoped_release>());
   m.def("shard_header", &shard_header, py::arg("token_bytes"), py::arg("tokens"), py::arg("documents"),
         py::arg("vocab_size"), py::arg("end_of_text"));
 

@@ -30,6 +30,12 @@ size_t shard_bytes(const ShardHeader& header, size_t available) {
 
 }  // namespace
 
+void start_writing([[maybe_unused]] int descriptor) {
+#ifdef SYNC_FILE_RANGE_WRITE
+  ::sync_file_range(descriptor, 0, 0, SYNC_FILE_RANGE_WRITE);
+#endif
+}
+
 ShardHeader make_shard_header(uint32_t token_bytes, uint64_t tokens, uint64_t documents, uint32_t vocab_size,
                               uint32_t end_of_text) {
   ShardHeader header{};

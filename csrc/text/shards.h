@@ -31,6 +31,10 @@ static_assert(sizeof(ShardHeader) == 64);
 ShardHeader make_shard_header(uint32_t token_bytes, uint64_t tokens, uint64_t documents, uint32_t vocab_size,
                               uint32_t end_of_text);
 
+// Asks the kernel to begin writing what is new in a file to the disk, and does not wait: fsync will have less to wait
+// for, and tells what went wrong. Does nothing where the system has no such call.
+void start_writing(int descriptor);
+
 // Shard files mapped into memory and read as one sequence.
 class ShardSet {
  public:

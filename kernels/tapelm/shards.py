@@ -14,7 +14,6 @@ import os
 import re
 import secrets
 import shutil
-import threading
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -28,7 +27,9 @@ MANIFEST = "manifest.json"
 JOURNAL = "journal.jsonl"  # of files that are being encoded
 _FORMAT = "tapelm-shards"
 _VERSION = 2
-_SYNC_BYTES = 1 << 22  # written before the disk is waited for, so that little is left to wait for at the end
+_START_BYTES = (
+    1 << 21
+)  # written before the disk is to begin with them, so that little is left to wait for at the end
 
 
 class ShardWriter:
@@ -56,9 +57,7 @@ class ShardWriter:
         self._tokens = 0
         self._starts: list[np.ndarray] = []
         self._digest = hashlib.sha256()
-        self._unsynced = 0
-        self._disk: threading.Thread | None = None
-        self._disk_error: OSError | None = None
+        self._unstarted = 0
         self._closed = False
         self.dtype = token_dtype(vocab_size)
         self.shards = list(shards)
@@ -87,15 +86,13 @@ class ShardWriter:
         if self._file is None:
             return
         with self._file as file:
-            try:
-                self._append(bytes(-file.tell() % 8))
-                self._append(np.concatenate(self._starts).astype("<u8").data)
-                size = file.tell()
-                file.seek(0)
-                file.write(self._header())
-                self._sync()
-            finally:
-                self._wait_for_disk()  # before the file's number can become another file's
+            self._append(bytes(-file.tell() % 8))
+            self._append(np.concatenate(self._starts).astype("<u8").data)
+            size = file.tell()
+            file.seek(0)
+            file.write(self._header())
+            file.flush()
+            os.fsync(file.fileno())
         self.shards.append(
             {
                 "file": Path(file.name).name,
@@ -106,36 +103,16 @@ class ShardWriter:
             }
         )
         self._file, self._tokens, self._starts = None, 0, []
-        self._digest, self._unsynced = hashlib.sha256(), 0
+        self._digest, self._unstarted = hashlib.sha256(), 0
 
     def _append(self, content: bytes | memoryview) -> None:
         self._file.write(content)
         self._digest.update(content)
-        self._unsynced += len(memoryview(content).cast("B"))
-        if self._unsynced >= _SYNC_BYTES and (self._disk is None or not self._disk.is_alive()):
-            self._sync()
-
-    def _sync(self) -> None:
-        """Let a thread wait for the disk; raises what the wait before this one has raised."""
-        self._wait_for_disk()
-        self._file.flush()
-        self._disk = threading.Thread(target=self._sync_file, args=(self._file.fileno(),))
-        self._disk.start()
-        self._unsynced = 0
-
-    def _sync_file(self, number: int) -> None:
-        try:
-            os.fsync(number)
-        except OSError as error:
-            self._disk_error = error
-
-    def _wait_for_disk(self) -> None:
-        if self._disk is not None:
-            self._disk.join()
-            self._disk = None
-        if self._disk_error is not None:
-            error, self._disk_error = self._disk_error, None
-            raise error
+        self._unstarted += len(memoryview(content).cast("B"))
+        if self._unstarted >= _START_BYTES:
+            self._file.flush()
+            _text.start_writing(self._file.fileno())
+            self._unstarted = 0
 
     def _check_open(self) -> None:
         if self._closed:
@@ -145,8 +122,6 @@ class ShardWriter:
         """Give up the open shard, if any; nothing can be added any more."""
         self._closed = True
         if self._file is not None:
-            if self._disk is not None:
-                self._disk.join()
             self._file.raw.close()
             self._file = None
 

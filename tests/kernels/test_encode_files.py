@@ -451,11 +451,11 @@ def test_blocks_are_written_in_order(
     assert most <= 4 * (os.cpu_count() or 1) + 1
 
 
-@pytest.mark.parametrize("call", [1, 2, 5])
-def test_a_disk_that_fails_behind_the_writer_is_noticed(
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_a_disk_that_fails_is_noticed(
     tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
 ) -> None:
-    """fsync runs beside the encoding: its error reaches the caller, and the shards that were there stay."""
+    """What fsync says of any shard reaches the caller, and the shards that were there stay."""
     source = tmp_path / "text.txt"
     source.write_bytes(b"old words. " * 1000)
     tokenizer.encode_files([source], tmp_path / "out")
@@ -469,7 +469,6 @@ def test_a_disk_that_fails_behind_the_writer_is_noticed(
             raise OSError(5, "Input/output error")
         fsync(descriptor)
 
-    monkeypatch.setattr(shards, "_SYNC_BYTES", 1 << 16)
     monkeypatch.setattr(shards.os, "fsync", failing)
     with pytest.raises(OSError, match="Input/output error"):
         tokenizer.encode_files([source], tmp_path / "out", shard_tokens=100_000)
