@@ -1,4 +1,5 @@
 // Attention, forward and backward: causal, grouped queries, document masks, dropout keyed by (seed, element).
+#include "autograd.h"
 #include "common.h"
 
 namespace tapelm {
@@ -183,7 +184,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_, const
 TORCH_LIBRARY_FRAGMENT(tapelm, m) {
   m.def(
       "attention_forward(Tensor q, Tensor k, Tensor v, bool causal, float scale, float dropout_p, Tensor? seed, Tensor? "
-      "document_ids) -> (Tensor, Tensor)");
+      "document_ids) -> (Tensor out, Tensor lse)");
   m.def(
       "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, bool causal, float scale, "
       "float dropout_p, Tensor? seed, Tensor? document_ids) -> (Tensor, Tensor, Tensor)");
@@ -192,6 +193,12 @@ TORCH_LIBRARY_FRAGMENT(tapelm, m) {
 TORCH_LIBRARY_IMPL(tapelm, CPU, m) {
   m.impl("attention_forward", &attention_forward);
   m.impl("attention_backward", &attention_backward);
+}
+
+TORCH_LIBRARY_IMPL(tapelm, Autograd, m) {
+  m.impl("attention_forward", derivative("attention_backward(grad, q, k, v, out, lse, causal, scale, dropout_p, seed, "
+                                         "document_ids) -> q, k, v"));
+  m.impl("attention_backward", no_derivative());
 }
 
 }  // namespace tapelm

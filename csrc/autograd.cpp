@@ -38,7 +38,7 @@ int find(const std::vector<c10::Argument>& arguments, const std::string& name) {
 
 // A formula in numbers, once both schemas are known.
 struct Formula {
-  enum class Source { gradient, input, output, negated_input };
+  enum class Source { gradient, input, output, negated_input, presence };
   struct Argument {
     Source source;
     int index;      // of the input or output
@@ -84,6 +84,9 @@ struct Formula {
         if (argument.index >= 0) differentiable[argument.index] = true;
       } else if (name.rfind("not ", 0) == 0) {
         argument.source = Source::negated_input;
+        argument.index = find(inputs, name.substr(4));
+      } else if (name.rfind("has ", 0) == 0) {
+        argument.source = Source::presence;
         argument.index = find(inputs, name.substr(4));
       } else if ((argument.index = find(inputs, name)) >= 0) {
         argument.source = Source::input;
@@ -222,6 +225,8 @@ class Kernel final : public c10::OperatorKernel {
         save(node->saved[k], (*stack)[base + argument.index], false);
       else if (argument.source == Formula::Source::negated_input)
         node->saved[k].value = !(*stack)[base + argument.index].toBool();
+      else if (argument.source == Formula::Source::presence)
+        node->saved[k].value = !(*stack)[base + argument.index].isNone();
     }
     std::vector<bool> given(formula.arguments.size());
     for (size_t k = 0; k < given.size(); ++k)

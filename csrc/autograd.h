@@ -12,6 +12,7 @@ namespace tapelm {
 // result r. A gradient that nothing flows into is zeros, or none where the argument is optional. Results without a
 // gradient in the formula are not differentiable. Besides names there are
 //   not flag     the negated bool
+//   has bias     whether the optional input bias was given
 //   mean if bias  none unless the optional input bias was given
 //   x or residual the gradient of x is, when this result is empty, that of residual
 torch::CppFunction derivative(const char* formula);

@@ -1,5 +1,6 @@
 // Linear layer y = x weight^T + bias and its gradients, on our own matrix product or, for products of a few rows and
 // where prefer_matrix_product says so, on ATen's (MKL for float32, oneDNN for bfloat16).
+#include "autograd.h"
 #include "common.h"
 #include "matrix_product.h"
 
@@ -188,6 +189,11 @@ TORCH_LIBRARY_FRAGMENT(tapelm, m) {
 TORCH_LIBRARY_IMPL(tapelm, CPU, m) {
   m.impl("linear_forward", &linear_forward);
   m.impl("linear_backward", &linear_backward);
+}
+
+TORCH_LIBRARY_IMPL(tapelm, Autograd, m) {
+  m.impl("linear_forward", derivative("linear_backward(grad, x, weight, has bias) -> x, weight, bias"));
+  m.impl("linear_backward", no_derivative());
 }
 
 }  // namespace tapelm

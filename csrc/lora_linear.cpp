@@ -1,4 +1,5 @@
 // Frozen linear layer with a low-rank update, y = x W^T + scaling (x A^T) B^T, and its gradients; W dense or NF4.
+#include "autograd.h"
 #include "common.h"
 #include "matrix_product.h"
 #include "nf4.h"
@@ -204,7 +205,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& grad, cons
 TORCH_LIBRARY_FRAGMENT(tapelm, m) {
   m.def(
       "lora_linear_forward(Tensor x, Tensor weight, Tensor[] state, int block_size, Tensor a, Tensor b, float scaling)"
-      " -> (Tensor, Tensor)");
+      " -> (Tensor y, Tensor u)");
   m.def(
       "lora_linear_backward(Tensor grad, Tensor x, Tensor u, Tensor weight, Tensor[] state, int block_size, Tensor a,"
       " Tensor b, float scaling) -> (Tensor, Tensor, Tensor)");
@@ -213,6 +214,12 @@ TORCH_LIBRARY_FRAGMENT(tapelm, m) {
 TORCH_LIBRARY_IMPL(tapelm, CPU, m) {
   m.impl("lora_linear_forward", &lora_linear_forward);
   m.impl("lora_linear_backward", &lora_linear_backward);
+}
+
+TORCH_LIBRARY_IMPL(tapelm, Autograd, m) {
+  m.impl("lora_linear_forward",
+         derivative("lora_linear_backward(grad, x, u, weight, state, block_size, a, b, scaling) -> x, a, b"));
+  m.impl("lora_linear_backward", no_derivative());
 }
 
 }  // namespace tapelm

@@ -67,15 +67,6 @@ def register_autograd(name: str, setup_context: Callable[..., None], backward: C
     torch.library.register_autograd(f"tapelm::{name}", backward, setup_context=setup_context, lib=LIBRARY)
 
 
-def forbid_second_derivative(name: str) -> None:
-    """Makes differentiating through the backward op ``tapelm::name`` an error instead of a silent zero."""
-
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        raise NotImplementedError(f"tapelm::{name} has no derivative: second derivatives are not supported.")
-
-    torch.library.register_autograd(f"tapelm::{name}", backward, lib=LIBRARY)
-
-
 def check_tensors(op: str, **tensors: Tensor | None) -> None:
     """Raises unless all tensors are on one supported device and of one supported dtype.
 

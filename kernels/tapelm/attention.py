@@ -40,9 +40,7 @@ from ._library import (
     check_probability,
     check_tensors,
     draw_seed,
-    forbid_second_derivative,
     next_power_of_2,
-    register_autograd,
     register_cuda,
     register_fake,
 )
@@ -162,21 +160,6 @@ def _(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 @register_fake("attention_backward")
 def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _empty_heads(q), _empty_heads(k), _empty_heads(v)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, *ctx.settings, seed, document_ids = inputs
-    ctx.save_for_backward(q, k, v, *output, seed, document_ids)
-
-
-def _backward(ctx: Any, grad: Tensor, unused: Tensor) -> tuple[Tensor | None, ...]:
-    *tensors, seed, document_ids = ctx.saved_tensors
-    gradients = torch.ops.tapelm.attention_backward(grad, *tensors, *ctx.settings, seed, document_ids)
-    return *gradients, None, None, None, None, None
-
-
-register_autograd("attention_forward", _setup, _backward)
-forbid_second_derivative("attention_backward")
 
 
 def _products(q_shape: Any, causal: bool) -> int:

@@ -15,14 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ._library import (
-    autocast,
-    check_tensors,
-    forbid_second_derivative,
-    register_autograd,
-    register_cuda,
-    register_fake,
-)
+from ._library import autocast, check_tensors, register_cuda, register_fake
 
 
 def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -62,21 +55,6 @@ def _(grad: Tensor, x: Tensor, weight: Tensor, has_bias: bool) -> tuple[Tensor, 
         weight.new_empty(weight.shape),
         weight.new_empty(weight.shape[0] if has_bias else 0),
     )
-
-
-def _setup(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
-    x, weight, bias = inputs
-    ctx.has_bias = bias is not None
-    ctx.save_for_backward(x, weight)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    dx, dweight, dbias = torch.ops.tapelm.linear_backward(grad, *ctx.saved_tensors, ctx.has_bias)
-    return dx, dweight, dbias if ctx.has_bias else None
-
-
-register_autograd("linear_forward", _setup, _backward)
-forbid_second_derivative("linear_backward")
 
 
 @register_flop_formula(torch.ops.tapelm.linear_forward)

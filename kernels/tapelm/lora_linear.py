@@ -26,15 +26,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ._library import (
-    architecture,
-    autocast,
-    check_tensors,
-    forbid_second_derivative,
-    register_autograd,
-    register_cuda,
-    register_fake,
-)
+from ._library import architecture, autocast, check_tensors, register_cuda, register_fake
 from ._nf4_kernels import check_state, codes_on, load_scales, scale_arguments
 from .nf4 import NF4Weight, nf4_dequantize_reference
 
@@ -225,23 +217,6 @@ def _(
     b: Tensor, scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return x.new_empty(x.shape), a.new_empty(a.shape), b.new_empty(b.shape)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, state, ctx.block_size, a, b, ctx.scaling = inputs
-    ctx.save_for_backward(x, output[1], weight, a, b, *state)
-
-
-def _backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Any, ...]:
-    x, u, weight, a, b, *state = ctx.saved_tensors
-    dx, da, db = torch.ops.tapelm.lora_linear_backward(
-        grad, x, u, weight, state, ctx.block_size, a, b, ctx.scaling
-    )
-    return dx, None, [None] * len(state), None, da, db, None
-
-
-register_autograd("lora_linear_forward", _setup, _backward)
-forbid_second_derivative("lora_linear_backward")
 
 
 @register_flop_formula(torch.ops.tapelm.lora_linear_forward)
