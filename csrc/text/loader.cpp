@@ -183,14 +183,14 @@ std::vector<uint64_t> Loader::window_indices(uint64_t step, LoaderCursor& cursor
   return indices;
 }
 
-// The windows of a step. They are far apart, and each would wait for memory in turn: it is asked for one step before.
+// The windows of a step; those of the next are in cursor.asked. They are far apart, and each would wait for memory in
+// turn: it is asked for one step before.
 std::vector<uint64_t> Loader::asked_windows(uint64_t step, LoaderCursor& cursor) const {
   if (options_.order == Order::kSequential) return window_indices(step, cursor);
   std::vector<uint64_t> indices =
       cursor.asked_step == step ? std::move(cursor.asked) : window_indices(step, cursor);
   cursor.asked_step = step + 1;
   cursor.asked = window_indices(step + 1, cursor);
-  for (const uint64_t index : cursor.asked) ask(index, cursor);
   return indices;
 }
 
@@ -239,17 +239,25 @@ void Loader::fill(uint64_t step, LoaderCursor& cursor, int64_t* inputs, int64_t*
   const bool packed = options_.order == Order::kPacked;
   cursor.row.resize((seq_len + 1) * shards_.token_bytes());
   Rows out{inputs, targets, document_ids};
-  for (const uint64_t index : asked_windows(step, cursor)) {
-    const uint32_t length = copy_window(index, cursor, cursor.row.data());
-    (shards_.token_bytes() == 2 ? assemble<uint16_t> : assemble<uint32_t>)(cursor.row.data(), length, seq_len, end_of_text_,
-                                                                           packed, out);
+  const std::vector<uint64_t> indices = asked_windows(step, cursor);
+  for (size_t i = 0; i < indices.size(); ++i) {
+    if (i < cursor.asked.size()) ask(cursor.asked[i], cursor);
+    const uint8_t* row = packed ? nullptr : shards_.view(indices[i] * seq_len, seq_len + 1);
+    uint32_t length = static_cast<uint32_t>(seq_len);
+    if (row == nullptr) {
+      row = cursor.row.data();
+      length = copy_window(indices[i], cursor, cursor.row.data());
+    }
+    (shards_.token_bytes() == 2 ? assemble<uint16_t> : assemble<uint32_t>)(row, length, seq_len, end_of_text_, packed, out);
     out = {out.inputs + seq_len, out.targets + seq_len, out.document_ids + seq_len};
   }
 }
 
 void Loader::fill_rows(uint64_t step, LoaderCursor& cursor, uint8_t* rows, uint32_t* lengths) const {
-  for (const uint64_t index : asked_windows(step, cursor)) {
-    *lengths++ = copy_window(index, cursor, rows);
+  const std::vector<uint64_t> indices = asked_windows(step, cursor);
+  for (size_t i = 0; i < indices.size(); ++i) {
+    if (i < cursor.asked.size()) ask(cursor.asked[i], cursor);
+    *lengths++ = copy_window(indices[i], cursor, rows);
     rows += (options_.seq_len + 1) * shards_.token_bytes();
   }
 }

@@ -98,6 +98,13 @@ void ShardSet::map(const std::string& path) {
   document_starts_.push_back(document_starts_.back() + header.documents);
 }
 
+const uint8_t* ShardSet::view(uint64_t begin, size_t count) const {
+  const auto shard = static_cast<size_t>(std::upper_bound(starts_.begin(), starts_.end(), begin) - starts_.begin()) - 1;
+  const uint64_t local = begin - starts_[shard];
+  if (headers_[shard].tokens - local < count) return nullptr;
+  return mappings_[shard].address + sizeof(ShardHeader) + local * token_bytes();
+}
+
 void ShardSet::copy(uint64_t begin, size_t count, uint8_t* out) const {
   const size_t width = token_bytes();
   size_t shard = static_cast<size_t>(std::upper_bound(starts_.begin(), starts_.end(), begin) - starts_.begin()) - 1;

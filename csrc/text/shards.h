@@ -53,6 +53,9 @@ class ShardSet {
   // Copies tokens [begin, begin + count), which must exist, as they are stored.
   void copy(uint64_t begin, size_t count, uint8_t* out) const;
 
+  // Where they are stored one behind the other, nullptr where that is in more than one shard.
+  const uint8_t* view(uint64_t begin, size_t count) const;
+
   // Asks for the memory of tokens [begin, begin + count), which must exist, without waiting for it; of the
   // first, if there are many, as the CPU itself reads ahead of a long copy.
   void prefetch(uint64_t begin, size_t count) const;
