@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import multiprocessing
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -189,10 +190,14 @@ def run(options: Options) -> int:
         return 0
     rows: list[harness.Row] = []
     printed: list[harness.Row] = []  # in tables of their own
-    sections: dict[str, Any] = {}
+    seconds: dict[str, float] = {}
+    sections: dict[str, Any] = {"seconds": seconds}
+    started = time.monotonic()
 
-    def save() -> None:
+    def save(part: str) -> None:
         """After every part, so that an interruption costs one."""
+        lately = time.monotonic() - started - sum(seconds.values())
+        seconds[part] = seconds.get(part, 0.0) + lately
         if path is not None:
             harness.write_results(path, device, [*rows, *printed], **sections)
 
@@ -203,7 +208,7 @@ def run(options: Options) -> int:
         if options.check:
             return compare.check(cases, device, rounds)
         rows += harness.measure_all(cases, device, rounds)
-        save()
+        save("ops")
     if options.subject == "train":
         rows += train.measure(options.preset, batch_size, device, rounds, compiled=options.compiled)
     if options.subject in ("ladder", "all"):
@@ -212,7 +217,7 @@ def run(options: Options) -> int:
         )
         climbed, section = ladder_report.measure("gpt", request, rounds)
         printed, sections["ladders"] = printed + climbed, [section]
-        save()
+        save("ladder of gpt")
     if options.subject == "all":
         try:
             request = Request("", llama_rungs.BATCH_SIZE, device, base=fetched(options.base))
@@ -221,7 +226,7 @@ def run(options: Options) -> int:
             print(f"skipped: ladder of llama: {error}")
         else:
             printed, sections["ladders"] = printed + climbed, [*sections["ladders"], section]
-            save()
+            save("ladder of llama")
     if options.subject in ("peers", "all"):
         measured, skipped = peers.measure(
             options.preset, options.batch_size or 4, device, rounds,
@@ -229,7 +234,7 @@ def run(options: Options) -> int:
         )  # fmt: skip
         rows, sections["skipped_peers"] = rows + measured, skipped
         print("".join(f"skipped: {line}\n" for line in skipped), end="")
-        save()
+        save("peers")
     if options.subject == "scaling":
         printed, sections["plan"] = scaling.measure(device, rounds)
     if options.subject in ("tokenizer", "all"):
@@ -237,7 +242,7 @@ def run(options: Options) -> int:
             print("skipped: tokenizer: no text here, give --text a .txt or .jsonl file")
         else:
             rows += alone(tokenizer.measure, options.text, rounds)
-            save()
+            save("tokenizer")
     if options.subject in ("loader", "all"):
         rows += alone(loader.measure_all, rounds, options.preset, batch_size, options.text)
     if options.subject == "llama":
@@ -245,7 +250,10 @@ def run(options: Options) -> int:
 
         rows += llama.measure(fetched(options.base), batch_size, device, rounds)
     harness.report(f"python -m benchmarks {options.subject}", rows, device)
-    save()
+    save("loader" if options.subject == "all" else options.subject)
+    if options.subject == "all":
+        parts = ", ".join(f"{part} {took / 60:.1f}" for part, took in seconds.items())
+        print(f"minutes: {sum(seconds.values()) / 60:.1f}; {parts}")
     if options.subject == "all" and options.out is not None:
         print(f"wrote {page.write(compare.read(options.out / 'results.json'), options.out)}")
     return 0
@@ -288,8 +296,6 @@ def main(arguments: list[str]) -> int:
             )  # fmt: skip
     if options.subject == "models":
         return models.run(options.files, options.out)
-    if options.subject == "plan" and (options.dollars or 0) < 0:
-        raise UserError("--dollars must not be negative")
     if options.subject == "plan":
         return planner.run(
             options.preset, options.batch_size, options.gpu, options.gpus, options.dollars, options.tokens

@@ -159,6 +159,12 @@ def run(
     preset: str, batch_size: int | None, gpu: str, gpus: int, dollars: float | None, tokens: float
 ) -> int:
     """`benchmarks plan`: prints the plan, with what its figures are worth."""
+    if batch_size is not None and batch_size < 1:
+        raise UserError(f"--batch-size must be at least 1, got {batch_size}")
+    if not 0 < tokens < math.inf:
+        raise UserError(f"--tokens must be a number above 0, got {tokens:g}")
+    if dollars is not None and not 0 <= dollars < math.inf:
+        raise UserError(f"--dollars must be a number of at least 0, got {dollars:g}")
     multiples, section, source = fitted()
     settings(preset, 1)  # refuses an unknown preset
     size = batch_size or PRESETS[preset].get("batch_size", 16)

@@ -95,6 +95,23 @@ def test_unknown_hardware_is_refused(gpu: str, gpus: int, told: str) -> None:
         planner.plan("gpt2", 8, gpu, gpus, MULTIPLES)
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "dollars", "tokens", "told"),
+    [
+        (0, None, 1e9, "--batch-size must be at least 1, got 0"),
+        (None, None, 0.0, "--tokens must be a number above 0"),
+        (None, None, math.nan, "--tokens must be a number above 0, got nan"),
+        (None, math.nan, 1e9, "--dollars must be a number of at least 0, got nan"),
+        (None, -1.0, 1e9, "--dollars"),
+    ],
+)
+def test_numbers_that_plan_nothing_are_refused(
+    batch_size: int | None, dollars: float | None, tokens: float, told: str
+) -> None:
+    with pytest.raises(UserError, match=told):
+        planner.run("gpt2", batch_size, "H100", 8, dollars, tokens)
+
+
 def test_without_measured_steps_there_is_no_plan(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(planner, "RESULTS", tmp_path)
     with pytest.raises(UserError, match="run python -m benchmarks scaling"):
