@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from benchmarks import harness
 from benchmarks.__main__ import main
-from benchmarks.ceilings import Ceilings
+from benchmarks.ceilings import Ceilings, Probe
 from benchmarks.harness import Case, WrongResult, close
 from gpt.cli import UserError
 
@@ -67,6 +68,25 @@ def test_the_ceiling_is_the_best_shape_and_named(clock) -> None:
     assert limit.rate == 2 * 4 * 8 * 16 / 0.25
     assert limit.label.endswith("GFLOP/s GEMM 4x8x16 (ours)")
     assert set(ceilings.as_json()["copy"]) == {"copy", "triad"}
+
+
+def test_what_cannot_be_the_ceiling_is_not_timed_again(clock) -> None:
+    taking = {"best": 1.0, "near": 2.0, "hopeless": 3.0}
+    probes = [Probe(name, clock.taking(seconds), 1.0, []) for name, seconds in taking.items()]
+    kept = Ceilings(CPU, [])._contenders(probes)
+    assert [probe.name for probe in kept] == ["best", "near"]
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bfloat16_products_are_left_out_where_hardware_has_none(clock, monkeypatch, capsys, native) -> None:
+    monkeypatch.setattr(harness, "native_bf16", lambda device: native)
+    made = [
+        replace(case({"peer": clock.taking(0.1, [])}), dtype=torch.bfloat16, bound=b)
+        for b in ("gemm", "copy")
+    ]
+    rows = harness.measure_all([lambda: made[0], lambda: made[1]], CPU, 3)
+    assert len(rows) == 1 + native
+    assert ("skipped: 1 cases of matrix products in bfloat16" in capsys.readouterr().out) is not native
 
 
 def test_more_than_the_ceiling_is_flagged(clock, capsys) -> None:
