@@ -1,7 +1,8 @@
 """JSON lines to shards on disk against encoding the same texts, already in memory, both on all cores.
 
 Each timing comes from a process of its own: "once" is its first pass over the text, "again" the median of the
-next ones. The ceiling is a copy of the text.
+next ones. The file is in the page cache, and the shards go to where temporary files do; the texts in memory
+are out of their JSON already. The ceiling is a copy of the text.
 """
 
 from __future__ import annotations

@@ -52,11 +52,14 @@ def documents(path: Path | None) -> list[str]:
     for file in files:
         opened = gzip.open if file.suffix == ".gz" else open
         with opened(file, "rt", encoding="utf-8") as lines:
-            if ".jsonl" in file.name:
-                texts += [json.loads(line)["text"] for line in lines]
-            else:
-                texts.append(lines.read())
-    if not texts:
+            try:
+                if ".jsonl" in file.name:
+                    texts += [json.loads(line)["text"] for line in lines]
+                else:
+                    texts.append(lines.read())
+            except (ValueError, KeyError, TypeError, OSError) as error:
+                raise UserError(f'{file} is not UTF-8 text or JSON lines with a "text": {error!r}') from error
+    if not any(texts):
         raise UserError(
             f"no documents at {path}: give --text a .txt, .jsonl or .jsonl.gz file or a directory"
         )

@@ -132,8 +132,8 @@ void Bpe::encode_text(std::string_view text, size_t offset, bool allow_special, 
   for (size_t at; (at = find_special(text, from, special)) != std::string_view::npos;) {
     if (!allow_special) {
       throw std::invalid_argument("text contains the special token " + model_.tokens[special] + " at byte " +
-                                  std::to_string(offset + at) + ": pass allow_special=True to encode it as one " +
-                                  "token, or remove it");
+                                  std::to_string(offset + at) + ": remove it (to be encoded as one token it " +
+                                  "needs allow_special=True, which encode and encode_batch take)");
     }
     encode_plain(text.substr(from, at - from), state, out);
     out.push_back(special);

@@ -105,7 +105,8 @@ TokenBlock encode_pieces(const Bpe& bpe, std::span<const std::string_view> piece
   for (size_t i = 0; i < pieces.size(); ++i) {
     const size_t valid = valid_utf8(pieces[i]);
     if (valid != pieces[i].size()) {
-      throw std::invalid_argument(place(i) + " is not UTF-8: invalid at byte " + std::to_string(valid));
+      throw std::invalid_argument(place(i) + " is not UTF-8: invalid at byte " + std::to_string(valid) +
+                                  ", convert it first");
     }
     try {
       block.add(pieces[i], ends[i]);

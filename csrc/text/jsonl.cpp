@@ -272,6 +272,7 @@ std::string_view text_field(std::string_view line, std::string& unescaped) {
   const size_t valid = valid_utf8(line);
   if (valid != line.size()) fail("is not UTF-8 at its byte " + std::to_string(valid));
   if (line.starts_with("\xEF\xBB\xBF")) line.remove_prefix(3);
+  if (line.find_first_not_of(" \t\r") == line.npos) fail("is empty: remove it");
   return Reader(line).text(unescaped);
 }
 

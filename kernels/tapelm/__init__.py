@@ -19,6 +19,7 @@ from .nf4 import nf4_dequantize as nf4_dequantize
 from .nf4 import nf4_quantize as nf4_quantize
 from .rms_norm import rms_norm as rms_norm
 from .rope import rope as rope
+from .shards import verify_shards as verify_shards
 from .shards import write_shards as write_shards
 from .swiglu import swiglu as swiglu
 from .tokenizer import Tokenizer as Tokenizer

@@ -112,7 +112,7 @@ def read_blocks(
     for number in range(start.file, len(paths)):
         path = paths[number]
         begin = start if number == start.file else Position(number)
-        if path.suffix == ".jsonl":
+        if path.suffix.lower() == ".jsonl":
             if pieces:
                 yield Pieces(pieces)
                 pieces, size = [], 0

@@ -72,9 +72,10 @@ def config_of_ranks(
         pretokenizer = "llama3"
         specials = _llama3_specials() if specials is None else specials
     if pretokenizer is None:
+        free = next(rank for rank in count() if rank not in token_of)
         raise ValueError(
             f"is a rank file of {len(token_of)} tokens, which does not say how text is split: "
-            'pass them: pretokenizer="gpt2", special_tokens={"<|endoftext|>": 50256}'
+            f'pass them: pretokenizer="gpt2", special_tokens={{"<|endoftext|>": {free}}}'
         )
     specials = dict(specials or {})
     special_of = {index: text for text, index in specials.items()}

@@ -30,6 +30,7 @@ from tapelm.shards import (
 )
 
 OTHER_KINDS = (".csv", ".parquet", ".gz", ".zst")  # which data.prepare reads
+UNCLEAR_KINDS = (".json", ".ndjson")
 PACKED_KINDS = (".xz", ".bz2", ".zip", ".tar", ".7z")
 
 
@@ -43,7 +44,7 @@ def encode_files(
     partial = target.with_name(f"{target.name}.partial")
     inputs = [_identity(path) for path in paths]
     key = {
-        "version": 2,
+        "version": 3,
         "inputs": inputs,
         "tokenizer_sha256": encoding.tokenizer_sha256,
         "end_of_text": encoding.end_of_text,
@@ -198,7 +199,8 @@ class _Pipeline:
 
 def _identity(path: Path) -> list[Any]:
     status = path.stat()
-    return [str(path.resolve()), status.st_size, status.st_mtime_ns]
+    kind = path.suffix.lower()  # a link may have another than what it points to, and is read by its own
+    return [str(path.resolve()), kind, status.st_size, status.st_mtime_ns]
 
 
 def _check_kinds(paths: list[Path]) -> None:
@@ -206,8 +208,15 @@ def _check_kinds(paths: list[Path]) -> None:
     for path in paths:
         if path.is_dir():
             raise ValueError(f"{path} is a directory: name its files")
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{path} is not a file on disk: copy what it gives into one")
         if path.suffix.lower() in PACKED_KINDS:
             raise ValueError(f"{path} is neither plain text nor .jsonl: unpack it")
+        if path.suffix.lower() in UNCLEAR_KINDS:
+            raise ValueError(
+                f"{path} would be read as plain text: call it .jsonl when every line is an object with a "
+                '"text", and .txt when its JSON is what is to be encoded'
+            )
         if path.suffix.lower() in OTHER_KINDS:
             raise ValueError(
                 f"{path} is neither plain text nor .jsonl: unpack it, or let data.prepare read it, "

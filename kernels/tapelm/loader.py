@@ -34,8 +34,9 @@ class TokenLoader:
     Step s of an epoch takes the next world_size x B windows of the order, B for each rank, so that the
     ranks together see every window once per epoch, except the last (number of windows mod world_size x
     B) ones: these are left out (others in each epoch unless sequential), and all ranks have the same
-    number of batches. Memory: the shards are mapped, not read; "packed" reads the document starts once
-    and keeps 16 bytes per group.
+    number of batches. Memory: the shards are mapped, not read, so that whoever shortens one of them in
+    place ends the process by SIGBUS (`write_shards` and `encode_files` replace them instead); "packed"
+    reads the document starts once and keeps 16 bytes per group.
 
     Attributes:
         epoch: epochs completed. tokens, windows, vocab_size, end_of_text: of the shards.
@@ -140,8 +141,9 @@ class TokenLoader:
             ValueError: the state is of other shards, seed, batch_size, seq_len, world_size or order; the
                 message says which.
         """
-        if "fingerprint" in state:
-            state = {"order": "shuffled", **state}  # saved when there was one order
+        if "fingerprint" not in state:
+            raise ValueError(f"state is not what state_dict of a TokenLoader gives: it has {[*state]}")
+        state = {"order": "shuffled", **state}  # saved when there was one order
         for name, mine in self._identity.items():
             if name not in state or state[name] != mine:
                 what = "shards (fingerprint)" if name == "fingerprint" else name

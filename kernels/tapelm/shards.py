@@ -16,6 +16,7 @@ import secrets
 import shutil
 import warnings
 from collections.abc import Callable, Iterable
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,8 @@ def check_settings(vocab_size: int, end_of_text: int, shard_tokens: int) -> None
         raise ValueError(f"vocab_size must be in 1 .. 2**32 - 1, got {vocab_size}")
     if not 0 <= end_of_text < vocab_size:
         raise ValueError(f"end_of_text must be an id below vocab_size {vocab_size}, got {end_of_text}")
+    if isinstance(shard_tokens, bool) or not isinstance(shard_tokens, Integral):
+        raise TypeError(f"shard_tokens must be an integer, got {shard_tokens!r}")
     if shard_tokens < 1:
         raise ValueError(f"shard_tokens must be positive, got {shard_tokens}")
 

@@ -21,6 +21,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,9 @@ class Tokenizer:
         specials = list(special_tokens)
         if len(set(specials)) != len(specials) or "" in specials:
             raise ValueError(f"special_tokens must be distinct and not empty, got {specials}")
+        for name, value in {"vocab_size": vocab_size, "min_frequency": min_frequency}.items():
+            if isinstance(value, bool) or not isinstance(value, Integral):
+                raise TypeError(f"{name} must be an integer, got {value!r}")
         if vocab_size < 256 + len(specials):
             raise ValueError(
                 f"vocab_size must be at least {256 + len(specials)} (256 bytes and {len(specials)} special "
@@ -213,8 +217,10 @@ class Tokenizer:
         `shard_tokens` tokens; with fewer it starts anew.
 
         Raises:
+            TypeError: `shard_tokens` is no integer.
             ValueError: a file is not UTF-8, not JSONL with "text", or holds a special token (the message
                 names file and line), it changed meanwhile, or another process is encoding to `out_dir`.
+                What was encoded is removed, as it is of files that must change.
         """
         if end_of_text not in self.special_tokens:
             raise ValueError(

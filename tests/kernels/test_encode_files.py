@@ -215,10 +215,11 @@ def test_deep_json_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("name", "content", "match"),
     [
-        ("b.jsonl", b'{"text": "a"}\n\n', r"b\.jsonl, line 2 is not valid JSON"),
+        ("b.jsonl", b'{"text": "a"}\n\n', r"b\.jsonl, line 2 is empty: remove it"),
         ("b.jsonl", b'{"text": "a"}\n' * 500 + b'{"text": 5}', r"b\.jsonl, line 501 has no"),
         ("b.jsonl", b'{"text": "a"}\n' * 200_000 + b"5", r"b\.jsonl, line 200001 has no"),
         ("b.jsonl", b'{"text": "\xff"}', r"b\.jsonl, line 1 is not UTF-8 at its byte 10"),
+        ("b.jsonl", b'{"text": "<|endoftext|>"}', r"line 1: text contains .* at byte 0: remove it"),
         ("b.jsonl", b'{"text": "\\ud800"}', r"b\.jsonl, line 1 contains a lone surrogate"),
         ("b.txt", b"ab " * 400_000 + b"\xff", r"b\.txt, from byte \d+ is not UTF-8: invalid at byte \d+"),
     ],
@@ -237,7 +238,7 @@ def test_faults_are_named(
 
 
 @pytest.mark.parametrize(
-    "name", ["a.csv", "a.jsonl.zst", "a.txt.gz", "a.parquet", "a.zip", "a.txt.XZ", "folder"]
+    "name", ["a.csv", "a.jsonl.zst", "a.txt.gz", "a.parquet", "a.zip", "a.txt.XZ", "folder", "a.json"]
 )
 def test_other_kinds_of_files_are_refused_before_anything_is_made(
     tokenizer: Tokenizer, tmp_path: Path, name: str
@@ -247,9 +248,19 @@ def test_other_kinds_of_files_are_refused_before_anything_is_made(
         path.mkdir()
     else:
         path.write_bytes(b"x")
-    with pytest.raises(ValueError, match=rf"{name} is (neither plain text nor|a directory)"):
+    with pytest.raises(
+        ValueError, match=rf"{name} (is neither plain text nor|is a directory|would be read as)"
+    ):
         tokenizer.encode_files([path], tmp_path / "out")
+    with pytest.raises(TypeError, match="shard_tokens must be an integer"):
+        tokenizer.encode_files([path], tmp_path / "out", shard_tokens=1e6)  # type: ignore[arg-type]
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_lines_may_be_named_in_capitals(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "A.JSONL").write_text('{"text": "the rate"}\n')
+    tokenizer.encode_files([tmp_path / "A.JSONL"], tmp_path / "out")
+    assert tokens_of(tmp_path / "out").tolist() == expected_of(tokenizer, ["the rate"])[0]
 
 
 @pytest.mark.slow

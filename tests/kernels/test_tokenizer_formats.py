@@ -224,7 +224,7 @@ def test_unusable_arguments(tmp_path: Path, tokenizer: Tokenizer, tokens: list[b
     tokenizer.save(tmp_path / "tokenizer.json")
     size = len(tokens)
     for arguments, fault in (
-        ({}, "does not say how text is split"),
+        ({}, rf"does not say how text is split: .*: {size}\}}"),
         ({"pretokenizer": "gpt5"}, "pretokenizer must be one of gpt2, llama3, digits"),
         (
             {"pretokenizer": "gpt2", "special_tokens": {END: size - 1}},
