@@ -1,4 +1,4 @@
-"""Timing by interleaved rounds: A B ceilings, B A ceilings, ...; reported are medians and ratios of one run.
+"""Timing by interleaved rounds: A B, B A, ..., ceilings beside them; told are medians and ratios of a run.
 
 A shared machine drifts by factors within minutes, so that only times taken in turn can be compared. The order
 within a round is another one each time, as what runs before leaves its mark in caches and memory.
@@ -30,7 +30,7 @@ from gpt.hardware import device_name, fingerprint, native_bf16
 
 ROUNDS = 9
 LEAST_SECONDS, MOST_CALLS = 2e-3, 50
-"""A variant is called so often in a round that what ran before it, as the ceilings, does not matter."""
+"""A variant is called so often in a round that what ran before it does not matter."""
 SETTLED = 0.01
 MOST_TIMES_ROUNDS, MOST_SECONDS = 6, 1.5
 """While a ratio's standard error is above SETTLED, a short case takes its rounds again and again."""
@@ -94,13 +94,18 @@ def measure(case: Case, device: torch.device, rounds: int = ROUNDS) -> list[Row]
         name: min(MOST_CALLS, math.ceil(LEAST_SECONDS / timed(run, device)))
         for name, run in case.variants.items()
     }
-    seconds = interleave(case.variants, ceilings, rounds, calls)
     baseline = next(iter(case.variants))
+    # The ceilings before and behind the rounds, not in them: they leave caches cold, which small ops feel.
+    for _ in range(rounds // 2):
+        ceilings.round()
+    seconds = interleave(case.variants, ceilings, rounds, calls, limits=False)
     for _ in range(MOST_TIMES_ROUNDS - 1):
         if _settled(seconds, baseline):
             break
-        for name, times in interleave(case.variants, ceilings, rounds, calls).items():
+        for name, times in interleave(case.variants, ceilings, rounds, calls, limits=False).items():
             seconds[name] += times
+    for _ in range(rounds - rounds // 2):
+        ceilings.round()
     limit = ceilings.limit(case.bound, case.dtype)
     return [
         make_row(
@@ -136,10 +141,12 @@ def interleave(
     calls: Mapping[str, int] | None = None,
     *,
     warm: bool = False,
+    limits: bool = True,
 ) -> dict[str, list[float]]:
     """Seconds of every variant in every round, of one or `calls` calls; a round ends with the ceilings.
 
     warm: a call that is not timed goes before, so that a long one finds caches and memory as it leaves them.
+    limits: whether the ceilings are timed.
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     order, generator = list(variants), random.Random(0)
@@ -149,7 +156,8 @@ def interleave(
                 variants[name]()
             seconds[name].append(timed(variants[name], ceilings.device, calls[name] if calls else 1))
         generator.shuffle(order)
-        ceilings.round()
+        if limits:
+            ceilings.round()
     return seconds
 
 

@@ -148,8 +148,8 @@ def climb(ladder: Ladder, device: torch.device, rounds: int, *, memory: bool = T
             row.extra["loss"] = statistics.fmean(losses[rung.name][-2 * rounds :])
             result.removed.append(row)
     if memory:
-        for rung, row in zip(ladder.rungs, result.rows, strict=True):
-            row.extra["peak_memory_bytes"] = peak_memory(rung, device)
+        for row, peak in zip(result.rows, peak_memory(ladder.rungs, device), strict=True):
+            row.extra["peak_memory_bytes"] = peak
     return result
 
 
@@ -205,13 +205,24 @@ def _rounds(
     return losses, seconds, traits
 
 
-def peak_memory(rung: Rung, device: torch.device) -> float:
-    """Bytes that a step needs at its peak, over those of the same process before the step was built."""
-    with (
-        given_back() if rung.elsewhere else contextlib.nullcontext(),
-        ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool,
-    ):
-        return pool.submit(_peak_memory, rung.build, str(device), torch.get_num_threads()).result()
+def peak_memory(rungs: Sequence[Rung], device: torch.device) -> list[float]:
+    """Bytes that a step of each needs at its peak, over those of the same process before the step was built.
+
+    Two processes at a time, as most of theirs is importing on one core.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    threads = torch.get_num_threads()
+    found: dict[str, float] = {}
+    for elsewhere in (False, True):
+        own = [rung for rung in rungs if rung.elsewhere is elsewhere]
+        with (
+            given_back() if elsewhere else contextlib.nullcontext(),
+            ProcessPoolExecutor(2, mp_context=spawn, max_tasks_per_child=1) as pool,
+        ):
+            builds = [rung.build for rung in own]
+            peaks = pool.map(_peak_memory, builds, [str(device)] * len(own), [threads] * len(own))
+            found |= {rung.name: peak for rung, peak in zip(own, peaks, strict=True)}
+    return [found[rung.name] for rung in rungs]
 
 
 def _peak_memory(build: Callable[[], Step], device: str, threads: int) -> float:

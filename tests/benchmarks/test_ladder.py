@@ -130,8 +130,9 @@ def test_peak_memory_is_that_of_the_step() -> None:
     """In a process of its own: each of 8 million parameters more costs 16 bytes (weight, gradient and two
     moments), and at most as much again while PyTorch's AdamW works."""
     sizes = [{**TINY, "vocab_size": vocabulary} for vocabulary in (320, 320 + 125_000)]
-    small, large = (
-        ladder.peak_memory(Rung("x", partial(train.Step, "demo", "plain", 1, CPU, sizes=each)), CPU)
-        for each in sizes
-    )
+    rungs = [
+        Rung(name, partial(train.Step, "demo", "plain", 1, CPU, sizes=each), elsewhere=name == "large")
+        for name, each in zip(("small", "large"), sizes, strict=True)
+    ]
+    small, large = ladder.peak_memory(rungs, CPU)
     assert 1 <= (large - small) / (125_000 * 2 * 32 * 16) <= 2
