@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.harness import Case, Row, WrongResult, measure
+from benchmarks.harness import Case, Row, WrongResult, is_usable, measure
 from gpt.cli import UserError
 from gpt.hardware import fingerprint
 
@@ -190,6 +190,9 @@ def check(
     found, wrong, new = [], [], []
     for build in builds:
         case = build()
+        if not is_usable(case, device):
+            new.append(f"{case.subject} {case.shape}")
+            continue
         try:
             kept = _best(case, device, rounds, rows, least)
         except WrongResult as error:

@@ -1,4 +1,4 @@
-"""Timing by interleaved rounds: A B, B A, ..., ceilings beside them; told are medians and ratios of a run.
+"""Timing by interleaved rounds: A B, B A, ..., ceilings beside them; what counts are medians and ratios.
 
 A shared machine drifts by factors within minutes, so that only times taken in turn can be compared. The order
 within a round is another one each time, as what runs before leaves its mark in caches and memory.
@@ -288,20 +288,27 @@ def write_results(path: Path, device: torch.device, rows: Sequence[Row], **secti
     write_atomically(path, json.dumps(content, indent=1) + "\n")
 
 
-def measure_all(cases: Sequence[Callable[[], Case]], device: torch.device, rounds: int = ROUNDS) -> list[Row]:
-    """Build each case only when its turn comes, so that memory holds one at a time.
+def is_usable(case: Case, device: torch.device) -> bool:
+    """False for matrix products in bfloat16 where the hardware has none.
 
-    Matrix products of bfloat16 are left out, with a word, where the hardware has none: nobody trains
-    with what takes PyTorch a hundred times as long as float32, and it would take hours.
+    Nobody trains with what takes PyTorch a hundred times as long as float32, and timing it would take hours.
+    """
+    return case.bound != "gemm" or case.dtype != torch.bfloat16 or native_bf16(device)
+
+
+def measure_all(cases: Sequence[Callable[[], Case]], device: torch.device, rounds: int = ROUNDS) -> list[Row]:
+    """Rows of all usable cases, and a word on others.
+
+    Each is built only when its turn comes, so that memory holds one at a time.
     """
     rows: list[Row] = []
     skipped = 0
     for build in track(cases, description="measuring", console=Console(stderr=True), transient=True):
         case = build()
-        if case.bound == "gemm" and case.dtype == torch.bfloat16 and not native_bf16(device):
-            skipped += 1
-        else:
+        if is_usable(case, device):
             rows += measure(case, device, rounds)
+        else:
+            skipped += 1
     if skipped:
         print(f"skipped: {skipped} cases of matrix products in bfloat16, which {device_name(device)} has not")
     return rows

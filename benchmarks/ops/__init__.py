@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.harness import Case
+from benchmarks.harness import Case, is_usable
 
 NAMES = (
     "attention", "layer_norm", "rms_norm", "add_norm", "dropout", "bias_gelu", "swiglu", "rope", "embedding",
@@ -16,9 +16,11 @@ NAMES = (
 
 
 def cases(device: torch.device, *, quick: bool = False) -> list[tuple[str, Callable[[], Case]]]:
-    """(op name, function that builds the case) for every op and shape; `quick`, for one shape of each."""
-    return [
-        (name, build)
-        for name in NAMES
-        for build in importlib.import_module(f"benchmarks.ops.{name}").cases(device)[: 1 if quick else None]
-    ]
+    """(op name, function that builds the case) for every op and shape; `quick`, for one usable shape of each."""
+    found = []
+    for name in NAMES:
+        builds = importlib.import_module(f"benchmarks.ops.{name}").cases(device)
+        if quick:
+            builds = [next(build for build in builds if is_usable(build(), device))]
+        found += [(name, build) for build in builds]
+    return found
