@@ -16,7 +16,7 @@ NAMES = (
 
 
 def cases(device: torch.device, *, quick: bool = False) -> list[tuple[str, Callable[[], Case]]]:
-    """(op name, function that builds the case) for every op and shape; `quick`, for one usable shape of each."""
+    """(op name, function that builds the case) of every op and shape; `quick`: one usable shape of each."""
     found = []
     for name in NAMES:
         builds = importlib.import_module(f"benchmarks.ops.{name}").cases(device)
