@@ -163,8 +163,8 @@ def _read_at(path: Path, offset: int, memory: memoryview) -> int:
 def _warm_memory(size: int) -> memoryview:
     """`size` bytes that belong to this thread, the same at every call: warm in its cache."""
     if len(getattr(_of_thread, "memory", b"")) < size:
-        _of_thread.memory = np.empty(size + size // 8, np.uint8)  # of blocks each ends with its last line
-    return memoryview(_of_thread.memory)[:size]
+        _of_thread.memory = np.empty(size + size // 8, np.uint8).data  # each block ends with its last line
+    return _of_thread.memory[:size]
 
 
 def _lines_before(path: Path, offset: int) -> int:
