@@ -215,6 +215,10 @@ class Stream:
             print(text[len(self.shown) :], end="", flush=True)
             self.shown = text
 
+    def end(self) -> None:
+        """Prints what no later token can complete, and the end of the line."""
+        print(self.tokenizer.decode(self.ids, skip_special_tokens=True)[len(self.shown) :], flush=True)
+
 
 def main(arguments: list[str]) -> int:
     config = parse_options(GenerateConfig, arguments, prog="python -m llama_lora.generate")
@@ -225,14 +229,14 @@ def main(arguments: list[str]) -> int:
     dtype = pick_dtype(config.precision, device)
     model, tokenizer = load(config.adapter, config.model, config.method, dtype, device)
     prompts = [encode(tokenizer, prompt, chat=config.chat) for prompt in config.prompt]
-    single = len(prompts) == 1
+    stream = Stream(tokenizer) if len(prompts) == 1 else None
     found = generate(
         model, prompts, config, max_new_tokens=config.max_new_tokens, stop=stop_tokens(tokenizer),
-        use_cache=config.cache, on_token=Stream(tokenizer) if single else None,
+        use_cache=config.cache, on_token=stream,
     )  # fmt: skip
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in found.ids]
-    if single:
-        print()
+    if stream is not None:
+        stream.end()
     else:
         for prompt, text in zip(config.prompt, texts, strict=True):
             print(f"{prompt}\n  {text}\n")

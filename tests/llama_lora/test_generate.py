@@ -19,6 +19,7 @@ from llama_lora.generate import (
     GREEDY,
     Choice,
     GenerateConfig,
+    Stream,
     answer,
     encode,
     generate,
@@ -146,6 +147,21 @@ def test_program_streams_what_it_writes(adapter, tmp_path, capsys) -> None:
     assert "prefill" in said.err
     assert main([*arguments[:2], "--prompt", "the economy", "prices", "--max-new-tokens", "4"]) == 0
     assert "the economy\n  " in capsys.readouterr().out
+
+
+def test_a_stream_waits_for_whole_characters_but_drops_nothing(capsys) -> None:
+    class Bytes:
+        def decode(self, ids: list[int], *, skip_special_tokens: bool) -> str:
+            return bytes(ids).decode("utf-8", "replace")
+
+    stream = Stream(Bytes())
+    for token in "a€".encode():
+        stream([token])
+    assert capsys.readouterr().out == "a€"
+    stream([0xE2])
+    assert capsys.readouterr().out == ""
+    stream.end()
+    assert capsys.readouterr().out == "\ufffd\n"
 
 
 def test_mistakes_are_named(model, tmp_path, tiny_model) -> None:
