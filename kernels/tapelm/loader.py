@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +12,7 @@ import torch
 from tapelm import _text
 from tapelm._batches import Batch as Batch
 from tapelm._batches import BatchSource, batch_source
-from tapelm.shards import read_manifest
+from tapelm.shards import check_integers, read_manifest
 
 ORDERS = {"shuffled": _text.SHUFFLED, "sequential": _text.SEQUENTIAL, "packed": _text.PACKED}
 
@@ -63,9 +62,7 @@ class TokenLoader:
                 hashed: see `verify_shards`.
         """
         numbers = {"batch_size": batch_size, "seq_len": seq_len, "world_size": world_size}
-        for name, value in {**numbers, "rank": rank, "seed": seed}.items():
-            if isinstance(value, bool) or not isinstance(value, Integral):
-                raise TypeError(f"{name} must be an integer, got {value!r}")
+        check_integers(**numbers, rank=rank, seed=seed)
         for name, value in numbers.items():
             if not 0 < value < 2**31:
                 raise ValueError(f"{name} must be positive, got {value}")

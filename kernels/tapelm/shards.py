@@ -168,13 +168,19 @@ def shard_header(vocab_size: int, end_of_text: int, tokens: int, documents: int)
     return _text.shard_header(itemsize, tokens, documents, vocab_size, end_of_text)
 
 
+def check_integers(**numbers: object) -> None:
+    """Raises TypeError for the first that is none; NumPy's are some, True is not."""
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise TypeError(f"{name} must be an integer, got {value!r}")
+
+
 def check_settings(vocab_size: int, end_of_text: int, shard_tokens: int) -> None:
     if not 0 < vocab_size < 2**32:
         raise ValueError(f"vocab_size must be in 1 .. 2**32 - 1, got {vocab_size}")
     if not 0 <= end_of_text < vocab_size:
         raise ValueError(f"end_of_text must be an id below vocab_size {vocab_size}, got {end_of_text}")
-    if isinstance(shard_tokens, bool) or not isinstance(shard_tokens, Integral):
-        raise TypeError(f"shard_tokens must be an integer, got {shard_tokens!r}")
+    check_integers(shard_tokens=shard_tokens)
     if shard_tokens < 1:
         raise ValueError(f"shard_tokens must be positive, got {shard_tokens}")
 

@@ -21,7 +21,6 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from tapelm._rank_files import ranks_of
 from tapelm._tokenizer_files import check_arguments, has_rank_suffix, read_tokenizer_file, tokenizer_file
 from tapelm._tokenizer_json import CHARACTER_OF_BYTE, new_config, read_config
 from tapelm.encode_files import encode_files
+from tapelm.shards import check_integers
 
 
 @contextlib.contextmanager
@@ -84,6 +84,7 @@ class Tokenizer:
         2016; Radford et al. 2019 (bytes).
 
         Raises:
+            TypeError: a number that is no integer.
             ValueError: no text at all, `vocab_size` below 256 + special tokens, unusable special tokens.
         """
         if isinstance(inputs, str | bytes):
@@ -93,9 +94,7 @@ class Tokenizer:
         specials = list(special_tokens)
         if len(set(specials)) != len(specials) or "" in specials:
             raise ValueError(f"special_tokens must be distinct and not empty, got {specials}")
-        for name, value in {"vocab_size": vocab_size, "min_frequency": min_frequency}.items():
-            if isinstance(value, bool) or not isinstance(value, Integral):
-                raise TypeError(f"{name} must be an integer, got {value!r}")
+        check_integers(vocab_size=vocab_size, min_frequency=min_frequency)
         if vocab_size < 256 + len(specials):
             raise ValueError(
                 f"vocab_size must be at least {256 + len(specials)} (256 bytes and {len(specials)} special "
