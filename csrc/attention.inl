@@ -88,7 +88,9 @@ TAPELM_INLINE void store_steps(float* to, int64_t ld, vf even, vf odd) {
   store(to, even);
   store(to + ld, odd);
 }
+#if defined(TAPELM_PAIRS)
 TAPELM_INLINE void store_steps(uint32_t* to, int64_t, vf even, vf odd) { store(to, round_pairs(even, odd)); }
+#endif
 
 template <typename T>
 struct ForwardSpace {

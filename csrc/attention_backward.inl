@@ -14,6 +14,7 @@ struct BackwardSpace {
 template <typename T, int V, bool DROPOUT>
 TAPELM_INLINE void backward_tile(const Mask& m, const Panel& p, const BackwardSpace<T>& w, int64_t q0, int64_t key,
                                  bool mixed, Unit<T>* weights, Unit<T>* dscore_rows, Unit<T>* dscore_steps) {
+  using Element = std::conditional_t<PAIR<T> == 1, float, T>;  // of a unit
   constexpr int first = 2 - V;
   const AttentionShape& s = m.s;
   const int64_t row = round_up(s.D, NR) / PAIR<T>, depth = round_up(s.D, PAIR<T>) / PAIR<T>;
@@ -51,8 +52,8 @@ TAPELM_INLINE void backward_tile(const Mask& m, const Panel& p, const BackwardSp
           g = dropped(g, random[i], s.threshold);
         }
         ds[i] = weight_r * (g - delta);
-        store(reinterpret_cast<T*>(weights + r * BACKWARD / PAIR<T>) + lane, kept);
-        store(reinterpret_cast<T*>(dscore_rows + r * BACKWARD / PAIR<T>) + lane, ds[i]);
+        store(reinterpret_cast<Element*>(weights + r * BACKWARD / PAIR<T>) + lane, kept);
+        store(reinterpret_cast<Element*>(dscore_rows + r * BACKWARD / PAIR<T>) + lane, ds[i]);
       }
       if constexpr (PAIR<T> == 2)
 #pragma GCC unroll 2
@@ -75,8 +76,8 @@ void backward_block(const Mask& m, int64_t head, Range queries, Range keys, cons
       const int64_t place = at + (q * NR - q_start) / PAIR<T>, step_place = at + q * NR - q_start;
       if (m.hidden(q, k)) {
         for (int64_t i = 0; i < NR; ++i) {
-          std::memset(w.weights + place + i * BACKWARD / PAIR<T>, 0, NR * sizeof(T));
-          std::memset(w.dscore_rows + place + i * BACKWARD / PAIR<T>, 0, NR * sizeof(T));
+          std::memset(w.weights + place + i * BACKWARD / PAIR<T>, 0, NR / PAIR<T> * sizeof(float));
+          std::memset(w.dscore_rows + place + i * BACKWARD / PAIR<T>, 0, NR / PAIR<T> * sizeof(float));
         }
         for (int64_t i = 0; i < NR / PAIR<T>; ++i)
           std::memset(w.dscore_steps + step_place + i * BACKWARD, 0, NR * sizeof(float));

@@ -1,26 +1,15 @@
-// Operands and products of attention for one instruction set. A product sums over units of 32 bits: one float, or two
-// bfloat16 multiplied by dot_pairs; sums are float32. Layouts of a (T, D) head in units, where tokens and `width`, the
-// rounded D, are multiples of NR and the rest is zero:
+// Operands and products of attention for one instruction set. A product sums over units (see simd_units.inl); sums are
+// float32. Layouts of a (T, D) head in units, where tokens and `width`, the rounded D, are multiples of NR and the rest
+// is zero:
 //   rows     [tokens][width / PAIR]             left operand when the sum runs over d
 //   columns  [tokens / NR][width / PAIR][NR]    right operand when the sum runs over d (a transpose)
 //   steps    [tokens / PAIR][width]             either operand when the sum runs over t
-// For float32, steps are rows.
+// Where a unit is a float, steps are rows.
+#include "simd_units.inl"
 
 constexpr int R = W == 16 ? 8 : 4;  // rows of a product tile: R x 2 sums hide the latency of the products
 
-template <typename T>
-struct UnitOf { using type = float; };
-template <>
-struct UnitOf<c10::BFloat16> { using type = uint32_t; };
-template <typename T>
-using Unit = typename UnitOf<T>::type;
-template <typename T>
-constexpr int64_t PAIR = 4 / sizeof(T);
-
 TAPELM_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-TAPELM_INLINE vf multiply_add(vf sums, float a, vf b) { return sums + a * b; }
-TAPELM_INLINE vf multiply_add(vf sums, uint32_t a, vu b) { return dot_pairs(sums, broadcast(a), b); }
 
 // c[R][V] = sum over k < depth of a[r * row_stride + k * step] times b[k * ld + v * W ...].
 template <int V, typename U>
@@ -80,12 +69,17 @@ TAPELM_INLINE void prefetch_next_head(Strided<T> x, const AttentionShape& s, int
 // The first `count` elements of p as W units; the rest is zero.
 template <typename T>
 TAPELM_INLINE vu load_units(const T* p, int64_t count) {
-  vu x = {};
-  if (count >= W * PAIR<T>)
-    x = load(reinterpret_cast<const uint32_t*>(p));
-  else if (count > 0)
-    std::memcpy(&x, p, count * sizeof(T));
-  return x;
+  if constexpr (PAIR<T> == 1) {
+    if (count >= W) return (vu)load(p);
+    return count > 0 ? (vu)load_part(p, static_cast<int>(count)) : vu{};
+  } else {
+    vu x = {};
+    if (count >= W * PAIR<T>)
+      x = load(reinterpret_cast<const uint32_t*>(p));
+    else if (count > 0)
+      std::memcpy(&x, p, count * sizeof(T));
+    return x;
+  }
 }
 
 template <typename T>

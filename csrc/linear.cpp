@@ -5,6 +5,7 @@
 #include "matrix_product.h"
 
 #include <atomic>
+#include <limits>
 
 namespace tapelm {
 
@@ -26,13 +27,14 @@ namespace {
 
 constexpr int64_t kRightUnits = int64_t{1} << 22;  // packed at a time: half of an L3 cache, whatever the depth
 
-// Rows of a left block: of the sizes up to `most` tiles the one whose blocks load the threads alike, the larger of two.
+// Rows of a left block, up to `most`: those with which the busiest thread is done first. Each block streams the right
+// operand through the caches, which takes about as long as one tile more.
 int64_t balanced_rows(int64_t M, int64_t tile_rows, int64_t most) {
   const int64_t tiles = chunk_count(M, tile_rows), threads = at::get_num_threads();
-  int64_t best = 1, least = tiles;
+  int64_t best = 1, least = std::numeric_limits<int64_t>::max();
   for (int64_t size = 1; size * tile_rows <= most; ++size) {
-    const int64_t longest = chunk_count(chunk_count(tiles, size), threads) * size;
-    if (size == 1 || longest <= least) best = size, least = longest;
+    const int64_t cost = chunk_count(chunk_count(tiles, size), threads) * (size + 1);
+    if (cost <= least) best = size, least = cost;
   }
   return best * tile_rows;
 }
@@ -40,7 +42,7 @@ int64_t balanced_rows(int64_t M, int64_t tile_rows, int64_t most) {
 }  // namespace
 
 bool prefer_matrix_product(at::ScalarType dtype) {
-  return dtype == at::kBFloat16 ? isa() != Isa::avx512 && !has_amx() : isa() < Isa::avx512 || !mkl_has_avx512();
+  return dtype == at::kBFloat16 ? !has_amx() : isa() < Isa::avx512 || !mkl_has_avx512();
 }
 
 template <typename T, typename Out>

@@ -1,35 +1,39 @@
 // Matrix product for one instruction set: the packed, blocked loops of Goto & van de Geijn (2008). The right operand is
 // packed once, a range of columns at a time, and shared by the threads; each thread packs blocks of the left one and
-// runs over both with register tiles. Without the bfloat16 dot product packing turns bfloat16 into float32.
+// runs over both with register tiles.
 #include "matrix_pack.inl"
 
 constexpr int64_t KC = 512;   // depth in units: a right panel of KC x NR streams from L2, each unit of it used MC times
 constexpr int64_t MC = 72;    // rows: a left block of MC x KC stays in L2; a multiple of every MR
 constexpr int64_t NC = 1024;  // columns when the depth takes several blocks: so that the sums of MC x NC stay in L2
+constexpr int64_t SUMS = NC + W;  // from row to row of the sums: rows 4096 bytes apart would share two sets of L1
 
 // Elements of depth whose products are summed up one by one; for float32 half as many, as its sums are the less exact
 // the longer they are.
 template <typename T>
-constexpr int64_t kBlock = Packed<T>::kDepth == 1 ? KC / 2 : KC * Packed<T>::kDepth;
+constexpr int64_t kBlock = PAIR<T> == 1 ? KC / 2 : KC * PAIR<T>;
 
 template <typename T>
 ProductShape product_shape() {
-  return {MR, MC, NR, NC, kBlock<T>, Packed<T>::kDepth, (KC + kAddendDepth) * MC + MC * NC};
+  return {MR, MC, NR, NC, kBlock<T>, PAIR<T>, (KC + kAddendDepth) * MC + MC * SUMS};
 }
 
-// c[r][..] = sum over u of a[u][r] * b[u][..]; the sums stay in registers until the end.
-TAPELM_INLINE void packed_tile(int64_t n, const float* a, const float* b, vf c[MR][2]) { tile<MR>(n, a, 1, MR, b, c); }
-
-TAPELM_INLINE void packed_tile(int64_t n, const uint32_t* a, const uint32_t* b, vf c[MR][2]) {
+// c[r][..] = sum over u of a[u][r] * b[u][..]; the sums stay in registers until the end. Meanwhile this tile's share of
+// the next panel is asked for, which comes from L3 when the right operand is larger than L2: 1 line in kStride steps.
+template <typename U>
+TAPELM_INLINE void packed_tile(int64_t n, const U* a, const U* b, const U* next, vf c[MR][2]) {
+  constexpr int64_t kLine = 16, kStride = MC / MR * kLine / NR;
 #pragma GCC unroll 16
   for (int r = 0; r < MR; ++r) c[r][0] = c[r][1] = vf{};
-  for (int64_t u = 0; u < n; ++u, a += MR, b += NR) {
-    const vu b0 = load(b), b1 = load(b + W);
+  for (int64_t u = 0; u < n; next += kLine) {
+    __builtin_prefetch(next, 0, 2);
+    for (const int64_t end = std::min(n, u + kStride); u < end; ++u, a += MR, b += NR) {
+      const auto b0 = load(b), b1 = load(b + W);
 #pragma GCC unroll 16
-    for (int r = 0; r < MR; ++r) {
-      const vu x = broadcast(a[r]);
-      c[r][0] = dot_pairs(c[r][0], x, b0);
-      c[r][1] = dot_pairs(c[r][1], x, b1);
+      for (int r = 0; r < MR; ++r) {
+        c[r][0] = multiply_add(c[r][0], a[r], b0);
+        c[r][1] = multiply_add(c[r][1], a[r], b1);
+      }
     }
   }
 }
@@ -54,8 +58,8 @@ TAPELM_INLINE void add_row_sums(const U* packed, int64_t rows, int64_t n, float*
 
 // One left block (rows m0 .. m0 + rows, all K) against the packed right columns: out[rows][columns] (+= with `add`).
 // `right` holds the depth blocks one after another, each (units, columns rounded up to NR), the last one with the
-// addend's units behind its own. Sums over several depth
-// blocks wait in `space`, so that `out` is written once, in its own type.
+// addend's units behind its own. Sums over several depth blocks wait in `space`, so that `out` is written once, in its
+// own type.
 template <typename T, typename Out>
 void multiply_rows(Matrix<T> left, int64_t m0, int64_t rows, int64_t K, const float* right_, int64_t columns,
                    const T* bias, bool add, Out* out, int64_t ld, float* row_sums, const Addend<T>* addend,
@@ -80,23 +84,23 @@ void multiply_rows(Matrix<T> left, int64_t m0, int64_t rows, int64_t K, const fl
       for (int64_t i = 0; i < rows; i += MR) {
         const int64_t m = std::min<int64_t>(MR, rows - i);
         Out* const o = out + i * ld + j;
-        float* const s = sums + i * NC + j;
+        float* const s = sums + i * SUMS + j;
         if (last)
           for (int64_t r = 0; r < m; ++r) __builtin_prefetch(o + r * ld, 1);
         vf c[MR][2];
-        packed_tile(n, packed + i * n, panel, c);
+        packed_tile(n, packed + i * n, panel, panel + n * NR + i / MR * n * NR / (MC / MR), c);
         if (!first) {
 #pragma GCC unroll 16
           for (int r = 0; r < MR; ++r) {
-            c[r][0] += load(s + r * NC);
-            c[r][1] += load(s + r * NC + W);
+            c[r][0] += load(s + r * SUMS);
+            c[r][1] += load(s + r * SUMS + W);
           }
         }
         if (!last) {
 #pragma GCC unroll 16
           for (int r = 0; r < MR; ++r) {
-            store(s + r * NC, c[r][0]);
-            store(s + r * NC + W, c[r][1]);
+            store(s + r * SUMS, c[r][0]);
+            store(s + r * SUMS + W, c[r][1]);
           }
         } else if (m == MR && width == NR) {
 #pragma GCC unroll 16

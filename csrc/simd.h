@@ -1,8 +1,8 @@
 // The only place that chooses an instruction set.
 //
 // Every kernel file (x.inl) is written once, on the vectors of simd_vector.inl, and compiled once per instruction set
-// by simd_targets.h into the namespaces generic, avx2, avx512 and avx512bf16. TAPELM_DISPATCH calls the best one this
-// CPU runs.
+// by simd_targets.h into the namespaces generic, avx2, avx512 and avx512bf16. TAPELM_DISPATCH calls the one that
+// isa() chooses.
 // `generic` has the vector width of avx512 and no instruction beyond the compiler's baseline, so that the logic of the
 // widest variant is executed by the tests on any machine.
 #pragma once
@@ -39,6 +39,16 @@ inline Isa best_isa() {
   return Isa::generic;
 }
 
+// Whether the dot product of bfloat16 pairs is no faster than two float32 products. Intel's CPUs since Sapphire Rapids,
+// which have AMX for matrices, do one in the time of four float32 instructions: half of float32's rate.
+inline bool has_slow_dot_product() {
+#ifdef TAPELM_X86
+  return __builtin_cpu_is("intel") && !__builtin_cpu_is("cooperlake");
+#else
+  return false;
+#endif
+}
+
 // Whether the CPU multiplies bfloat16 matrices in tiles: bit 24 of edx in cpuid leaf 7.
 inline bool has_amx() {
 #ifdef TAPELM_X86
@@ -58,12 +68,14 @@ inline bool mkl_has_avx512() {
 #endif
 }
 
-// Chosen at the first call. TAPELM_ISA={generic,avx2,avx512,avx512bf16} forces a lower one (tests, debugging).
+// Chosen at the first call: the best one, but avx512 where avx512bf16 is the slower one.
+// TAPELM_ISA={generic,avx2,avx512,avx512bf16} forces another one (tests, debugging).
 inline Isa isa() {
   static const Isa chosen = [] {
     const Isa best = best_isa();
     const char* forced = std::getenv("TAPELM_ISA");
-    if (forced == nullptr || *forced == '\0') return best;
+    if (forced == nullptr || *forced == '\0')
+      return best == Isa::avx512bf16 && has_slow_dot_product() ? Isa::avx512 : best;
     const std::string names[] = {"generic", "avx2", "avx512", "avx512bf16"}, name = forced;
     const auto found = std::find(std::begin(names), std::end(names), name);
     if (found == std::end(names))

@@ -5,9 +5,11 @@
 #include "simd.h"
 
 // Beside the variants below only the tests and CPUs of before 2013 run this one: it is compiled quickly instead.
+// So that the logic of pairs is executed by the tests on any machine, it has them too.
 #ifdef TAPELM_X86
 #pragma GCC push_options
 #pragma GCC optimize("O1")
+#define TAPELM_PAIRS 1
 #endif
 #define TAPELM_WIDTH 16
 #define TAPELM_TARGET generic
@@ -16,6 +18,7 @@ namespace tapelm::generic {
 #include "simd_vector.inl"
 #include TAPELM_KERNELS
 }  // namespace tapelm::generic
+#undef TAPELM_PAIRS
 #undef TAPELM_WIDTH
 #undef TAPELM_TARGET
 #undef TAPELM_ROWS
@@ -55,12 +58,14 @@ namespace tapelm::avx512 {
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,prefer-vector-width=512")
 #define TAPELM_AVX512BF16 1
+#define TAPELM_PAIRS 1
 #define TAPELM_TARGET avx512bf16
 namespace tapelm::avx512bf16 {
 #include "simd_vector.inl"
 #include TAPELM_KERNELS
 }  // namespace tapelm::avx512bf16
 #undef TAPELM_AVX512BF16
+#undef TAPELM_PAIRS
 #undef TAPELM_AVX512
 #undef TAPELM_WIDTH
 #undef TAPELM_TARGET

@@ -29,11 +29,18 @@ TAPELM_INLINE vh narrow(vf x) {
   return (vh)_mm512_cvtneps_pbh((__m512)x);
 #else
   const vu bits = (vu)x;
+#if defined(TAPELM_AVX512)
+  const __mmask16 odd = _mm512_test_epi32_mask((__m512i)bits, _mm512_set1_epi32(0x10000));
+  const __m512i half = (__m512i)(bits + 0x7fffu);
+  const __m512i rounded = _mm512_mask_add_epi32(half, odd, half, _mm512_set1_epi32(1));
+  const __mmask16 nan = _mm512_cmp_ps_mask((__m512)x, (__m512)x, _CMP_UNORD_Q);
+  const __m512i result = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
+  const __m512i upper = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 31, 29, 27, 25, 23, 21, 19, 17,
+                                         15, 13, 11, 9, 7, 5, 3, 1);
+  return (vh)_mm512_castsi512_si256(_mm512_permutexvar_epi16(upper, result));
+#else
   const vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const vu nan = (vu)(x != x), result = (rounded & ~nan) | (nan & 0x7fc0u);
-#if defined(TAPELM_AVX512)
-  return (vh)_mm512_cvtepi32_epi16((__m512i)result);
-#else
   return __builtin_convertvector(result, vh);
 #endif
 #endif
@@ -58,31 +65,6 @@ template <typename T>
 TAPELM_INLINE vf rounded(vf x) {
   if constexpr (std::is_same_v<T, c10::BFloat16>) return widen(narrow(x));
   return x;
-}
-
-// sums + a * b over W pairs of bfloat16: lane i gains the two products of the pairs in lane i (even elements in the low
-// halves). One instruction of avx512bf16, which takes denormals for zero; elsewhere two products of widened halves.
-TAPELM_INLINE vf dot_pairs(vf sums, vu a, vu b) {
-#if defined(TAPELM_AVX512BF16)
-  return (vf)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b);
-#else
-  return sums + as_float(a << 16) * as_float(b << 16) + as_float(a & 0xffff0000u) * as_float(b & 0xffff0000u);
-#endif
-}
-
-// Lane i: low[i] and high[i] rounded to bfloat16, an operand of dot_pairs.
-TAPELM_INLINE vu round_pairs(vf low, vf high) {
-#if defined(TAPELM_AVX512BF16)
-  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
-  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
-                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  return (vu)_mm512_permutexvar_epi16(order, halves);
-#else
-  c10::BFloat16 lanes[2][W];
-  store(lanes[0], low);
-  store(lanes[1], high);
-  return ((vu)load(lanes[0]) >> 16) | (vu)load(lanes[1]);
-#endif
 }
 
 // The first n < W elements; the rest of the vector is `fill`.
@@ -288,21 +270,4 @@ TAPELM_INLINE void philox(uint64_t seed, uint64_t counter, vu out[2]) {
 // What a dropout multiplies with: 0 below the threshold, `scale` from it on.
 TAPELM_INLINE vf keep(vu random, uint32_t threshold, float scale) {
   return random >= broadcast(threshold) ? broadcast(scale) : vf{};
-}
-
-// A tile of a matrix product: c[ROWS][NR] = sum over k of a[row * row_stride + k * step] * b[k * NR ...].
-// b is a packed panel of NR columns; the sums stay in registers until the end.
-template <int ROWS>
-TAPELM_INLINE void tile(int64_t depth, const float* a, int64_t row_stride, int64_t step, const float* b, vf c[ROWS][2]) {
-#pragma GCC unroll 16
-  for (int r = 0; r < ROWS; ++r) c[r][0] = c[r][1] = vf{};
-  for (int64_t k = 0; k < depth; ++k) {
-    const vf b0 = load(b + k * NR), b1 = load(b + k * NR + W);
-#pragma GCC unroll 16
-    for (int r = 0; r < ROWS; ++r) {
-      const vf x = broadcast(a[r * row_stride + k * step]);
-      c[r][0] += x * b0;
-      c[r][1] += x * b1;
-    }
-  }
 }
