@@ -42,6 +42,7 @@ int64_t balanced_rows(int64_t M, int64_t tile_rows, int64_t most) {
 }  // namespace
 
 bool prefer_matrix_product(at::ScalarType dtype) {
+  if (isa_is_forced()) return true;
   return dtype == at::kBFloat16 ? !has_amx() : isa() < Isa::avx512 || !mkl_has_avx512();
 }
 

@@ -8,8 +8,8 @@ constexpr int64_t MC = 72;    // rows: a left block of MC x KC stays in L2; a mu
 constexpr int64_t NC = 1024;  // columns when the depth takes several blocks: so that the sums of MC x NC stay in L2
 constexpr int64_t SUMS = NC + W;  // from row to row of the sums: rows 4096 bytes apart would share two sets of L1
 
-// Elements of depth whose products are summed up one by one; for float32 half as many, as its sums are the less exact
-// the longer they are.
+// Elements of depth whose products are summed up one by one; where a unit is a float half as many, as the sums of
+// float32 are the less exact the longer they are.
 template <typename T>
 constexpr int64_t kBlock = PAIR<T> == 1 ? KC / 2 : KC * PAIR<T>;
 

@@ -31,7 +31,7 @@ void matrix_product(Matrix<T> left, Matrix<T> right, int64_t M, int64_t N, int64
                     int64_t ld, float* row_sums = nullptr, const Addend<T>* addend = nullptr);
 
 // Whether matrix_product is the faster one on this CPU. Otherwise it is ATen's: MKL for float32 where it uses AVX-512,
-// oneDNN for bfloat16 where it has more than the dot product (AMX) or AVX-512 without it.
+// oneDNN for bfloat16 where it has AMX. A forced instruction set is there to be run: then it is ours.
 bool prefer_matrix_product(at::ScalarType dtype);
 
 }  // namespace tapelm

@@ -4,7 +4,8 @@
 // by simd_targets.h into the namespaces generic, avx2, avx512 and avx512bf16. TAPELM_DISPATCH calls the one that
 // isa() chooses.
 // `generic` has the vector width of avx512 and no instruction beyond the compiler's baseline, so that the logic of the
-// widest variant is executed by the tests on any machine.
+// widest variant, on x86 with its pairs of bfloat16, is executed by the tests on any machine; that of widened bfloat16
+// is executed by avx2.
 #pragma once
 
 #include <algorithm>
@@ -40,7 +41,8 @@ inline Isa best_isa() {
 }
 
 // Whether the dot product of bfloat16 pairs is no faster than two float32 products. Intel's CPUs since Sapphire Rapids,
-// which have AMX for matrices, do one in the time of four float32 instructions: half of float32's rate.
+// which have AMX for matrices, do one in the time of four float32 instructions: half of float32's rate. With it goes
+// the instruction that rounds to bfloat16, worth 10 to 15% of an op between its memory accesses.
 inline bool has_slow_dot_product() {
 #ifdef TAPELM_X86
   return __builtin_cpu_is("intel") && !__builtin_cpu_is("cooperlake");
@@ -52,8 +54,11 @@ inline bool has_slow_dot_product() {
 // Whether the CPU multiplies bfloat16 matrices in tiles: bit 24 of edx in cpuid leaf 7.
 inline bool has_amx() {
 #ifdef TAPELM_X86
-  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx >> 24 & 1) != 0;
+  static const bool found = [] {  // once: on a virtual machine cpuid is a call of the host
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx >> 24 & 1) != 0;
+  }();
+  return found;
 #else
   return false;
 #endif
@@ -68,13 +73,24 @@ inline bool mkl_has_avx512() {
 #endif
 }
 
+// The name in TAPELM_ISA, null if there is none.
+inline const char* forced_isa() {
+  const char* const name = std::getenv("TAPELM_ISA");
+  return name == nullptr || *name == '\0' ? nullptr : name;
+}
+
+inline bool isa_is_forced() {
+  static const bool forced = forced_isa() != nullptr;
+  return forced;
+}
+
 // Chosen at the first call: the best one, but avx512 where avx512bf16 is the slower one.
 // TAPELM_ISA={generic,avx2,avx512,avx512bf16} forces another one (tests, debugging).
 inline Isa isa() {
   static const Isa chosen = [] {
     const Isa best = best_isa();
-    const char* forced = std::getenv("TAPELM_ISA");
-    if (forced == nullptr || *forced == '\0')
+    const char* const forced = forced_isa();
+    if (forced == nullptr)
       return best == Isa::avx512bf16 && has_slow_dot_product() ? Isa::avx512 : best;
     const std::string names[] = {"generic", "avx2", "avx512", "avx512bf16"}, name = forced;
     const auto found = std::find(std::begin(names), std::end(names), name);

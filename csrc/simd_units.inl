@@ -1,5 +1,5 @@
-// What a product of matrices reads, for one instruction set: units of 32 bits, a float or, where the CPU multiplies pairs
-// of bfloat16 (TAPELM_PAIRS), two bfloat16 that follow each other in depth, the first in the low half. Elsewhere
+// What a product of matrices reads, for one instruction set: units of 32 bits, a float or, where the CPU multiplies
+// pairs of bfloat16 (TAPELM_PAIRS), two bfloat16 that follow each other in depth, the first in the low half. Elsewhere
 // bfloat16 is widened when it is packed, and multiplied as float32.
 
 template <typename T>

@@ -44,6 +44,18 @@ def test_nothing_is_timed_when_the_backends_disagree(small, tiny_model) -> None:
         llama.agree(steps)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", llama.METHODS)
+def test_nothing_is_timed_when_decoded_logits_are_wrong(tiny_model, method, dtype) -> None:
+    ours = llama.TapelmBackend().load(tiny_model, llama.Recipe(method), dtype, CPU).eval()
+    theirs = llama.open_base(tiny_model, dtype).eval()
+    llama.check_logits(tiny_model, ours, theirs, [1, 2, 3, 4])
+    with torch.no_grad():
+        ours.model.norm.weight.mul_(1.06)
+    with pytest.raises(UserError, match="nothing was timed"):
+        llama.check_logits(tiny_model, ours, theirs, [1, 2, 3, 4])
+
+
 @pytest.mark.slow
 def test_peak_memory_is_that_of_a_new_process(tiny_model) -> None:
     assert 1e8 < llama.peak_memory("tapelm", "qlora", tiny_model, 1, CPU) < 4e9
