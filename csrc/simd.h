@@ -40,9 +40,9 @@ inline Isa best_isa() {
   return Isa::generic;
 }
 
-// Whether the dot product of bfloat16 pairs is no faster than two float32 products. Intel's CPUs since Sapphire Rapids,
-// which have AMX for matrices, do one in the time of four float32 instructions: half of float32's rate. With it goes
-// the instruction that rounds to bfloat16, worth 10 to 15% of an op between its memory accesses.
+// Whether the dot product of bfloat16 pairs is slower than two float32 products. Emerald Rapids does one in the time of
+// four float32 instructions (measured), and so, we assume, do all of Intel's CPUs with AMX; Cooper Lake has no other way.
+// With it goes the instruction that rounds to bfloat16, worth 10 to 15% of an elementwise op in cache.
 inline bool has_slow_dot_product() {
 #ifdef TAPELM_X86
   return __builtin_cpu_is("intel") && !__builtin_cpu_is("cooperlake");

@@ -48,6 +48,16 @@ def test_mask_is_that_of_dropout_bit_for_bit(dtype, device):
     assert torch.equal(run(ids, ones, zeros, 0.4), reference(ids, ones, zeros, 0.4))
 
 
+def test_values_are_rounded_as_torch_rounds_them(device):
+    # Sums of two bfloat16: many ties, zeros, infinities, NaN and what overflows, in every variant of the CPU
+    # kernels (test_isa.py). Denormals are left out: avx512bf16 takes them for zero.
+    special = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan"), 3.38e38, -3.38e38])
+    tokens = torch.cat([torch.randn(1003), special]).bfloat16().expand(2, -1).contiguous().to(device)
+    positions = torch.cat([4.0 * torch.randn(1003), special]).bfloat16()[None].to(device)
+    y = run(torch.tensor([[1]], device=device), tokens, positions, 0.0)
+    torch.testing.assert_close(y[0, 0], tokens[1] + positions[0], rtol=0, atol=0, equal_nan=True)
+
+
 def test_ids_of_other_strides(device):
     ids, tokens, positions = make((5, 3), 4, 5, 8, torch.float32, device)
     assert torch.equal(
