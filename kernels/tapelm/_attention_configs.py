@@ -76,6 +76,7 @@ DESCRIBED: dict[tuple[str, str], Configs] = {
     },
     ("sm_90", "keys"): {
         (2, 64, False): (64, 128, 8, 2), (2, 128, False): (64, 64, 8, 2), (2, 128, True): (64, 64, 8, 2),
+        (2, 256, False): (16, 64, 8, 2),
     },
     ("sm_90", "queries"): {
         (2, 64, False): (128, 64, 8, 2), (2, 128, False): (128, 64, 8, 2), (2, 128, True): (128, 64, 8, 2),
@@ -98,8 +99,6 @@ DESCRIBED: dict[tuple[str, str], Configs] = {
 # GPUs without entries of their own take those of the one whose registers, shared memory and instructions they
 # share.
 RELATIVES = {"sm_87": "sm_86", "sm_103": "sm_100", "sm_120": "sm_89", "sm_121": "sm_89"}
-# No tile with 64 keys fits the registers here; with fewer, pointers spill less than descriptors.
-SPILL_DESCRIBED = {("sm_90", "keys"): ((2, 256),)}
 
 
 def launch_config(
@@ -116,10 +115,8 @@ def launch_config(
     name = RELATIVES.get(name, name)
     configs = TABLES[kernel] | BY_ARCHITECTURE.get((name, kernel), {})
     masked = masked or width * itemsize % 16 != 0
-    if described and (itemsize, tile) not in SPILL_DESCRIBED.get((name, kernel), ()):
+    if described:
         configs |= DESCRIBED.get((name, kernel), {})
-    else:
-        described = False
     names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
     shipped = configs.get((itemsize, tile, masked), configs[itemsize, tile, False])
     tuned = choose(

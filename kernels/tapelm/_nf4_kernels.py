@@ -28,7 +28,7 @@ CODES = (
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 QUANTIZED = 2048  # elements per program of 4 warps; twice as many spill
 DEQUANTIZED = 4096  # elements per program of 4 warps: 16 bytes of indices for each thread
-SCALES = 256  # per program of 4 warps, one nested block
+SCALES = 256  # per program of 2 warps, one nested block
 
 
 @functools.cache
@@ -78,10 +78,12 @@ def nf4_scales_kernel(absmax_ptr, offset_ptr, map_ptr, absmax8_ptr, nested_ptr, 
     grid = tl.where(place > 0.0, tl.minimum(place, 65535.0), 0.0).to(tl.int32).to(tl.float32)
     value = tl.math.div_rn(2.0 * grid, tl.full([BLOCK], 65535.0, tl.float32)) - 1.0
     # How many values halfway between two of the map are below: the bits of the count from the highest down.
+    entry = tl.arange(0, 256)
+    values = tl.load(map_ptr + entry)
+    middles = 0.5 * (tl.gather(values, tl.maximum(entry - 1, 0), 0) + values)
     code = tl.zeros([BLOCK], dtype=tl.int32)
     for i in tl.static_range(8):
-        at_or_above = map_ptr + code + (128 >> i)
-        middle = 0.5 * (tl.load(at_or_above - 1) + tl.load(at_or_above))
+        middle = tl.gather(middles, code + (128 >> i), 0)
         code = tl.where(middle < value, code + (128 >> i), code)
     tl.store(absmax8_ptr + at, code.to(tl.uint8), mask=at < blocks)
     tl.store(nested_ptr + tl.program_id(0), largest)
@@ -139,7 +141,7 @@ def launch_quantize(w: Tensor, block_size: int, map: Tensor | None) -> tuple[Ten
     offset = absmax.mean() if numel else absmax.new_zeros(())
     if numel:
         nf4_scales_kernel[(nested.numel(),)](
-            absmax, offset, map, absmax8, nested, blocks, BLOCK=SCALES, num_warps=4, enable_fp_fusion=False
+            absmax, offset, map, absmax8, nested, blocks, BLOCK=SCALES, num_warps=2, enable_fp_fusion=False
         )
     return packed, absmax8, nested, offset
 

@@ -113,7 +113,9 @@ def norm_backward_kernel(
     # A program takes every num_programs-th block of rows and keeps one partial dweight and dbias: no atomics.
     program = tl.program_id(0)
     col = tl.arange(0, BLOCK_C)
-    weight = tl.load(weight_ptr + col, mask=col < cols, other=0.0).to(tl.float32)
+    # Loaded for each row of the tile: every thread gets the 16 bytes that it needs, some from L1.
+    col2 = tl.broadcast_to(col[None, :], [BLOCK_R, BLOCK_C])
+    weight = tl.load(weight_ptr + col2, mask=col2 < cols, other=0.0).to(tl.float32)
     dweight = tl.zeros([BLOCK_R, BLOCK_C], dtype=tl.float32)
     dbias = tl.zeros([BLOCK_R, BLOCK_C], dtype=tl.float32)
     for start in range(program * BLOCK_R, rows, tl.num_programs(0) * BLOCK_R):
@@ -126,7 +128,7 @@ def norm_backward_kernel(
             h = tl.where(inside, h - tl.load(mean_ptr + row, mask=row < rows, other=0.0)[:, None], 0.0)
         h *= rstd[:, None]
         grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        g = grad * weight[None, :]
+        g = grad * weight
         dx = g - h * (tl.sum(g * h, axis=1) / cols)[:, None]
         if mean_ptr is not None:
             dx -= (tl.sum(g, axis=1) / cols)[:, None]

@@ -64,12 +64,13 @@ def rope_kernel(
     # One position per program: its cos and sin are read once for all heads of q and k.
     batch = (tl.program_id(0) // time).to(tl.int64)
     t = (tl.program_id(0) % time).to(tl.int64)
-    col = tl.arange(0, BLOCK_D)
+    # Loaded for each row of the tile: every thread gets the 16 bytes that it needs, most from L1.
+    col = tl.broadcast_to(tl.arange(0, BLOCK_D)[None, :], [BLOCK_H, BLOCK_D])
     at = batch * table_stride + t * (2 * HALF) + col
-    cos1 = tl.load(cos_ptr + at, mask=col < HALF, other=0.0).to(tl.float32)[None, :]
-    cos2 = tl.load(cos_ptr + at + HALF, mask=col < HALF, other=0.0).to(tl.float32)[None, :]
-    sin1 = tl.load(sin_ptr + at, mask=col < HALF, other=0.0).to(tl.float32)[None, :]
-    sin2 = tl.load(sin_ptr + at + HALF, mask=col < HALF, other=0.0).to(tl.float32)[None, :]
+    cos1 = tl.load(cos_ptr + at, mask=col < HALF, other=0.0).to(tl.float32)
+    cos2 = tl.load(cos_ptr + at + HALF, mask=col < HALF, other=0.0).to(tl.float32)
+    sin1 = tl.load(sin_ptr + at, mask=col < HALF, other=0.0).to(tl.float32)
+    sin2 = tl.load(sin_ptr + at + HALF, mask=col < HALF, other=0.0).to(tl.float32)
     if INVERSE:
         sin1, sin2 = -sin2, -sin1
     _rotate(
