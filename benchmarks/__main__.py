@@ -113,6 +113,8 @@ class Options:
     """ops: one shape of each."""
     peers: bool = False
     """static: compile other libraries' kernels instead, where installed, beside ours."""
+    tutorial: Path | None = None
+    """static --peers: python/tutorials/06-fused-attention.py of a checkout of Triton."""
     gpu: str = "H100"
     """plan: A100, A10G, L40S, H100, B200 or MI300X."""
     gpus: int = 1
@@ -148,6 +150,7 @@ USES = {
     "check": ("static", "ops"),
     "quick": ("ops",),
     "peers": ("static",),
+    "tutorial": ("static",),
     "seconds": ("static", "tune"),
 }
 """Subjects that an option is for."""
@@ -303,8 +306,10 @@ def main(arguments: list[str]) -> int:
     if options.subject == "compare":
         return compare.run(options.files)
     if options.subject == "static" and options.peers:
-        static_peers.report()
+        static_peers.report(options.tutorial)
         return 0
+    if options.tutorial is not None:
+        raise UserError("--tutorial is compared with --peers only")
     if options.subject == "static":
         return static.run(options.check, options.seconds)
     if options.subject == "tune":

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,12 @@ from benchmarks.subjects import SUBJECTS, Subject, meta
 from gpt.cli import UserError
 from tapelm._library import CUDA_LAUNCHERS, assumed_architecture
 from tapelm.proofs.launches import Launch, captured_launches
-from tapelm.proofs.resources import TARGETS, compile_resources
+from tapelm.proofs.resources import TARGETS, Resources, compile_resources
 from tapelm.roofline import DEVICES, minimum
 
 LOCK = Path(__file__).parent / "results" / "static.lock.json"
 SAMPLE_SECONDS = 60.0
+FACTS = tuple(field.name for field in fields(Resources))
 MEMORY_BOUND = (
     "norm_",
     "cross_entropy",
@@ -164,7 +165,7 @@ def update(seconds: float) -> list[dict[str, Any]]:
     """Compiles what is new or changed, starting none after `seconds`; writes and returns the rows."""
     locked = _read()
     wanted = [(unit, identity(unit)) for unit in units()]
-    compiled = {row["key"]: row for row in locked.values()}
+    compiled = {row["key"]: row for row in locked.values() if "error" in row or row.keys() >= set(FACTS)}
     pending: dict[str, Unit] = {}
     for unit, row in wanted:
         if row["key"] not in compiled:
@@ -179,20 +180,10 @@ def update(seconds: float) -> list[dict[str, Any]]:
         for key, found in track(results, "compiling", len(pending), console=Console(stderr=True)):
             if found is not None:
                 compiled[key] = found
-    fact_names = (
-        "registers",
-        "spilled",
-        "shared",
-        "warps",
-        "occupancy",
-        "wide_loads",
-        "tensor_cores",
-        "error",
-    )
     rows = []
     for _, row in wanted:
         if found := compiled.get(row["key"]):
-            rows.append({**row, **{name: found[name] for name in fact_names if name in found}})
+            rows.append({**row, **{name: found[name] for name in (*FACTS, "error") if name in found}})
     _write(rows)
     return rows
 

@@ -1,23 +1,28 @@
 """Other libraries' Triton kernels compiled as ours are, side by side: python -m benchmarks static --peers.
 
 Liger's layer norm and cross-entropy and bitsandbytes' NF4 dequantization, where installed
-(`pip install liger-kernel bitsandbytes`). They are not in the lock file, whose rows must not depend on what
-else is installed. Their launchers get small CPU tensors: widths, dtypes and alignment decide the code.
+(`pip install -e ".[peers]"`), and the attention of Triton's tutorial, given its file. They are not in the
+lock file, whose rows must not depend on what else is installed. The launchers get small or meta tensors:
+widths, dtypes and alignment decide the code.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.subjects import BF16, random
+from benchmarks import static_tutorial
+from benchmarks.subjects import BF16, meta, random
 from tapelm._library import CUDA_LAUNCHERS, assumed_architecture
 from tapelm.proofs.launches import captured_launches
 from tapelm.proofs.resources import TARGETS, Target, compile_resources
@@ -32,7 +37,7 @@ class Pair:
     task: str
     package: str
     theirs: Launch
-    ours: Launch | None
+    ours: Launch
 
 
 def _liger_norm(cols: int) -> Launch:
@@ -89,6 +94,19 @@ def _our_nf4() -> None:
     CUDA_LAUNCHERS["nf4_dequantize"](packed, [scales], 64, [8192], BF16)
 
 
+def _attention(launch: str, width: int) -> Launch:
+    def attend() -> None:
+        make = meta(torch.float16)
+        q, k, v, out, grad = (make((2, 8, 1024, width)) for _ in range(5))
+        settings = True, width**-0.5, 0.0, None, None
+        if launch == "attention_forward":
+            CUDA_LAUNCHERS[launch](q, k, v, *settings)
+        else:
+            CUDA_LAUNCHERS[launch](grad, q, k, v, out, make((2, 8, 1024), torch.float32), *settings)
+
+    return attend
+
+
 PAIRS = (
     *(Pair(f"layer norm {n}", "liger_kernel", _liger_norm(n), _our_norm(n)) for n in (768, 4096, 8192)),
     *(
@@ -97,6 +115,19 @@ PAIRS = (
     ),
     Pair("NF4 dequantize", "bitsandbytes", _bitsandbytes, _our_nf4),
 )
+WIDTHS = (64, 128)
+
+
+def _tutorial_pairs(path: Path, folder: Path) -> Iterator[Pair]:
+    found = static_tutorial.kernels(path, folder)
+    for width in WIDTHS:
+        q = meta(torch.float16)((2, 8, 1024, width))
+        for part, kernel, launch in (
+            ("forward", "_attn_fwd", static_tutorial.launch_forward),
+            ("backward", "_attn_bwd", static_tutorial.launch_backward),
+        ):
+            theirs = partial(launch, found[kernel], q)
+            yield Pair(f"attention {part} {width}", "triton", theirs, _attention(f"attention_{part}", width))
 
 
 def _facts(launch: Launch, target: Target) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -106,31 +137,56 @@ def _facts(launch: Launch, target: Target) -> Iterator[tuple[str, dict[str, Any]
         yield each.name, asdict(compile_resources(each.specialize(target.gpu), target))
 
 
-def report() -> None:
-    """Prints registers, spilled bytes, shared memory, occupancy and 128-bit loads of both on every target."""
+def _most(rows: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
+    """Facts of the kernel with most registers."""
+    return max((row for _, row in rows), key=lambda row: row["registers"])
+
+
+def report(tutorial: Path | None) -> None:
+    """Prints both kernels' facts on every target, then who spills, and where ours has more registers than a
+    peer that spills no more and whose threads hold as large a tile."""
     table = Table(title="peers compiled as ours are")
     for column in (
-        "task",
-        "target",
-        "kernel",
-        "registers",
-        "spilled",
-        "shared",
-        "occupancy",
-        "128-bit loads",
-    ):
+        "task", "target", "kernel", "registers", "spilled", "shared", "occupancy", "values a thread",
+        "values in flight", "128-bit loads",
+    ):  # fmt: skip
         table.add_column(column)
-    missing = sorted({pair.package for pair in PAIRS if importlib.util.find_spec(pair.package) is None})
-    for pair in PAIRS:
-        if pair.package in missing:
-            continue
-        for target in TARGETS.values():
-            for owner, launch in ((pair.package, pair.theirs), ("tapelm", pair.ours)):
-                for name, row in _facts(launch, target) if launch is not None else ():
+    missing = {pair.package for pair in PAIRS if importlib.util.find_spec(pair.package) is None}
+    pairs = [pair for pair in PAIRS if pair.package not in missing]
+    spill: dict[str, list[str]] = {"ours": [], "theirs": []}
+    more = []
+    with tempfile.TemporaryDirectory() as folder:
+        if tutorial is not None:
+            pairs += _tutorial_pairs(tutorial, Path(folder))
+        for pair, target in ((pair, target) for pair in pairs for target in TARGETS.values()):
+            facts = {
+                "theirs": list(_facts(pair.theirs, target)),
+                "ours": list(_facts(pair.ours, target)),
+            }
+            for owner, rows in facts.items():
+                name = "tapelm" if owner == "ours" else pair.package
+                for kernel, row in rows:
+                    lanes = row["occupancy"] * target.warps * target.gpu.warp_size
                     table.add_row(
-                        pair.task, target.name, f"{owner} {name}", str(row["registers"]), str(row["spilled"]),
-                        str(row["shared"]), f"{row['occupancy']:.0%}", f"{row['wide_loads']:.0%}",
+                        pair.task, target.name, f"{name} {kernel}", str(row["registers"]),
+                        str(row["spilled"]), str(row["shared"]), f"{row['occupancy']:.0%}",
+                        f"{row['values']:g}", f"{lanes * row['values']:,.0f}", f"{row['wide_loads']:.0%}",
                     )  # fmt: skip
-    Console(width=160).print(table)
+                if worst := max(row["spilled"] for _, row in rows):
+                    spill[owner].append(f"{pair.task} {target.name} {worst} bytes")
+            ours, theirs = _most(facts["ours"]), _most(facts["theirs"])
+            comparable = theirs["spilled"] <= ours["spilled"] and theirs["values"] >= ours["values"]
+            if comparable and ours["registers"] > theirs["registers"]:
+                more.append(
+                    f"{pair.task} {target.name}: {ours['registers']} against {theirs['registers']}, "
+                    f"occupancy {ours['occupancy']:.0%} against {theirs['occupancy']:.0%}"
+                )
+    Console(width=180).print(table)
+    of = f"of {len(pairs) * len(TARGETS)}"
+    for owner, cases in spill.items():
+        print(f"spills, {owner}: {len(cases)} {of}", *cases, sep="\n  ")
+    print(f"more registers for no larger a tile, ours: {len(more)} {of}", *more, sep="\n  ")
     if missing:
-        print(f"not installed, left out: {', '.join(missing)}")
+        print(f'not installed, left out: {", ".join(sorted(missing))}; pip install -e ".[peers]"')
+    if tutorial is None:
+        print("left out: attention of Triton's tutorial; give its 06-fused-attention.py with --tutorial")

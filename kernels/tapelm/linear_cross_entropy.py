@@ -86,7 +86,7 @@ def cross_entropy_kernel(
             tl.store(logits_ptr + at, dlogits.to(logits_ptr.dtype.element_ty), mask=at < vocabulary)
 
 
-TILE = {"BLOCK": 4096, "num_warps": 8}  # logits of a row at a time
+TILE = {"BLOCK": 2048, "num_warps": 4}  # logits of a row at a time
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:

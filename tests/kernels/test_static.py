@@ -96,3 +96,64 @@ def test_capturing_needs_a_compiler() -> None:
 def test_check_passes() -> None:
     done = run("-m", "benchmarks", "static", "--check")
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+TUTORIAL = """
+import torch
+
+DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else 1 / 0)
+
+
+@triton.jit
+def _inner(x, BLOCK: tl.constexpr):
+    return x * BLOCK
+
+
+@triton.autotune([], key=[])
+@triton.jit
+def _attn_fwd({arguments}, BLOCK_M: tl.constexpr):
+    at = M + tl.arange(0, 64 * BLOCK_M)
+    tl.store(at, _inner(tl.load(at), BLOCK_M))
+
+
+@triton.jit
+def _attn_bwd(Q, DQ, H, HEAD_DIM: tl.constexpr):
+    at = tl.arange(0, HEAD_DIM)
+    tl.store(DQ + at, tl.load(Q + at))
+"""
+
+COMPARE = """
+import sys
+from benchmarks import static_peers
+static_peers.PAIRS, static_peers.WIDTHS = (), (64,)
+static_peers.TARGETS = {"sm_80": static_peers.TARGETS["sm_80"]}
+from benchmarks.__main__ import main, run_program
+sys.argv = ["benchmarks", "static", "--peers", "--tutorial", sys.argv[1]]
+run_program(main)
+"""
+
+
+def test_the_tutorials_kernels_are_compiled_beside_ours(tmp_path: Path) -> None:
+    path = tmp_path / "06-fused-attention.py"
+    path.write_text(TUTORIAL.replace("{arguments}", "M"))
+    done = run("-c", COMPARE, str(path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "triton _attn_fwd" in done.stdout and "tapelm attention_backward_keys_kernel" in done.stdout
+    assert "spills, ours: 0 of 2" in done.stdout
+    assert "more registers for no larger a tile, ours: 1 of 2\n  attention forward 64 sm_80: " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        (None, "is not a file"),
+        ("x = 1\n", "has no _attn_bwd and no _attn_fwd"),
+        (TUTORIAL.replace("{arguments}", "M, novelty"), "_attn_fwd wants novelty"),
+    ],
+)
+def test_another_file_is_not_taken_for_the_tutorial(text: str | None, complaint: str, tmp_path: Path) -> None:
+    path = tmp_path / "tutorial.py"
+    if text is not None:
+        path.write_text(text)
+    done = run("-c", COMPARE, str(path))
+    assert done.returncode == 2 and complaint in done.stderr + done.stdout, done.stdout + done.stderr

@@ -39,9 +39,14 @@ class _AlignedView:
     def __init__(self, tensor: Tensor) -> None:
         self.dtype = tensor.dtype
         self.address = int(tensor.storage_offset()) * tensor.itemsize
+        self.bytes = tensor.untyped_storage().size()
 
     def data_ptr(self) -> int:
         return self.address
+
+    def ptr_range(self) -> int:
+        """Bytes of the storage, by which Triton knows whether AMD's buffer instructions reach all of it."""
+        return self.bytes
 
 
 @dataclass(frozen=True)

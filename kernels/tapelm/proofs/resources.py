@@ -75,6 +75,8 @@ class Resources:
     warps: int
     """Per block; a warp is 32 threads, on AMD 64."""
     occupancy: float
+    values: float
+    """Elements of the largest tile that the source loads, per thread."""
     wide_loads: float
     """Share of the bytes of all loads in the source that 128-bit instructions bring."""
     tensor_cores: dict[str, int]
@@ -110,6 +112,7 @@ def compile_resources(specialized: Specialized, target: Target) -> Resources:
         blocks = min(by_registers, by_shared, target.warps // warps, target.blocks)
     return Resources(
         registers, spilled, shared, warps, round(blocks * warps / target.warps, 3),
+        _largest_tile(compiled.asm["ttir"]) / (warps * target.gpu.warp_size),
         round(_wide_share(compiled.asm["ttir"], assembly), 3), dict(+tensor_cores),
     )  # fmt: skip
 
@@ -125,6 +128,11 @@ def _machine_code(cubin: bytes) -> tuple[int, int, Counter[str]]:
     # "/*0010*/  @!P0 HMMA.16816.F32.BF16 R4, ..."
     opcodes = re.findall(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*MMA|UTMALDG)\b", listing)
     return registers, stack + local, Counter(opcodes)
+
+
+def _largest_tile(ttir: str) -> int:
+    shapes = re.findall(r"tt\.(?:descriptor_)?load .*\btensor<((?:\d+x)+)(?:!tt\.ptr<)?\w+>>? loc", ttir)
+    return max((math.prod(int(size) for size in shape.rstrip("x").split("x")) for shape in shapes), default=1)
 
 
 def _wide_share(ttir: str, assembly: str) -> float:
