@@ -113,16 +113,16 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& q_, const Tensor& k_,
   Tensor out = empty_heads(q);
   Tensor lse = at::empty({B, s.Hq, s.T}, q.options().dtype(at::kFloat));
   if (out.numel() == 0) return {out, lse.zero_()};
-  const int64_t splits = splits_of(B * Hkv, TAPELM_DISPATCH(attention_forward_blocks(s)));
+  const int64_t splits = splits_of(B * Hkv, TAPELM_DISPATCH_PRODUCT(attention_forward_blocks(s)));
   with_dtype(q, [&](auto zero) {
     using T = decltype(zero);
     T* out_data = out.mutable_data_ptr<T>();
     float* lse_data = lse.mutable_data_ptr<float>();
     at::parallel_for(0, B * Hkv * splits, grain_of(s, group, splits), [&](int64_t first, int64_t last) {
-      const Scratch space(TAPELM_DISPATCH(attention_forward_floats<T>(s)));
+      const Scratch space(TAPELM_DISPATCH_PRODUCT(attention_forward_floats<T>(s)));
       for (int64_t task = first; task < last; ++task) {
         const int64_t b = task / splits / Hkv, kv = task / splits % Hkv, h = kv * group, head = b * s.Hq + h;
-        TAPELM_DISPATCH(attention_forward_group<T>(
+        TAPELM_DISPATCH_PRODUCT(attention_forward_group<T>(
             s, head, group, documents_of(documents, b), {task % splits, splits}, head_of<T>(q, b, h),
             head_of<T>(k, b, kv), head_of<T>(v, b, kv), out_data + (b * s.T * s.Hq + h) * s.D, s.Hq * s.D,
             lse_data + head * s.T, space.get()));
@@ -148,8 +148,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_, const
   const int64_t B = q.size(0), Hkv = k.size(1), group = Hkv ? s.Hq / Hkv : 1;
   Tensor dq = empty_heads(q), dk = empty_heads(k), dv = empty_heads(v);
   if (q.numel() == 0) return {dq, dk.zero_(), dv.zero_()};
-  const int64_t splits = splits_of(B * Hkv, TAPELM_DISPATCH(attention_backward_blocks(s)));
-  const int64_t size = TAPELM_DISPATCH(attention_sum_floats(s));  // of a head's sums of dq
+  const int64_t splits = splits_of(B * Hkv, TAPELM_DISPATCH_PRODUCT(attention_backward_blocks(s)));
+  const int64_t size = TAPELM_DISPATCH_PRODUCT(attention_sum_floats(s));  // of a head's sums of dq
   const Scratch dq_sums(splits > 1 ? splits * B * s.Hq * size : 0);
   with_dtype(q, [&](auto zero) {
     using T = decltype(zero);
@@ -157,12 +157,12 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_, const
     T* dk_data = dk.mutable_data_ptr<T>();
     T* dv_data = dv.mutable_data_ptr<T>();
     at::parallel_for(0, B * Hkv * splits, grain_of(s, group, splits), [&](int64_t first, int64_t last) {
-      const Scratch space(TAPELM_DISPATCH(attention_backward_floats<T>(s)));
+      const Scratch space(TAPELM_DISPATCH_PRODUCT(attention_backward_floats<T>(s)));
       for (int64_t task = first; task < last; ++task) {
         const int64_t b = task / splits / Hkv, kv = task / splits % Hkv, h = kv * group, head = b * s.Hq + h;
         const int64_t kv_start = (b * s.T * Hkv + kv) * s.D;
         float* const sums = splits > 1 ? dq_sums.get() + (task % splits * B * s.Hq + head) * size : nullptr;
-        TAPELM_DISPATCH(attention_backward_group<T>(
+        TAPELM_DISPATCH_PRODUCT(attention_backward_group<T>(
             s, head, group, documents_of(documents, b), {task % splits, splits}, head_of<T>(grad, b, h),
             head_of<T>(q, b, h), head_of<T>(k, b, kv), head_of<T>(v, b, kv), head_of<T>(out, b, h),
             lse.const_data_ptr<float>() + head * s.T, dq_data + (b * s.T * s.Hq + h) * s.D, s.Hq * s.D,
@@ -172,7 +172,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_, const
     if (splits > 1)
       at::parallel_for(0, B * s.Hq, 1, [&](int64_t first, int64_t last) {
         for (int64_t head = first; head < last; ++head)
-          TAPELM_DISPATCH(attention_write_dq<T>(s, dq_sums.get() + head * size, splits, B * s.Hq * size,
+          TAPELM_DISPATCH_PRODUCT(attention_write_dq<T>(s, dq_sums.get() + head * size, splits, B * s.Hq * size,
                                                 dq_data + (head / s.Hq * s.T * s.Hq + head % s.Hq) * s.D, s.Hq * s.D));
       });
   });

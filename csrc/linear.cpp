@@ -55,7 +55,7 @@ void matrix_product(Matrix<T> left, Matrix<T> right, int64_t M, int64_t N, int64
     if (row_sums) std::fill(row_sums, row_sums + M, 0.0f);
     return;
   }
-  const ProductShape s = TAPELM_DISPATCH(product_shape<T>());
+  const ProductShape s = TAPELM_DISPATCH_PRODUCT(product_shape<T>());
   const int64_t more = addend ? chunk_count(addend->depth, s.unit) : 0;
   const int64_t units = chunk_count(K, s.unit) + more, panel = s.panel;
   if (const int64_t most = kRightUnits / std::min(N, s.columns) * s.unit; K > most && row_sums == nullptr) {
@@ -86,9 +86,9 @@ void matrix_product(Matrix<T> left, Matrix<T> right, int64_t M, int64_t N, int64
         const int64_t k0 = task / panels * s.depth, depth = std::min(s.depth, K - k0), p = task % panels;
         const int64_t own = chunk_count(depth, s.unit), all = own + (k0 + depth == K ? more : 0);
         float* const to = packed.get() + (k0 / s.unit * panels + p * all) * panel;
-        TAPELM_DISPATCH(pack_right(right, k0, depth, n0 + p * panel, N, to));
+        TAPELM_DISPATCH_PRODUCT(pack_right(right, k0, depth, n0 + p * panel, N, to));
         if (all > own)
-          TAPELM_DISPATCH(pack_right(addend->right, 0, addend->depth, n0 + p * panel, N, to + own * panel));
+          TAPELM_DISPATCH_PRODUCT(pack_right(addend->right, 0, addend->depth, n0 + p * panel, N, to + own * panel));
       }
     });
     // The blocks are handed out one by one: on a shared machine one thread is often slower than the other.
@@ -96,7 +96,7 @@ void matrix_product(Matrix<T> left, Matrix<T> right, int64_t M, int64_t N, int64
     at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
       const Scratch space(s.space);
       for (int64_t m0 = block * next++; m0 < M; m0 = block * next++)
-        TAPELM_DISPATCH(multiply_rows(left, m0, std::min(block, M - m0), K, packed.get(), columns,
+        TAPELM_DISPATCH_PRODUCT(multiply_rows(left, m0, std::min(block, M - m0), K, packed.get(), columns,
                                       bias ? bias + n0 : nullptr, add, out + m0 * ld + n0, ld,
                                       row_sums && n0 == 0 ? row_sums + m0 : nullptr, addend, space.get()));
     });

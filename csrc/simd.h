@@ -2,7 +2,7 @@
 //
 // Every kernel file (x.inl) is written once, on the vectors of simd_vector.inl, and compiled once per instruction set
 // by simd_targets.h into the namespaces generic, avx2, avx512 and avx512bf16. TAPELM_DISPATCH calls the one that
-// isa() chooses.
+// isa() chooses, TAPELM_DISPATCH_PRODUCT, for matrix products and attention, that of product_isa().
 // `generic` has the vector width of avx512 and no instruction beyond the compiler's baseline, so that the logic of the
 // widest variant, on x86 with its pairs of bfloat16, is executed by the tests on any machine; that of widened bfloat16
 // is executed by avx2.
@@ -42,7 +42,6 @@ inline Isa best_isa() {
 
 // Whether the dot product of bfloat16 pairs is slower than two float32 products. Emerald Rapids does one in the time of
 // four float32 instructions (measured), and so, we assume, do all of Intel's CPUs with AMX; Cooper Lake has no other way.
-// With it goes the instruction that rounds to bfloat16, worth 10 to 15% of an elementwise op in cache.
 inline bool has_slow_dot_product() {
 #ifdef TAPELM_X86
   return __builtin_cpu_is("intel") && !__builtin_cpu_is("cooperlake");
@@ -84,14 +83,13 @@ inline bool isa_is_forced() {
   return forced;
 }
 
-// Chosen at the first call: the best one, but avx512 where avx512bf16 is the slower one.
+// The best one, chosen at the first call.
 // TAPELM_ISA={generic,avx2,avx512,avx512bf16} forces another one (tests, debugging).
 inline Isa isa() {
   static const Isa chosen = [] {
     const Isa best = best_isa();
     const char* const forced = forced_isa();
-    if (forced == nullptr)
-      return best == Isa::avx512bf16 && has_slow_dot_product() ? Isa::avx512 : best;
+    if (forced == nullptr) return best;
     const std::string names[] = {"generic", "avx2", "avx512", "avx512bf16"}, name = forced;
     const auto found = std::find(std::begin(names), std::end(names), name);
     if (found == std::end(names))
@@ -103,16 +101,25 @@ inline Isa isa() {
   return chosen;
 }
 
+// isa(), but avx512, which multiplies float32, where the dot product of avx512bf16 is the slower one.
+inline Isa product_isa() {
+  static const Isa chosen =
+      isa() == Isa::avx512bf16 && !isa_is_forced() && has_slow_dot_product() ? Isa::avx512 : isa();
+  return chosen;
+}
+
 }  // namespace tapelm
 
 #ifdef TAPELM_X86
-#define TAPELM_DISPATCH(call)                                      \
-  (::tapelm::isa() == ::tapelm::Isa::avx512bf16 ? avx512bf16::call \
-   : ::tapelm::isa() == ::tapelm::Isa::avx512   ? avx512::call     \
-   : ::tapelm::isa() == ::tapelm::Isa::avx2     ? avx2::call       \
-                                                : generic::call)
+#define TAPELM_DISPATCH_ON(isa, call)                    \
+  ((isa) == ::tapelm::Isa::avx512bf16 ? avx512bf16::call \
+   : (isa) == ::tapelm::Isa::avx512   ? avx512::call     \
+   : (isa) == ::tapelm::Isa::avx2     ? avx2::call       \
+                                      : generic::call)
 #else
-#define TAPELM_DISPATCH(call) (generic::call)
+#define TAPELM_DISPATCH_ON(isa, call) (generic::call)
 #endif
+#define TAPELM_DISPATCH(call) TAPELM_DISPATCH_ON(::tapelm::isa(), call)
+#define TAPELM_DISPATCH_PRODUCT(call) TAPELM_DISPATCH_ON(::tapelm::product_isa(), call)
 
 #define TAPELM_INLINE __attribute__((always_inline)) inline
