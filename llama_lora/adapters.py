@@ -1,7 +1,8 @@
 """LoRA matrices by the name of the layer they belong to, and their PEFT directory.
 
 adapter_config.json and adapter_model.safetensors are PEFT's, so that `PeftModel.from_pretrained(base, DIR)`
-takes them; tokenizer files lie beside them. A directory is written beside its place and renamed.
+takes them; tokenizer files lie beside them. What the adapter was trained over, which PEFT does not keep, is
+noted in the metadata of the weights. A directory is written beside its place and renamed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -26,6 +27,7 @@ from llama_lora.config import PROJECTIONS
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of the names in the file
+METHOD = "tapelm.method"  # in the metadata of the file
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def write(out: Path, adapters: Mapping[str, Adapter], recipe: Recipe, base: Path
     out.mkdir(parents=True, exist_ok=True)
     described.save_pretrained(out)
     try:
-        save_file(named_tensors(adapters), out / WEIGHTS, metadata={"format": "pt"})
+        save_file(named_tensors(adapters), out / WEIGHTS, metadata={"format": "pt", METHOD: recipe.method})
     except SafetensorError as error:  # it reports a full disk under its own type
         raise OSError(str(error)) from error
     (out / WEIGHTS).chmod(0o644)  # safetensors leaves 0600
@@ -106,6 +108,27 @@ def read_recipe(path: Path) -> tuple[Recipe, Path]:
     if used or set(targets) - set(PROJECTIONS):
         raise UserError(f"{file} asks for {', '.join(used or targets)}, which is not supported")
     return Recipe("lora", rank, alpha, tuple(sorted(targets, key=PROJECTIONS.index))), base
+
+
+def method_of(path: Path | None, asked: str) -> str:
+    """`asked`; for "auto" what the adapter in `path` was trained over, "lora" where there is no adapter.
+
+    Raises UserError for an adapter that does not say, such as one of another program.
+    """
+    if asked != "auto" or path is None:
+        return "lora" if asked == "auto" else asked
+    file = path / WEIGHTS
+    try:
+        with safe_open(file, "pt") as opened:
+            noted = (opened.metadata() or {}).get(METHOD)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"cannot read {file}: {error}") from error
+    if noted is None:
+        raise UserError(
+            f"{file} does not say what the adapter was trained over: pass --method qlora (the base in NF4) "
+            "or --method lora (the base as it is)"
+        )
+    return noted
 
 
 def load(path: Path, adapters: Mapping[str, Adapter]) -> None:

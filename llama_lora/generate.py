@@ -58,8 +58,8 @@ class GenerateConfig(Choice):
     """A PEFT directory; without one the base model answers."""
     model: Path | None = None
     """The base model; the one that the adapter names if not given."""
-    method: Literal["qlora", "lora"] = "qlora"
-    """qlora: the base in NF4; lora: as it is."""
+    method: Literal["auto", "qlora", "lora"] = "auto"
+    """qlora: the base in NF4; lora: as it is; auto: as the adapter was trained, without one lora."""
     chat: bool = False
     """Put each prompt into the chat template as the user's message."""
     max_new_tokens: int = 128
@@ -99,6 +99,7 @@ def load(
     adapter: Path | None, model: Path | None, method: str, dtype: torch.dtype, device: torch.device
 ) -> tuple[Any, Any]:
     """(model of the tapelm backend, tokenizer). Raises UserError for directories that do not fit."""
+    method = files.method_of(adapter, method)
     recipe, base = Recipe(method), model
     if adapter is not None:
         found, named = files.read_recipe(adapter)

@@ -38,8 +38,8 @@ class MergeConfig:
     """Directory to write; it may not exist."""
     model: Path | None = None
     """The base model; the one that the adapter names if not given."""
-    method: Literal["qlora", "lora"] = "qlora"
-    """What the adapter was trained over: with --data, its perplexity is taken there."""
+    method: Literal["auto", "qlora", "lora"] = "auto"
+    """What the adapter was trained over: with --data, its perplexity is taken there; ours say it."""
     data: Path | None = None
     """Report the perplexity drift on the validation split of this directory."""
     block_size: int = 512
@@ -112,6 +112,8 @@ def main(arguments: list[str]) -> int:
             prepare_output(path)
     _, named = files.read_recipe(config.adapter)
     base = config.model or named
+    if config.data is not None:
+        config = dataclasses.replace(config, method=files.method_of(config.adapter, config.method))
     plain = merge(base, config.adapter, config.out)
     print(f"wrote {config.out}", file=sys.stderr)
     if config.gguf is not None:

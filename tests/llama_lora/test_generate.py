@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from gpt.cli import UserError
 from llama_lora import adapters as files
@@ -137,8 +139,6 @@ def test_program_streams_what_it_writes(adapter, tmp_path, capsys) -> None:
         "the economy",
         "--temperature",
         "0",
-        "--method",
-        "lora",
     ]
     assert main([*arguments, "--max-new-tokens", "12", "--json", str(out)]) == 0
     written = json.loads(out.read_text(encoding="utf-8"))
@@ -147,6 +147,31 @@ def test_program_streams_what_it_writes(adapter, tmp_path, capsys) -> None:
     assert "prefill" in said.err
     assert main([*arguments[:2], "--prompt", "the economy", "prices", "--max-new-tokens", "4"]) == 0
     assert "the economy\n  " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["qlora", "lora"])
+def test_an_adapter_is_used_over_what_it_was_trained_over(method, tiny_model, tokenizer, tmp_path) -> None:
+    backend = TapelmBackend()
+    trained = backend.load(tiny_model, Recipe(method), torch.float32, CPU)
+    randomize(backend.adapters(trained))
+    files.write(tmp_path, backend.adapters(trained), Recipe(method), tiny_model)
+    tokenizer.save_pretrained(tmp_path)
+    loaded, _ = load(tmp_path, None, "auto", torch.float32, CPU)
+    for name, adapter in backend.adapters(loaded).items():
+        assert torch.equal(adapter.dense_weight(), backend.adapters(trained)[name].dense_weight())
+    assert files.method_of(tmp_path, "lora") == "lora"
+    assert files.method_of(None, "auto") == "lora"
+
+
+def test_an_adapter_of_another_program_wants_a_method(adapter, tmp_path) -> None:
+    shutil.copytree(adapter, tmp_path, dirs_exist_ok=True)
+    save_file(load_file(adapter / files.WEIGHTS), tmp_path / files.WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="pass --method qlora"):
+        load(tmp_path, None, "auto", torch.float32, CPU)
+    load(tmp_path, None, "qlora", torch.float32, CPU)
+    (tmp_path / files.WEIGHTS).write_bytes(b"no weights")
+    with pytest.raises(UserError, match="cannot read"):
+        load(tmp_path, None, "auto", torch.float32, CPU)
 
 
 def test_a_stream_waits_for_whole_characters_but_drops_nothing(capsys) -> None:

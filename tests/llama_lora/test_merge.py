@@ -80,7 +80,7 @@ def test_program_reports_the_drift_and_overwrites_nothing(
 ) -> None:
     out, report = tmp_path / "merged", tmp_path / "drift.json"
     arguments = ["--adapter", str(adapter), "--out", str(out), "--data", str(tiny_data), "--block-size", "64"]
-    assert main([*arguments, "--method", "lora", "--json", str(report)]) == 0
+    assert main([*arguments, "--json", str(report)]) == 0
     found = json.loads(report.read_text(encoding="utf-8"))
     assert abs(found["drift"]) < 0.02
     assert abs(found["base"] / found["merged"] - 1.0) > 0.02
