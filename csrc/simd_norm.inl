@@ -25,12 +25,19 @@ TAPELM_INLINE void row_statistics(const T* x, int64_t C, float eps, float shift,
 }
 
 // Rows are taken in blocks: while the sums of one become its statistics the next ones are read, and all are read
-// again from the cache.
+// again from the cache. A block is 4 KB of each tensor, so that the nearest cache also holds weights and sums; at
+// least `least` rows where 8 KB hold them.
+template <typename T>
+int64_t rows_of_block(int64_t C, int64_t least) {
+  const int64_t row = std::max<int64_t>(C, 1) * sizeof(T);
+  return std::clamp<int64_t>(4096 / row, least * row <= 8192 ? least : 1, kBlockRows);
+}
+
 template <bool CENTRED, bool ADD, typename T>
 void norm_rows(const NormForward<T>& a, int64_t begin, int64_t end) {
-  const int64_t C = a.C;
-  for (int64_t first = begin; first < end; first += kBlockRows) {
-    const int64_t last = std::min(first + kBlockRows, end);
+  const int64_t C = a.C, block = rows_of_block<T>(C, 1);
+  for (int64_t first = begin; first < end; first += block) {
+    const int64_t last = std::min(first + block, end);
     float means[kBlockRows], rstds[kBlockRows];
     for (int64_t row = first; row < last; ++row) {
       const T* const in = a.x + row * C;
@@ -84,10 +91,10 @@ void norm_rows(const NormForward<T>& a, int64_t begin, int64_t end) {
 // the dropout kept x. dweight and, when CENTRED, dbias are added to the float32 sums. Blocks of rows as above.
 template <bool CENTRED, bool ADD, typename T>
 void norm_backward_rows(const NormBackward<T>& a, int64_t begin, int64_t end, float* dweight, float* dbias) {
-  const int64_t C = a.C;
-  for (int64_t first = begin; first < end; first += kBlockRows) {
-    const int64_t last = std::min(first + kBlockRows, end);
-    float of_g[kBlockRows], of_gh[kBlockRows];
+  const int64_t C = a.C, block = rows_of_block<T>(C, 2);
+  for (int64_t first = begin; first < end; first += block) {
+    const int64_t last = std::min(first + block, end);
+    float means[kBlockRows], rstds[kBlockRows], of_g[kBlockRows], of_gh[kBlockRows];
     for (int64_t row = first; row < last; ++row) {
       const T *const grad = a.grad + row * C, *const x = a.x + row * C;
       const float mean = CENTRED ? a.mean[row] : 0.0f, rstd = a.rstd[row];
@@ -97,32 +104,43 @@ void norm_backward_rows(const NormBackward<T>& a, int64_t begin, int64_t end, fl
         products[s] += g * ((get(x + i, n) - mean) * rstd);
         if constexpr (CENTRED) sums[s] += g;
       });
+      means[row - first] = mean;
+      rstds[row - first] = rstd;
       of_g[row - first] = CENTRED ? sum(sums) / static_cast<float>(C) * rstd : 0.0f;
       of_gh[row - first] = sum(products) / static_cast<float>(C) * rstd;
     }
-    for (int64_t row = first; row < last; ++row) {
-      const T *const grad = a.grad + row * C, *const x = a.x + row * C;
-      const float mean = CENTRED ? a.mean[row] : 0.0f, rstd = a.rstd[row];
-      const float mean_g = of_g[row - first], mean_gh = of_gh[row - first];
-      const auto derivative = [&](int64_t i, auto n) __attribute__((always_inline)) {
-        const vf g = get(grad + i, n), h = (get(x + i, n) - mean) * rstd;
-        put(dweight + i, get(dweight + i, n) + g * h, n);
-        if constexpr (CENTRED) put(dbias + i, get(dbias + i, n) + g, n);
-        vf d = g * get(a.weight + i, n) * rstd - h * mean_gh;
-        if constexpr (CENTRED) d -= mean_g;
+    // Of one or two rows, whose dweight and dbias are added to the sums together.
+    const auto derivatives = [&](int64_t row, auto rows, int64_t i, auto n) __attribute__((always_inline)) {
+      vf sum_gh = get(dweight + i, n), sum_g = {}, d = {};
+      if constexpr (CENTRED) sum_g = get(dbias + i, n);
+      for (int r = 0; r < rows; ++r) {
+        const int64_t at = (row + r) * C + i, k = row - first + r;
+        const vf g = get(a.grad + at, n), h = (get(a.x + at, n) - means[k]) * rstds[k];
+        sum_gh += g * h;
+        if constexpr (CENTRED) sum_g += g;
+        d = g * get(a.weight + i, n) * rstds[k] - h * of_gh[k];
+        if constexpr (CENTRED) d -= of_g[k];
         if constexpr (ADD)
-          if (a.grad_r != nullptr) d += get(a.grad_r + row * C + i, n);
-        put(a.dx + row * C + i, d, n);
-        return d;
-      };
-      if (ADD && a.dropout.active)
+          if (a.grad_r != nullptr) d += get(a.grad_r + at, n);
+        put(a.dx + at, d, n);
+      }
+      put(dweight + i, sum_gh, n);
+      if constexpr (CENTRED) put(dbias + i, sum_g, n);
+      return d;
+    };
+    const std::integral_constant<int, 1> one;
+    const std::integral_constant<int, 2> two;
+    int64_t row = first;
+    if (ADD && a.dropout.active)
+      for (; row < last; ++row)
         for_random_vectors(C, a.dropout.seed, row * C,
                            [&](int64_t i, auto n, int, vu random) __attribute__((always_inline)) {
-          const vf d = dropped(derivative(i, n), random, a.dropout.threshold, a.dropout.scale);
+          const vf d = dropped(derivatives(row, one, i, n), random, a.dropout.threshold, a.dropout.scale);
           put(a.dropped + row * C + i, d, n);
         });
-      else
-        for_vectors<1>(C, [&](int64_t i, auto n, int) __attribute__((always_inline)) { derivative(i, n); });
-    }
+    for (; row + 1 < last; row += 2)
+      for_vectors<1>(C, [&](int64_t i, auto n, int) __attribute__((always_inline)) { derivatives(row, two, i, n); });
+    if (row < last)
+      for_vectors<1>(C, [&](int64_t i, auto n, int) __attribute__((always_inline)) { derivatives(row, one, i, n); });
   }
 }
