@@ -37,6 +37,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm_forward(const Tensor& x_, co
                            .rstd = rstd.mutable_data_ptr<float>(),
                            .C = x.size(-1),
                            .eps = static_cast<float>(eps),
+                           .far = is_far(x),
                            .dropout = dropout};
     for_rows(x, [&](int64_t begin, int64_t end) {
       if (bias)
@@ -76,6 +77,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm_backward(const Tensor& grad_
                             .dx = dresidual.mutable_data_ptr<T>(),
                             .dropped = dropout.active ? dx.mutable_data_ptr<T>() : nullptr,
                             .C = C,
+                            .far = is_far(r),
                             .dropout = dropout};
     sums.for_chunks_of_rows([&](int64_t begin, int64_t end, float* partial) {
       if (mean)

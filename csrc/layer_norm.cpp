@@ -26,7 +26,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& x_, const Te
                            .mean = mean.mutable_data_ptr<float>(),
                            .rstd = rstd.mutable_data_ptr<float>(),
                            .C = x.size(-1),
-                           .eps = static_cast<float>(eps)};
+                           .eps = static_cast<float>(eps),
+                           .far = is_far(x)};
     for_rows(x, [&](int64_t begin, int64_t end) { TAPELM_DISPATCH(layer_norm_rows(a, begin, end)); });
   });
   return {y, mean, rstd};
@@ -50,7 +51,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_, cons
                             .mean = mean.const_data_ptr<float>(),
                             .rstd = rstd.const_data_ptr<float>(),
                             .dx = dx.mutable_data_ptr<T>(),
-                            .C = C};
+                            .C = C,
+                            .far = is_far(x)};
     sums.for_chunks_of_rows([&](int64_t begin, int64_t end, float* partial) {
       TAPELM_DISPATCH(layer_norm_backward_rows(a, begin, end, partial, partial + C));
     });

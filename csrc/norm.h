@@ -14,6 +14,7 @@ struct NormForward {
   float *mean, *rstd;
   int64_t C;
   float eps;
+  bool far;  // the tensors are larger than caches
   Dropout dropout;
 };
 
@@ -24,6 +25,7 @@ struct NormBackward {
   const float *mean, *rstd;
   T *dx, *dropped;
   int64_t C;
+  bool far;
   Dropout dropout;
 };
 
@@ -44,6 +46,8 @@ inline void check_like(const Tensor& t, const Tensor& x, const char* op, const c
 }
 
 inline int64_t row_count(const Tensor& x) { return x.size(-1) ? x.numel() / x.size(-1) : 0; }
+
+inline bool is_far(const Tensor& t) { return t.nbytes() >= size_t{8} << 20; }
 
 // One float32 for each row.
 inline Tensor empty_statistic(const Tensor& x) { return empty(x.sizes().slice(0, x.dim() - 1), at::kFloat); }

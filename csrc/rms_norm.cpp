@@ -22,7 +22,8 @@ std::tuple<Tensor, Tensor> rms_norm_forward(const Tensor& x_, const Tensor& weig
                            .y = y.mutable_data_ptr<T>(),
                            .rstd = rstd.mutable_data_ptr<float>(),
                            .C = x.size(-1),
-                           .eps = static_cast<float>(eps)};
+                           .eps = static_cast<float>(eps),
+                           .far = is_far(x)};
     for_rows(x, [&](int64_t begin, int64_t end) { TAPELM_DISPATCH(rms_norm_rows(a, begin, end)); });
   });
   return {y, rstd};
@@ -45,7 +46,8 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_, const Tensor& 
                             .weight = weight.const_data_ptr<T>(),
                             .rstd = rstd.const_data_ptr<float>(),
                             .dx = dx.mutable_data_ptr<T>(),
-                            .C = C};
+                            .C = C,
+                            .far = is_far(x)};
     sums.for_chunks_of_rows([&](int64_t begin, int64_t end, float* partial) {
       TAPELM_DISPATCH(rms_norm_backward_rows(a, begin, end, partial));
     });

@@ -24,6 +24,13 @@ TAPELM_INLINE void row_statistics(const T* x, int64_t C, float eps, float shift,
   rstd = 1.0f / std::sqrt(square + eps);
 }
 
+// Asks for the cache line at p, of vector s of for_vectors, to be written soon: while a row is read for its statistics
+// nothing is written, and results that are far away would be waited for afterwards.
+template <typename T>
+TAPELM_INLINE void expect_write(bool far, T* p, int s) {
+  if (far && s * W * sizeof(T) % 64 == 0) __builtin_prefetch(p, 1);
+}
+
 // Rows are taken in blocks: while the sums of one become its statistics the next ones are read, and all are read
 // again from the cache. A block is 4 KB of each tensor, so that the nearest cache also holds weights and sums; at
 // least `least` rows where 8 KB hold them.
@@ -62,13 +69,17 @@ void norm_rows(const NormForward<T>& a, int64_t begin, int64_t end) {
           });
         } else {
           for_vectors(C, [&](int64_t i, auto n, int s) __attribute__((always_inline)) {
+            expect_write(a.far, a.y + row * C + i, s);
             const vf v = rounded<T>(get(base + i, n, shift) + get(in + i, n));
             put(total + i, v, n);
             add(v, s);
           });
         }
       } else {
-        for_vectors(C, [&](int64_t i, auto n, int s) __attribute__((always_inline)) { add(get(in + i, n, shift), s); });
+        for_vectors(C, [&](int64_t i, auto n, int s) __attribute__((always_inline)) {
+          expect_write(a.far, a.y + row * C + i, s);
+          add(get(in + i, n, shift), s);
+        });
       }
       float &mean = means[row - first], &rstd = rstds[row - first];
       row_statistics<CENTRED>((ADD ? a.r : a.x) + row * C, C, a.eps, shift, sums, squares, mean, rstd);
@@ -100,6 +111,7 @@ void norm_backward_rows(const NormBackward<T>& a, int64_t begin, int64_t end, fl
       const float mean = CENTRED ? a.mean[row] : 0.0f, rstd = a.rstd[row];
       vf sums[kSums] = {}, products[kSums] = {};
       for_vectors(C, [&](int64_t i, auto n, int s) __attribute__((always_inline)) {
+        expect_write(a.far, a.dx + row * C + i, s);
         const vf g = get(grad + i, n) * get(a.weight + i, n);
         products[s] += g * ((get(x + i, n) - mean) * rstd);
         if constexpr (CENTRED) sums[s] += g;
