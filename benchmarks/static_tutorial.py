@@ -1,7 +1,7 @@
 """The kernels of Triton's fused-attention tutorial, to compile beside ours.
 
-The tutorial is python/tutorials/06-fused-attention.py in a checkout of the Triton that is installed. As it
-wants a GPU when it is imported, its kernels alone are taken from it, without their autotuner.
+The tutorial is python/tutorials/06-fused-attention.py in a checkout of Triton. As it wants a GPU when it is
+imported, its kernels alone are taken from it, without their autotuner and its options for AMD.
 """
 
 from __future__ import annotations
@@ -57,14 +57,15 @@ def _launch(kernel: JITFunction, values: dict[str, Any], **options: int) -> None
     if unknown := [name for name in kernel.arg_names if name not in values]:
         raise UserError(
             f"the tutorial's {kernel.fn.__name__} wants {', '.join(unknown)}, which is not known here: "
-            "take the tutorial of the Triton that constraints.txt names"
+            "take the tutorial of a Triton of about the version that is installed"
         )
     kernel[1, 1, 1](**{name: values[name] for name in kernel.arg_names}, **options)
 
 
 def launch_forward(kernel: JITFunction, q: Tensor) -> None:
-    """Its causal forward with our tile for queries like q (B, H, T, D), which keys and values are taken from
-    too: which of its own two dozen tiles its autotuner would choose is not known without a GPU."""
+    """Its causal forward with the tile and warps of ours, for queries like q (B, H, T, D), which stands for
+    keys and values too. What its autotuner would choose is not known without a GPU; it may leave this one out.
+    """
     batch, heads, time, width = q.shape
     ours = launch_config("forward", q.device, q.itemsize, width, False, describable(q))
     tile = {"BLOCK_M": ours["BLOCK_M"], "BLOCK_N": min(ours["BLOCK_N"], width)}

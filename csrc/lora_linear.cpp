@@ -136,16 +136,16 @@ Tensor few_rows_forward(const Tensor& rows, const Weight& weight, const Tensor& 
       halves[M * K / 2 + i] = wide[2 * i + 1];
     }
     T* const low = u.mutable_data_ptr<T>();
-    TAPELM_DISPATCH_PRODUCT(few_dots(wide, M, K, a.const_data_ptr<T>(), 0, R, low, R));
+    TAPELM_DISPATCH(few_dots(wide, M, K, a.const_data_ptr<T>(), 0, R, low, R));
     at::parallel_for(0, N, chunk_count(kFewGrain, K), [&](int64_t begin, int64_t end) {
       const T* const to_b = b.const_data_ptr<T>();
       T* const out = y.mutable_data_ptr<T>();
       const float factor = static_cast<float>(scaling);
       if (weight.quantized())
-        TAPELM_DISPATCH_PRODUCT(few_rows(weight.nf4(), wide, half, M, K, low, to_b, R, factor, begin, end, out, N));
+        TAPELM_DISPATCH(few_rows(weight.nf4(), wide, half, M, K, low, to_b, R, factor, begin, end, out, N));
       else
-        TAPELM_DISPATCH_PRODUCT(few_rows(weight.dense().template const_data_ptr<T>(), wide, M, K, low, to_b, R, factor,
-                                         begin, end, out, N));
+        TAPELM_DISPATCH(few_rows(weight.dense().template const_data_ptr<T>(), wide, M, K, low, to_b, R, factor, begin,
+                                 end, out, N));
     });
   });
   return u;

@@ -101,7 +101,8 @@ inline Isa isa() {
   return chosen;
 }
 
-// isa(), but avx512, which multiplies float32, where the dot product of avx512bf16 is the slower one.
+// isa(), but avx512, which multiplies float32, where the dot product of avx512bf16 is the slower one. Its rounding then
+// keeps denormal numbers, which the instruction of avx512bf16 flushes to zero.
 inline Isa product_isa() {
   static const Isa chosen =
       isa() == Isa::avx512bf16 && !isa_is_forced() && has_slow_dot_product() ? Isa::avx512 : isa();

@@ -24,20 +24,21 @@ TAPELM_INLINE void row_statistics(const T* x, int64_t C, float eps, float shift,
   rstd = 1.0f / std::sqrt(square + eps);
 }
 
-// Asks for the cache line at p, of vector s of for_vectors, to be written soon: while a row is read for its statistics
-// nothing is written, and results that are far away would be waited for afterwards.
+// Brings the cache line at p, of vector s of for_vectors, near: while a row is read for its statistics nothing is
+// written, and where results are far the stores would wait for their lines afterwards. Not in loops with random
+// numbers, which take longer than memory.
 template <typename T>
-TAPELM_INLINE void expect_write(bool far, T* p, int s) {
-  if (far && s * W * sizeof(T) % 64 == 0) __builtin_prefetch(p, 1);
+TAPELM_INLINE void fetch_line(bool far, const T* p, int s) {
+  if (far && s * W * sizeof(T) % 64 == 0) __builtin_prefetch(p);
 }
 
-// Rows are taken in blocks: while the sums of one become its statistics the next ones are read, and all are read
-// again from the cache. A block is 4 KB of each tensor, so that the nearest cache also holds weights and sums; at
-// least `least` rows where 8 KB hold them.
+// Rows are taken in blocks, which are read twice, the second time from the cache; while the sums of one row become its
+// statistics the next one is read. A block is 4 KB of each tensor, so that the nearest cache also holds weights and
+// sums, or one row; or `least_rows` where they are no more than 8 KB.
 template <typename T>
-int64_t rows_of_block(int64_t C, int64_t least) {
+int64_t rows_of_block(int64_t C, int64_t least_rows) {
   const int64_t row = std::max<int64_t>(C, 1) * sizeof(T);
-  return std::clamp<int64_t>(4096 / row, least * row <= 8192 ? least : 1, kBlockRows);
+  return std::clamp<int64_t>(4096 / row, least_rows * row <= 8192 ? least_rows : 1, kBlockRows);
 }
 
 template <bool CENTRED, bool ADD, typename T>
@@ -69,7 +70,7 @@ void norm_rows(const NormForward<T>& a, int64_t begin, int64_t end) {
           });
         } else {
           for_vectors(C, [&](int64_t i, auto n, int s) __attribute__((always_inline)) {
-            expect_write(a.far, a.y + row * C + i, s);
+            fetch_line(a.far, a.y + row * C + i, s);
             const vf v = rounded<T>(get(base + i, n, shift) + get(in + i, n));
             put(total + i, v, n);
             add(v, s);
@@ -77,7 +78,7 @@ void norm_rows(const NormForward<T>& a, int64_t begin, int64_t end) {
         }
       } else {
         for_vectors(C, [&](int64_t i, auto n, int s) __attribute__((always_inline)) {
-          expect_write(a.far, a.y + row * C + i, s);
+          fetch_line(a.far, a.y + row * C + i, s);
           add(get(in + i, n, shift), s);
         });
       }
@@ -111,7 +112,7 @@ void norm_backward_rows(const NormBackward<T>& a, int64_t begin, int64_t end, fl
       const float mean = CENTRED ? a.mean[row] : 0.0f, rstd = a.rstd[row];
       vf sums[kSums] = {}, products[kSums] = {};
       for_vectors(C, [&](int64_t i, auto n, int s) __attribute__((always_inline)) {
-        expect_write(a.far, a.dx + row * C + i, s);
+        fetch_line(a.far, a.dx + row * C + i, s);
         const vf g = get(grad + i, n) * get(a.weight + i, n);
         products[s] += g * ((get(x + i, n) - mean) * rstd);
         if constexpr (CENTRED) sums[s] += g;

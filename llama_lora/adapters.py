@@ -123,7 +123,7 @@ def method_of(path: Path | None, asked: str) -> str:
             noted = (opened.metadata() or {}).get(METHOD)
     except (SafetensorError, OSError) as error:
         raise UserError(f"cannot read {file}: {error}") from error
-    if noted is None:
+    if noted not in ("lora", "qlora"):
         raise UserError(
             f"{file} does not say what the adapter was trained over: pass --method qlora (the base in NF4) "
             "or --method lora (the base as it is)"

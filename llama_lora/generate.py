@@ -99,11 +99,11 @@ def load(
     adapter: Path | None, model: Path | None, method: str, dtype: torch.dtype, device: torch.device
 ) -> tuple[Any, Any]:
     """(model of the tapelm backend, tokenizer). Raises UserError for directories that do not fit."""
-    method = files.method_of(adapter, method)
-    recipe, base = Recipe(method), model
+    recipe, base = Recipe(), model
     if adapter is not None:
-        found, named = files.read_recipe(adapter)
-        recipe, base = dataclasses.replace(found, method=method), model or named
+        recipe, named = files.read_recipe(adapter)
+        base = model or named
+    recipe = dataclasses.replace(recipe, method=files.method_of(adapter, method))
     assert base is not None
     backend = TapelmBackend()
     loaded = backend.load(base, recipe, dtype, device)

@@ -169,9 +169,15 @@ def test_an_adapter_of_another_program_wants_a_method(adapter, tmp_path) -> None
     with pytest.raises(UserError, match="pass --method qlora"):
         load(tmp_path, None, "auto", torch.float32, CPU)
     load(tmp_path, None, "qlora", torch.float32, CPU)
+    tensors = load_file(adapter / files.WEIGHTS)
+    save_file(tensors, tmp_path / files.WEIGHTS, metadata={"format": "pt", files.METHOD: "full"})
+    with pytest.raises(UserError, match="pass --method qlora"):
+        load(tmp_path, None, "auto", torch.float32, CPU)
     (tmp_path / files.WEIGHTS).write_bytes(b"no weights")
     with pytest.raises(UserError, match="cannot read"):
         load(tmp_path, None, "auto", torch.float32, CPU)
+    with pytest.raises(UserError, match="name the adapter directory of a run"):
+        load(tmp_path.parent, None, "auto", torch.float32, CPU)
 
 
 def test_a_stream_waits_for_whole_characters_but_drops_nothing(capsys) -> None:
