@@ -64,7 +64,7 @@ def _launch(kernel: JITFunction, values: dict[str, Any], **options: int) -> None
 
 def launch_forward(kernel: JITFunction, q: Tensor) -> None:
     """Its causal forward with the tile and warps of ours, for queries like q (B, H, T, D), which stands for
-    keys and values too. What its autotuner would choose is not known without a GPU; it may leave this one out.
+    keys and values too. Its autotuner, which wants a GPU, may choose another one or leave this one out.
     """
     batch, heads, time, width = q.shape
     ours = launch_config("forward", q.device, q.itemsize, width, False, describable(q))
