@@ -305,11 +305,13 @@ def main(arguments: list[str]) -> int:
         )
     if options.subject == "compare":
         return compare.run(options.files)
+    if options.peers and (options.check or options.seconds != Options.seconds):
+        raise UserError("--peers compares all and checks nothing: leave out --check and --seconds")
     if options.subject == "static" and options.peers:
         static_peers.report(options.tutorial)
         return 0
     if options.tutorial is not None:
-        raise UserError("--tutorial is compared with --peers only")
+        raise UserError("--tutorial needs --peers")
     if options.subject == "static":
         return static.run(options.check, options.seconds)
     if options.subject == "tune":

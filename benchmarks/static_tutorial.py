@@ -33,7 +33,13 @@ def kernels(path: Path, folder: Path) -> dict[str, JITFunction]:
     """
     if not path.is_file():
         raise UserError(f"--tutorial {path} is not a file: give python/tutorials/06-fused-attention.py")
-    source = path.read_text(encoding="utf-8")
+    try:
+        return _taken(path, path.read_text(encoding="utf-8"), folder)
+    except (UnicodeDecodeError, SyntaxError, NameError) as error:
+        raise UserError(f"{path} is not the tutorial: {error}") from error
+
+
+def _taken(path: Path, source: str, folder: Path) -> dict[str, JITFunction]:
     found = [
         ast.get_source_segment(source, node) or ""
         for node in ast.parse(source).body

@@ -113,6 +113,7 @@ def main(arguments: list[str]) -> int:
     _, named = files.read_recipe(config.adapter)
     base = config.model or named
     if config.data is not None:
+        find_split(config.data, "val")  # nothing is written before it is known to be there
         config = dataclasses.replace(config, method=files.method_of(config.adapter, config.method))
     plain = merge(base, config.adapter, config.out)
     print(f"wrote {config.out}", file=sys.stderr)

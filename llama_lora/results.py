@@ -100,7 +100,13 @@ def finish(
     write_atomically(config.out / "summary.json", json.dumps(summary, indent=1) + "\n")
     plot(records, config.out / "loss.png")
     print_table(summary, config)
-    console.print(f"wrote {config.out}: {'model' if config.method == 'full' else 'adapter'}/, loss.png")
+    published = "model" if config.method == "full" else "adapter"
+    if (config.out / published).is_dir():
+        console.print(f"wrote {config.out}: {published}/, loss.png")
+    else:
+        console.print(
+            f"wrote {config.out}: loss.png; no {published}/, as no evaluation was better than the base model"
+        )
 
 
 def model_bytes(model: Any) -> int:

@@ -163,7 +163,8 @@ def check_gradients(
         if not worst >= LEAST_COSINE:
             raise UserError(
                 f"verify: wrong gradients: {name_of_worst} has a cosine of {worst:.4f} to the dequantized "
-                "reference after a pass without gradients; use --backend tapelm, or report it as a bug"
+                "reference after a pass without gradients; if --backend is hf, use tapelm; in bf16 a --rank "
+                "below 8 may round by that much: use --precision fp32 or a larger rank, or report it as a bug"
             )
         x = following
     return worst, name_of_worst

@@ -149,6 +149,7 @@ def test_the_tutorials_kernels_are_compiled_beside_ours(tmp_path: Path) -> None:
         (None, "is not a file"),
         ("x = 1\n", "has no _attn_bwd and no _attn_fwd"),
         (TUTORIAL.replace("{arguments}", "M, novelty"), "_attn_fwd wants novelty"),
+        ("def f(:\n", "is not the tutorial: invalid syntax"),
     ],
 )
 def test_another_file_is_not_taken_for_the_tutorial(text: str | None, complaint: str, tmp_path: Path) -> None:
