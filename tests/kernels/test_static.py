@@ -158,3 +158,9 @@ def test_another_file_is_not_taken_for_the_tutorial(text: str | None, complaint:
         path.write_text(text)
     done = run("-c", COMPARE, str(path))
     assert done.returncode == 2 and complaint in done.stderr + done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("options", [["--peers", "--check"], ["--tutorial", "x.py"]])
+def test_options_that_would_be_ignored_are_refused(options: list[str]) -> None:
+    done = run("-m", "benchmarks", "static", *options)
+    assert done.returncode == 2 and "--peers" in done.stderr + done.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -53,6 +54,16 @@ def test_a_run_learns_and_writes_its_files(settings, backend, method) -> None:
     assert ("model.safetensors" if method == "full" else WEIGHTS) in names
     if method != "full":
         assert read_recipe(written)[1] == config.model
+
+
+def test_a_run_that_is_never_better_than_the_base_says_so(settings, capsys, monkeypatch) -> None:
+    rising = itertools.count(3)
+    monkeypatch.setattr("llama_lora.finetune.evaluate_rows", lambda *_, **__: float(next(rising)))
+    config = FinetuneConfig(**settings, method="lora", precision="fp32")
+    assert finetune(config) == 0
+    assert not (config.out / "adapter").exists()
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert "no adapter/, as no evaluation was better than the base model" in said
 
 
 def test_backends_train_alike(settings) -> None:
