@@ -41,7 +41,7 @@ def batch() -> PackedBatch:
 
 def load(backend: Any, path: Path, method: str, dtype: torch.dtype = torch.float32) -> Any:
     model = backend.load(path, Recipe(method), dtype, CPU)
-    randomize(backend.adapters(model))
+    randomize(backend.adapters(model), 1.0)
     return model
 
 
@@ -186,6 +186,26 @@ def test_verify_passes_and_leaves_the_model_as_it_was(method, tiny_model) -> Non
     assert report.leak == 0.0
     assert report.cosine >= 0.999
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("rank", "alpha"), [(1, 16.0), (2, 16.0), (4, 0.5), (64, 256.0)])
+def test_verify_checks_every_rank_at_an_update_of_one_size(rank, alpha, tiny_model) -> None:
+    backend, recipe = TapelmBackend(), Recipe("qlora", rank, alpha)
+    model = backend.load(tiny_model, recipe, torch.bfloat16, CPU)
+    adapters = backend.adapters(model)
+    randomize(adapters, recipe.scaling)
+    for adapter in adapters.values():
+        update = recipe.scaling * (adapter.lora_b.float() @ adapter.lora_a.float())
+        assert float(update.detach().std()) * adapter.lora_a.shape[1] ** 0.5 == pytest.approx(0.09, rel=0.5)
+    assert verify(backend, model, recipe, tiny_model, CPU).cosine >= 0.999
+
+
+def test_verify_names_a_gradient_of_another_length(tiny_model) -> None:
+    backend = TapelmBackend()
+    model = load(backend, tiny_model, "lora")
+    model.model.layers[1].mlp.up_proj.lora_b.register_hook(lambda gradient: 2 * gradient)
+    with pytest.raises(UserError, match=r"lora_B of layers\.1\.mlp\.up_proj .* 2\.000 times its length"):
+        verify(backend, model, Recipe("lora"), tiny_model, CPU)
 
 
 def test_verify_names_a_leak(tiny_model, monkeypatch) -> None:

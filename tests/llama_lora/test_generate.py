@@ -41,7 +41,7 @@ def adapter(tiny_model: Path, tokenizer, tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("adapter")
     backend = TapelmBackend()
     model = backend.load(tiny_model, Recipe("lora"), torch.float32, CPU)
-    randomize(backend.adapters(model))
+    randomize(backend.adapters(model), 1.0)
     files.write(directory, backend.adapters(model), Recipe("lora"), tiny_model)
     tokenizer.save_pretrained(directory)
     return directory
@@ -153,7 +153,7 @@ def test_program_streams_what_it_writes(adapter, tmp_path, capsys) -> None:
 def test_an_adapter_is_used_over_what_it_was_trained_over(method, tiny_model, tokenizer, tmp_path) -> None:
     backend = TapelmBackend()
     trained = backend.load(tiny_model, Recipe(method), torch.float32, CPU)
-    randomize(backend.adapters(trained))
+    randomize(backend.adapters(trained), 1.0)
     files.write(tmp_path, backend.adapters(trained), Recipe(method), tiny_model)
     tokenizer.save_pretrained(tmp_path)
     loaded, _ = load(tmp_path, None, "auto", torch.float32, CPU)

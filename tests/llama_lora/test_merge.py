@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 def adapter(tiny_model: Path, tokenizer, tmp_path: Path) -> Path:
     backend, recipe = TapelmBackend(), Recipe("lora", 4, 8.0)
     model = backend.load(tiny_model, recipe, torch.float32, CPU)
-    randomize(backend.adapters(model))
+    randomize(backend.adapters(model), 1.0)
     files.write(tmp_path / "adapter", backend.adapters(model), recipe, tiny_model)
     tokenizer.save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter"
