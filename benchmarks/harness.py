@@ -31,6 +31,8 @@ from gpt.hardware import device_name, fingerprint, native_bf16
 ROUNDS = 9
 LEAST_SECONDS, MOST_CALLS = 2e-3, 50
 """A variant is called so often in a round that what ran before it does not matter."""
+LONG_SECONDS = 0.5
+"""A call of that length finds its own state of caches and memory; see interleave."""
 SETTLED = 0.01
 MOST_TIMES_ROUNDS, MOST_SECONDS = 6, 1.5
 """While a ratio's standard error is above SETTLED, a short case takes its rounds again and again."""
@@ -145,14 +147,15 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Seconds of every variant in every round, of one or `calls` calls; a round ends with the ceilings.
 
-    warm: a call that is not timed goes before, so that a long one finds caches and memory as it leaves them.
+    warm: before a call of up to LONG_SECONDS goes one that is not timed, so that it finds caches and memory
+    as it leaves them.
     limits: whether the ceilings are timed.
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     order, generator = list(variants), random.Random(0)
     for _ in range(rounds):
         for name in order:
-            if warm:
+            if warm and (not seconds[name] or seconds[name][-1] < LONG_SECONDS):
                 variants[name]()
             seconds[name].append(timed(variants[name], ceilings.device, calls[name] if calls else 1))
         generator.shuffle(order)

@@ -11,8 +11,9 @@ import contextlib
 import gc
 import math
 import multiprocessing
+import os
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +29,8 @@ from benchmarks.harness import Row, WrongResult, interleave, make_row, relative_
 from benchmarks.kept_memory import given_back
 from gpt.hardware import peak_memory_bytes, set_threads
 
-WARM_UP = 2
+WARM_UP = 1
+"""Steps before the rounds, the first of which begins with another one."""
 MEMORY_STEPS = 2
 
 
@@ -129,7 +131,7 @@ def climb(ladder: Ladder, device: torch.device, rounds: int, *, memory: bool = T
     for rung in ladder.rungs:
         against = {first: seconds[first], "before": seconds[before]}
         row = traits[rung.name].row(f"ladder {ladder.title}", rung.name, seconds[rung.name], against, device)
-        row.extra["loss"] = statistics.fmean(losses[rung.name][-2 * rounds :])
+        row.extra["loss"] = late_loss(losses, rung.name, rounds)
         gains = [a / b for a, b in zip(seconds[before], seconds[rung.name], strict=True)]
         row.extra["gain_error"] = relative_error(gains)
         result.rows.append(row)
@@ -145,12 +147,18 @@ def climb(ladder: Ladder, device: torch.device, rounds: int, *, memory: bool = T
             against = {full.name: seconds[full.name]}
             subject = f"removal {ladder.title}"
             row = traits[rung.name].row(subject, rung.name, seconds[rung.name], against, device)
-            row.extra["loss"] = statistics.fmean(losses[rung.name][-2 * rounds :])
+            row.extra["loss"] = late_loss(losses, rung.name, rounds)
             result.removed.append(row)
     if memory:
         for row, peak in zip(result.rows, peak_memory(ladder.rungs, device), strict=True):
             row.extra["peak_memory_bytes"] = peak
     return result
+
+
+def late_loss(losses: Mapping[str, Sequence[float]], name: str, rounds: int) -> float:
+    """Mean over the last `rounds` of the steps that all rungs took: short ones take more of them."""
+    steps = min(map(len, losses.values()))
+    return statistics.fmean(losses[name][max(0, steps - rounds) : steps])
 
 
 @dataclass(frozen=True)
@@ -208,7 +216,8 @@ def _rounds(
 def peak_memory(rungs: Sequence[Rung], device: torch.device) -> list[float]:
     """Bytes that a step of each needs at its peak, over those of the same process before the step was built.
 
-    Two processes at a time, as most of theirs is importing on one core.
+    Two processes at a time, as most of theirs is importing on one core; OpenMP's threads sleep while they wait
+    for work, as spinning would keep the other process from its core.
     """
     spawn = multiprocessing.get_context("spawn")
     threads = torch.get_num_threads()
@@ -217,12 +226,27 @@ def peak_memory(rungs: Sequence[Rung], device: torch.device) -> list[float]:
         own = [rung for rung in rungs if rung.elsewhere is elsewhere]
         with (
             given_back() if elsewhere else contextlib.nullcontext(),
+            _environment("OMP_WAIT_POLICY", "passive"),
             ProcessPoolExecutor(2, mp_context=spawn, max_tasks_per_child=1) as pool,
         ):
             builds = [rung.build for rung in own]
             peaks = pool.map(_peak_memory, builds, [str(device)] * len(own), [threads] * len(own))
             found |= {rung.name: peak for rung, peak in zip(own, peaks, strict=True)}
     return [found[rung.name] for rung in rungs]
+
+
+@contextlib.contextmanager
+def _environment(variable: str, value: str) -> Iterator[None]:
+    """Of processes that start meanwhile."""
+    before = os.environ.get(variable)
+    os.environ[variable] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before
 
 
 def _peak_memory(build: Callable[[], Step], device: str, threads: int) -> float:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from benchmarks.ceilings import Ceilings
 from benchmarks.gpt_ladder import sdpa
 from benchmarks.harness import Row, interleave, make_row
-from benchmarks.ladder import WARM_UP, Ladder, Rung, climb
+from benchmarks.ladder import Ladder, Rung, climb
 from benchmarks.train import Step
 from gpt.cli import UserError
 from gpt.model import GPT, Attention, Block
@@ -162,12 +162,11 @@ def measure_llmc(checkout: Path, device: torch.device, rounds: int) -> list[Row]
             f"there is no {binary}: build it with make train_gpt2, and its starter pack, see there"
         )
     step = Step("gpt2", "optimized", LLMC_BATCH, device, sizes=LLMC_SHAPE)
-    for _ in range(WARM_UP):
-        step()
+    step()
     ceilings = Ceilings(device, [step.dtype, torch.float32], ["gemm"])
-    before = interleave({"ours": step}, ceilings, rounds)["ours"]
+    before = interleave({"ours": step}, ceilings, rounds, warm=True)["ours"]
     theirs = llmc_seconds(binary)
-    after = interleave({"ours": step}, ceilings, rounds)["ours"]
+    after = interleave({"ours": step}, ceilings, rounds, warm=True)["ours"]
     middle = statistics.median([*before, *after])
     return [
         make_row(

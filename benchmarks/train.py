@@ -144,7 +144,7 @@ STEP = "training step"
 
 def profile(step: ladder.Step, device: torch.device, steps: int = 3) -> Profile:
     """Where a step goes. Times are of the CPU, which on a GPU is the side that launches."""
-    for _ in range(ladder.WARM_UP):
+    for _ in range(2):
         step()
     synchronize(device)
     with torch.profiler.profile() as profiler:
