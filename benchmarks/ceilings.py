@@ -70,6 +70,11 @@ class Ceilings:
         for probe in self._all():
             probe.seconds.append(timed(probe.run, self.device))
 
+    def forget(self) -> None:
+        """The rounds so far."""
+        for probe in self._all():
+            probe.seconds.clear()
+
     def limit(self, bound: str, dtype: torch.dtype) -> Limit:
         """Of the bound of a case, "gemm" or "copy"."""
         return self.gemm(dtype) if bound == "gemm" else self.copy()

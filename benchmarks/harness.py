@@ -11,6 +11,7 @@ import math
 import multiprocessing
 import random
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -29,6 +30,8 @@ from gpt.cli import UserError, write_atomically
 from gpt.hardware import device_name, fingerprint, native_bf16
 
 ROUNDS = 9
+LEAST_ROUNDS, ROUNDS_SECONDS = 3, 40.0
+"""Where nobody says how many rounds: no further one begins after so many seconds, see interleave."""
 LEAST_SECONDS, MOST_CALLS = 2e-3, 50
 """A variant is called so often in a round that what ran before it does not matter."""
 LONG_SECONDS = 0.5
@@ -88,10 +91,17 @@ def check(case: Case) -> None:
             raise WrongResult(f"{case.subject} {case.shape}, {name}: {error}") from error
 
 
-def measure(case: Case, device: torch.device, rounds: int = ROUNDS) -> list[Row]:
-    """Check that the variants agree, then time them and the ceiling in turn."""
+def measure(
+    case: Case, device: torch.device, rounds: int = ROUNDS, ceilings: Ceilings | None = None
+) -> list[Row]:
+    """Check that the variants agree, then time them and the ceiling in turn.
+
+    `ceilings`: of earlier cases with this bound and dtype; what was timed then is forgotten.
+    """
     check(case)
-    ceilings = Ceilings(device, [case.dtype], [case.bound])
+    if ceilings is None:
+        ceilings = Ceilings(device, [case.dtype], [case.bound])
+    ceilings.forget()
     calls = {
         name: min(MOST_CALLS, math.ceil(LEAST_SECONDS / timed(run, device)))
         for name, run in case.variants.items()
@@ -139,7 +149,7 @@ def _settled(seconds: Mapping[str, Sequence[float]], baseline: str) -> bool:
 def interleave(
     variants: Mapping[str, Callable[[], Any]],
     ceilings: Ceilings,
-    rounds: int,
+    rounds: int | None,
     calls: Mapping[str, int] | None = None,
     *,
     warm: bool = False,
@@ -147,13 +157,17 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Seconds of every variant in every round, of one or `calls` calls; a round ends with the ceilings.
 
+    rounds: None takes those that begin within ROUNDS_SECONDS, from LEAST_ROUNDS to ROUNDS.
     warm: before a call of up to LONG_SECONDS goes one that is not timed, so that it finds caches and memory
     as it leaves them.
     limits: whether the ceilings are timed.
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     order, generator = list(variants), random.Random(0)
-    for _ in range(rounds):
+    started = time.perf_counter()
+    for done in range(ROUNDS if rounds is None else rounds):
+        if rounds is None and done >= LEAST_ROUNDS and time.perf_counter() - started > ROUNDS_SECONDS:
+            break
         for name in order:
             if warm and (not seconds[name] or seconds[name][-1] < LONG_SECONDS):
                 variants[name]()
@@ -305,11 +319,15 @@ def measure_all(cases: Sequence[Callable[[], Case]], device: torch.device, round
     Each is built only when its turn comes, so that memory holds one at a time.
     """
     rows: list[Row] = []
+    ceilings: dict[tuple[str, torch.dtype | None], Ceilings] = {}
     skipped = 0
     for build in track(cases, description="measuring", console=Console(stderr=True), transient=True):
         case = build()
         if is_usable(case, device):
-            rows += measure(case, device, rounds)
+            limit = case.bound, case.dtype if case.bound == "gemm" else None
+            if limit not in ceilings:
+                ceilings[limit] = Ceilings(device, [case.dtype], [case.bound])
+            rows += measure(case, device, rounds, ceilings[limit])
         else:
             skipped += 1
     if skipped:

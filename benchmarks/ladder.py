@@ -123,15 +123,18 @@ class Climb:
         return abs(self.product / self.total - 1)
 
 
-def climb(ladder: Ladder, device: torch.device, rounds: int, *, memory: bool = True) -> Climb:
-    """Time all rungs, then all removals. Raises WrongResult when a rung's loss is not the first one's."""
+def climb(ladder: Ladder, device: torch.device, rounds: int | None, *, memory: bool = True) -> Climb:
+    """Time all rungs, then all removals; `rounds` are those of harness.interleave.
+
+    Raises WrongResult when a rung's loss is not the first one's.
+    """
     losses, seconds, traits = _rounds(ladder.title, ladder.rungs, ladder.tolerance, device, rounds)
     first, before = ladder.rungs[0].name, ladder.rungs[0].name
     result = Climb([], losses=losses, seconds=seconds)
     for rung in ladder.rungs:
         against = {first: seconds[first], "before": seconds[before]}
         row = traits[rung.name].row(f"ladder {ladder.title}", rung.name, seconds[rung.name], against, device)
-        row.extra["loss"] = late_loss(losses, rung.name, rounds)
+        row.extra["loss"] = late_loss(losses, rung.name, len(seconds[first]))
         gains = [a / b for a, b in zip(seconds[before], seconds[rung.name], strict=True)]
         row.extra["gain_error"] = relative_error(gains)
         result.rows.append(row)
@@ -147,7 +150,7 @@ def climb(ladder: Ladder, device: torch.device, rounds: int, *, memory: bool = T
             against = {full.name: seconds[full.name]}
             subject = f"removal {ladder.title}"
             row = traits[rung.name].row(subject, rung.name, seconds[rung.name], against, device)
-            row.extra["loss"] = late_loss(losses, rung.name, rounds)
+            row.extra["loss"] = late_loss(losses, rung.name, len(seconds[full.name]))
             result.removed.append(row)
     if memory:
         for row, peak in zip(result.rows, peak_memory(ladder.rungs, device), strict=True):
@@ -184,7 +187,7 @@ class _Trait:
 
 
 def _rounds(
-    title: str, rungs: Sequence[Rung], tolerance: float, device: torch.device, rounds: int
+    title: str, rungs: Sequence[Rung], tolerance: float, device: torch.device, rounds: int | None
 ) -> tuple[dict[str, list[float]], dict[str, list[float]], dict[str, _Trait]]:
     """Losses and seconds by rung, and what their rows need; the steps are gone afterwards."""
     steps: dict[str, Step] = {}
@@ -216,8 +219,8 @@ def _rounds(
 def peak_memory(rungs: Sequence[Rung], device: torch.device) -> list[float]:
     """Bytes that a step of each needs at its peak, over those of the same process before the step was built.
 
-    Two processes at a time, as most of theirs is importing on one core; OpenMP's threads sleep while they wait
-    for work, as spinning would keep the other process from its core.
+    Two processes at a time, as most of theirs is importing on one core; OpenMP's threads sleep while they
+    wait for work, as spinning would keep the other process from its core.
     """
     spawn = multiprocessing.get_context("spawn")
     threads = torch.get_num_threads()

@@ -22,7 +22,7 @@ UNEXPLAINED, ACCOUNTED = 0.10, 0.95
 
 
 def measure(
-    model: str, request: Request, rounds: int, *, memory: bool = True
+    model: str, request: Request, rounds: int | None, *, memory: bool = True
 ) -> tuple[list[Row], dict[str, Any]]:
     """Rows of a model's ladder, its removals among them, and the section of the JSON that goes with them."""
     if model not in LADDERS:

@@ -34,8 +34,8 @@ CORPORA = Path(__file__).resolve().parents[2] / "shared" / "corpora"
 VOCAB_SIZE = 32_768
 THREADS = (1, 2)
 WARM_PASSES = 3
-# A round of these takes long: they are measured in the first two only.
-SLOW, SLOW_ROUNDS = ("tokenizers", "tiktoken"), 2
+# A round of these takes long: they are measured in the first only.
+SLOW, SLOW_ROUNDS = ("tokenizers", "tiktoken"), 1
 TAKES_BYTES = ("tapelm", "gigatoken")
 
 Encoder = Callable[[Sequence[str | bytes], int], Any]  # (documents, threads) -> the peer's own result

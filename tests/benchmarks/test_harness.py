@@ -53,6 +53,38 @@ def test_noisy_ratios_take_more_rounds(clock) -> None:
     assert harness._settled({"peer": slow, "ours": slow[::-1]}, "peer")  # whose time is up
 
 
+@pytest.mark.parametrize(("seconds", "rounds"), [(1.0, harness.ROUNDS), (10.0, 4), (100.0, 3)])
+def test_rounds_fill_the_time_for_them(clock, seconds, rounds) -> None:
+    ceilings = Ceilings(CPU, [torch.float32], ["gemm"])
+    found = harness.interleave({"a": clock.taking(seconds)}, ceilings, None)
+    assert found["a"] == pytest.approx([seconds] * rounds, rel=1e-3)
+    assert len(harness.interleave({"a": clock.taking(seconds)}, ceilings, 5)["a"]) == 5
+
+
+def test_a_long_call_takes_no_other_before_it(clock) -> None:
+    counts = dict.fromkeys((0.1, 1.0), 0)
+
+    def counted(seconds: float):
+        def run() -> None:
+            counts[seconds] += 1
+            clock.now += seconds
+
+        return run
+
+    variants = {str(seconds): counted(seconds) for seconds in counts}
+    harness.interleave(variants, Ceilings(CPU, [], []), 3, warm=True)
+    assert counts == {0.1: 6, 1.0: 4}
+
+
+def test_shared_ceilings_are_those_of_the_case(clock) -> None:
+    ceilings = Ceilings(CPU, [torch.float32], ["gemm"])
+    ceilings.round()
+    harness.measure(case({"peer": clock.taking(0.1, [])}), CPU, 3, ceilings)
+    assert [len(probe.seconds) for probe in ceilings.probes["gemm torch.float32"]] == [3] * len(
+        ceilings.probes["gemm torch.float32"]
+    )
+
+
 def test_a_wrong_result_is_not_timed(clock) -> None:
     wrong = clock.taking(0.1, [torch.zeros(2)])
     with pytest.raises(WrongResult, match=r"op 1x1, ours: .*result 0 is wrong"):
