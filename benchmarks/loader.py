@@ -31,6 +31,7 @@ from tapelm.loader import ORDERS
 from tapelm.shards import MANIFEST
 
 TOKENS = 8 << 20  # a timing of batches
+WORKER_TOKENS = 1 << 20  # of those whose processes send them, which takes milliseconds a batch
 VOCAB, END = 16_384, 0
 Step = Callable[[], object]
 
@@ -153,36 +154,37 @@ def _batches(directory: Path, batch_size: int, seq_len: int, rounds: int) -> lis
             if not torch.equal(batch.inputs[row], dataset[index][0]):
                 raise UserError("the shuffled loader's windows differ from the memmap's, nothing was timed")
 
-    batches = TOKENS // (batch_size * seq_len)
-
-    def steps(source: Iterator[object]) -> Step:
+    def steps(source: Iterator[object], batches: int) -> Step:
         def run() -> None:
             for _ in range(batches):
                 next(source)
 
         return run
 
-    def case(sources: dict[str, Iterator[object]]) -> Case:
-        return Case(
+    def rows_of(sources: dict[str, Iterator[object]], tokens: int) -> list[Row]:
+        batches = tokens // (batch_size * seq_len)
+        case = Case(
             subject="loader",
             shape=f"{batches} x {batch_size} x {seq_len}",
             dtype=torch.int64,
-            variants={name: steps(source) for name, source in sources.items()},
+            variants={name: steps(source, batches) for name, source in sources.items()},
             bound="copy",
             work=2.0 * 20 * batch_size * seq_len * batches,
             agree=lambda ours, expected: None,  # checked above: the orders differ by design
         )
 
-    rows = measure(case(peers), torch.device("cpu"), rounds)
+        measured = measure(case, torch.device("cpu"), rounds)
+        for row in measured:
+            row.extra["batches_per_second"] = 1e3 * batches / row.median_ms
+            row.extra["tokens_per_second"] = 1e3 * batches * batch_size * seq_len / row.median_ms
+        return measured
+
+    rows = rows_of(peers, TOKENS)
     # Apart, as its processes would stay and disturb the others.
     workers: dict[str, Iterator[object]] = {
         f"DataLoader, {count} workers": endless(dataset, batch_size, count) for count in (0, 2)
     }
-    rows += measure(case(workers), torch.device("cpu"), rounds)[1:]
-    for row in rows:
-        row.extra["batches_per_second"] = 1e3 * batches / row.median_ms
-        row.extra["tokens_per_second"] = 1e3 * batches * batch_size * seq_len / row.median_ms
-    return rows
+    return rows + rows_of(workers, WORKER_TOKENS)[1:]
 
 
 OPEN = """
