@@ -98,8 +98,8 @@ class Options:
     profile: bool = False
     """train: print what each op of the optimized step costs instead."""
     rounds: int | None = None
-    """None takes 9; 5 for peers and scaling; 3 for all. For ladders also in all: as many as begin within
-    40 seconds, from 3 to 9."""
+    """None takes 9; 5 for peers, scaling and all. For ladders also in all: as many as begin within
+    36 seconds, from 3 to 9."""
     device: str = "auto"
     threads: int = 0
     """CPU threads; 0 takes PyTorch's default."""
@@ -170,8 +170,8 @@ def refuse_ignored(options: Options) -> None:
 
 
 def run(options: Options) -> int:
-    fewer = {"peers": 5, "scaling": 5, "all": harness.LEAST_ROUNDS}
-    rounds = fewer.get(options.subject, harness.ROUNDS) if options.rounds is None else options.rounds
+    fewer = options.subject in ("peers", "scaling", "all")
+    rounds = (5 if fewer else harness.ROUNDS) if options.rounds is None else options.rounds
     if rounds < 1 or (options.batch_size is not None and options.batch_size < 1):
         raise UserError("--rounds and --batch-size must be at least 1")
     set_threads(options.threads)
@@ -245,7 +245,9 @@ def run(options: Options) -> int:
         if options.subject == "all" and options.text is None and not tokenizer.CORPORA.is_dir():
             print("skipped: tokenizer: no text here, give --text a .txt or .jsonl file")
         else:
-            rows += alone(tokenizer.measure, options.text, rounds)
+            rows += alone(
+                tokenizer.measure, options.text, min(rounds, 3) if options.subject == "all" else rounds
+            )
             save("tokenizer")
     if options.subject in ("loader", "all"):
         rows += alone(loader.measure_all, rounds, options.preset, batch_size, options.text)

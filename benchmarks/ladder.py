@@ -29,8 +29,9 @@ from benchmarks.harness import Row, WrongResult, interleave, make_row, relative_
 from benchmarks.kept_memory import given_back
 from gpt.hardware import peak_memory_bytes, set_threads
 
-WARM_UP = 1
-"""Steps before the rounds, the first of which begins with another one."""
+WARM_UP, WARM_UP_ELSEWHERE = 1, 4
+"""Steps before the rounds, the first of which begins with another one. Where the C library treats memory by
+itself, it learns during some steps what not to give back."""
 MEMORY_STEPS = 2
 
 
@@ -201,7 +202,7 @@ def _rounds(
                 f"{title}, {rung.name}: loss {loss} of the initial weights where {rungs[0].name} has "
                 f"{expected}, nothing was timed"
             )
-        for _ in range(WARM_UP):
+        for _ in range(WARM_UP_ELSEWHERE if rung.elsewhere else WARM_UP):
             step()
         steps[rung.name] = step
     ceilings = Ceilings(device, [step.dtype for step in steps.values()], ["gemm"])
@@ -219,7 +220,7 @@ def _rounds(
 def peak_memory(rungs: Sequence[Rung], device: torch.device) -> list[float]:
     """Bytes that a step of each needs at its peak, over those of the same process before the step was built.
 
-    Two processes at a time, as most of theirs is importing on one core; OpenMP's threads sleep while they
+    Two processes at a time, as much of theirs is importing on one core; OpenMP's threads sleep while they
     wait for work, as spinning would keep the other process from its core.
     """
     spawn = multiprocessing.get_context("spawn")
