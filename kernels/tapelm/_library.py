@@ -74,13 +74,21 @@ def check_tensors(op: str, **tensors: Tensor | None) -> None:
         TypeError: a dtype that the device's kernels do not compute in, or dtypes that differ.
         ValueError: an unsupported device, or devices that differ.
     """
-    present = [tensor for tensor in tensors.values() if tensor is not None]
-    device, dtype = present[0].device, present[0].dtype
-    supported = SUPPORTED_DTYPES.get(device.type, ())
-    if dtype in supported and all(each.dtype == dtype and each.device == device for each in present):
-        return
+    first = None
+    for tensor in tensors.values():  # a loop, as every call of every op comes here
+        if tensor is None:
+            continue
+        if first is None:
+            first, device, dtype = tensor, tensor.device, tensor.dtype
+        elif tensor.dtype != dtype or tensor.device != device:
+            break
+    else:
+        if first is not None and dtype in SUPPORTED_DTYPES.get(_device_type(first), ()):
+            return
     named = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    first_name = next(iter(named))
+    first_name, first = next(iter(named.items()))
+    device, dtype = first.device, first.dtype
+    supported = SUPPORTED_DTYPES.get(device.type, ())
     if not supported:
         raise ValueError(f"{op}: {first_name} is on {device}; move it to cpu or cuda.")
     for name, tensor in named.items():
@@ -93,18 +101,28 @@ def check_tensors(op: str, **tensors: Tensor | None) -> None:
             raise TypeError(f"{op}: {name} is {tensor.dtype} but {first_name} is {dtype}; cast one.")
 
 
+def _device_type(tensor: Tensor) -> str:
+    return "cpu" if tensor.is_cpu else tensor.device.type  # whose string is made anew each time
+
+
 def check_probability(op: str, name: str, p: float) -> None:
     """Raises ValueError unless 0 <= p < 1."""
     if not 0.0 <= p < 1.0:
         raise ValueError(f"{op}: {name} is {p}; it must be in [0, 1).")
 
 
+def autocast_is_on(tensor: Tensor) -> bool:
+    """Whether autocast is on for the device of ``tensor``; it knows no meta device."""
+    device_type = _device_type(tensor)
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The tensors in autocast's dtype where autocast is on for their device, as torch's own matmuls do."""
-    device_type = next(tensor for tensor in tensors if tensor is not None).device.type
-    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+    first = tensors[0] if tensors[0] is not None else next(tensor for tensor in tensors if tensor is not None)
+    if not autocast_is_on(first):
         return tensors
-    dtype = torch.get_autocast_dtype(device_type)
+    dtype = torch.get_autocast_dtype(_device_type(first))
     return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ._library import (
+    autocast_is_on,
     check_probability,
     check_tensors,
     draw_seed,
@@ -99,7 +100,7 @@ def _(
 def _add_norm(
     op: str, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dropout_p: float
 ) -> tuple[Tensor, Tensor]:
-    if residual.device.type != "meta" and torch.is_autocast_enabled(residual.device.type):
+    if autocast_is_on(residual):
         x, weight = x.to(residual.dtype), weight.to(residual.dtype)
         bias = None if bias is None else bias.to(residual.dtype)
     check_tensors(op, x=x, residual=residual, weight=weight, bias=bias)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ._library import (
+    autocast_is_on,
     check_tensors,
     register_cuda,
     register_fake,
@@ -74,16 +75,17 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
         TypeError: unsupported or differing dtypes.
         ValueError: wrong shapes, eps <= 0, or devices differ.
     """
-    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+    if autocast_is_on(x):
         weight, bias = weight.to(x.dtype), bias.to(x.dtype)
     check_tensors("layer_norm", x=x, weight=weight, bias=bias)
     if x.dim() == 0:
         raise ValueError("layer_norm: x has no dimension to normalise; give it at least one.")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor.shape != x.shape[-1:]:
-            raise ValueError(
-                f"layer_norm: {name} is {tuple(tensor.shape)}; x {tuple(x.shape)} needs ({x.shape[-1]},)."
-            )
+    shape = x.shape[-1:]
+    if weight.shape != shape or bias.shape != shape:
+        name, tensor = ("bias", bias) if weight.shape == shape else ("weight", weight)
+        raise ValueError(
+            f"layer_norm: {name} is {tuple(tensor.shape)}; x {tuple(x.shape)} needs ({x.shape[-1]},)."
+        )
     if not eps > 0:
         raise ValueError(f"layer_norm: eps is {eps}; it must be positive.")
     return torch.ops.tapelm.layer_norm_forward.default(x, weight, bias, eps)[0]

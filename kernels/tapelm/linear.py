@@ -86,11 +86,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     x, weight, bias = autocast(x, weight, bias)
     check_tensors("linear", x=x, weight=weight, bias=bias)
-    if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+    shape = weight.shape
+    if len(shape) != 2 or x.dim() == 0 or x.shape[-1] != shape[1]:
         raise ValueError(
             f"linear: weight is {tuple(weight.shape)}; x {tuple(x.shape)} needs (N, K), K its last size."
         )
-    if bias is not None and bias.shape != weight.shape[:1]:
+    if bias is not None and bias.shape != shape[:1]:
         raise ValueError(
             f"linear: bias is {tuple(bias.shape)}; weight {tuple(weight.shape)} needs one per row."
         )

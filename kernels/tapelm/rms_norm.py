@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ._library import (
+    autocast_is_on,
     check_tensors,
     register_cuda,
     register_fake,
@@ -66,7 +67,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
         TypeError: unsupported or differing dtypes.
         ValueError: wrong shapes, eps <= 0, or devices differ.
     """
-    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+    if autocast_is_on(x):
         weight = weight.to(x.dtype)
     check_tensors("rms_norm", x=x, weight=weight)
     if x.dim() == 0:
