@@ -98,8 +98,8 @@ class Options:
     profile: bool = False
     """train: print what each op of the optimized step costs instead."""
     rounds: int | None = None
-    """None takes 9; 5 for peers, scaling and all. For ladders also in all: as many as begin within
-    36 seconds, from 3 to 9."""
+    """None takes 9; 5 for peers, scaling and all, 3 for its tokenizer. For ladders, also in all: as many as
+    begin within 36 seconds, from 3 to 9."""
     device: str = "auto"
     threads: int = 0
     """CPU threads; 0 takes PyTorch's default."""
@@ -245,9 +245,9 @@ def run(options: Options) -> int:
         if options.subject == "all" and options.text is None and not tokenizer.CORPORA.is_dir():
             print("skipped: tokenizer: no text here, give --text a .txt or .jsonl file")
         else:
-            rows += alone(
-                tokenizer.measure, options.text, min(rounds, 3) if options.subject == "all" else rounds
-            )
+            # In all, no more than show cold from warm, unless more are asked for.
+            few = min(rounds, 3) if options.rounds is None and options.subject == "all" else rounds
+            rows += alone(tokenizer.measure, options.text, few)
             save("tokenizer")
     if options.subject in ("loader", "all"):
         rows += alone(loader.measure_all, rounds, options.preset, batch_size, options.text)
