@@ -37,7 +37,7 @@ LEAST_SECONDS, MOST_CALLS = 2e-3, 50
 LONG_SECONDS = 0.5
 """A call of that length finds its own state of caches and memory; see interleave."""
 SETTLED = 0.01
-MOST_TIMES_ROUNDS, MOST_SECONDS = 6, 0.8
+MOST_TIMES_ROUNDS, MOST_SECONDS = 6, 1.5
 """While a ratio's standard error is above SETTLED, a short case takes its rounds again and again."""
 
 
