@@ -80,7 +80,6 @@ void multiply_rows(Matrix<T> left, int64_t m0, int64_t rows, int64_t K, const fl
       const int64_t width = std::min<int64_t>(NR, columns - j);
       const int n0 = static_cast<int>(std::min<int64_t>(W, width)), n1 = static_cast<int>(width - n0);
       const Unit<T>* panel = right + units<T>(k0) * padded + j * n;
-      const vf b0 = bias ? load_part(bias + j, n0) : vf{}, b1 = bias && n1 ? load_part(bias + j + W, n1) : vf{};
       for (int64_t i = 0; i < rows; i += MR) {
         const int64_t m = std::min<int64_t>(MR, rows - i);
         Out* const o = out + i * ld + j;
@@ -102,7 +101,10 @@ void multiply_rows(Matrix<T> left, int64_t m0, int64_t rows, int64_t K, const fl
             store(s + r * SUMS, c[r][0]);
             store(s + r * SUMS + W, c[r][1]);
           }
-        } else if (m == MR && width == NR) {
+          continue;
+        }
+        const vf b0 = bias ? load_part(bias + j, n0) : vf{}, b1 = bias && n1 ? load_part(bias + j + W, n1) : vf{};
+        if (m == MR && width == NR) {
 #pragma GCC unroll 16
           for (int r = 0; r < MR; ++r) {
             Out* const to = o + r * ld;
