@@ -37,7 +37,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm_forward(const Tensor& x_, co
                            .rstd = rstd.mutable_data_ptr<float>(),
                            .C = x.size(-1),
                            .eps = static_cast<float>(eps),
-                           .far = is_far(x),
+                           .far = is_far(y, x.size(-1)),
                            .dropout = dropout};
     for_rows(x, [&](int64_t begin, int64_t end) {
       if (bias)
@@ -77,7 +77,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm_backward(const Tensor& grad_
                             .dx = dresidual.mutable_data_ptr<T>(),
                             .dropped = dropout.active ? dx.mutable_data_ptr<T>() : nullptr,
                             .C = C,
-                            .far = is_far(r),
+                            .far = is_far(dresidual, C) && (!dropout.active || is_far(dx, C)),
                             .dropout = dropout};
     sums.for_chunks_of_rows([&](int64_t begin, int64_t end, float* partial) {
       if (mean)

@@ -20,11 +20,12 @@ Tensor bias_gelu_forward(const Tensor& x_, const Tensor& bias_) {
   const Tensor x = x_.contiguous(), bias = bias_.contiguous();
   const int64_t C = x.size(-1), rows = C ? x.numel() / C : 0;
   Tensor y = empty_like(x);
+  const bool far = is_far(y, C);
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     for_chunks(rows, rows_per_task(C), [&](int64_t begin, int64_t end) {
       TAPELM_DISPATCH(bias_gelu_rows(x.const_data_ptr<T>(), bias.const_data_ptr<T>(), y.mutable_data_ptr<T>(), C, begin,
-                                     end));
+                                     end, far));
     });
   });
   return y;
@@ -37,13 +38,14 @@ std::tuple<Tensor, Tensor> bias_gelu_backward(const Tensor& grad_, const Tensor&
   const Tensor grad = grad_.contiguous(), x = x_.contiguous(), bias = bias_.contiguous();
   const int64_t C = x.size(-1), rows = C ? x.numel() / C : 0;
   Tensor dx = empty_like(x), dbias = empty_like(bias);
+  const bool far = is_far(dx, C);
   const ColumnSums sums(rows, C, 1);
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     sums.for_chunks_of_rows([&](int64_t begin, int64_t end, float* partial) {
       TAPELM_DISPATCH(bias_gelu_backward_rows(grad.const_data_ptr<T>(), x.const_data_ptr<T>(),
                                               bias.const_data_ptr<T>(), dx.mutable_data_ptr<T>(), partial, C, begin,
-                                              end));
+                                              end, far));
     });
     TAPELM_DISPATCH(sum_partial(sums.partial(), sums.count(), C, C, dbias.mutable_data_ptr<T>()));
   });

@@ -23,10 +23,10 @@ TAPELM_INLINE vf gelu_derivative(vf u) {
 }
 
 template <typename T>
-void bias_gelu_rows(const T* x, const T* bias, T* y, int64_t C, int64_t begin, int64_t end) {
+void bias_gelu_rows(const T* x, const T* bias, T* y, int64_t C, int64_t begin, int64_t end, bool far) {
   for (int64_t row = begin; row < end; ++row) {
     for_vectors<2>(C, [&](int64_t i, auto n, int) __attribute__((always_inline)) {
-      put(y + row * C + i, gelu<T>(get(x + row * C + i, n) + get(bias + i, n)), n);
+      put(y + row * C + i, gelu<T>(get(x + row * C + i, n) + get(bias + i, n)), n, far);
     });
   }
 }
@@ -34,12 +34,12 @@ void bias_gelu_rows(const T* x, const T* bias, T* y, int64_t C, int64_t begin, i
 // dbias of these rows is added to a float32 sum of C.
 template <typename T>
 void bias_gelu_backward_rows(const T* grad, const T* x, const T* bias, T* dx, float* dbias, int64_t C, int64_t begin,
-                             int64_t end) {
+                             int64_t end, bool far) {
   for (int64_t row = begin; row < end; ++row) {
     for_vectors<2>(C, [&](int64_t i, auto n, int) __attribute__((always_inline)) {
       const int64_t at = row * C + i;
       const vf d = get(grad + at, n) * gelu_derivative<T>(get(x + at, n) + get(bias + i, n));
-      put(dx + at, d, n);
+      put(dx + at, d, n, far);
       put(dbias + i, get(dbias + i, n) + d, n);
     });
   }

@@ -15,6 +15,9 @@
 
 #include <algorithm>
 #include <atomic>
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
 
 #include "memory.h"
 
@@ -80,18 +83,35 @@ inline std::optional<Tensor> contiguous(const std::optional<Tensor>& t) {
 // thread count.
 inline int64_t chunk_count(int64_t size, int64_t chunk) { return (size + chunk - 1) / chunk; }
 
+// Whether a result like t, which is written in pieces of `piece` elements, is written past the caches: it is so large
+// that a store would wait for its line from memory, and push out of the caches what is needed sooner.
+inline bool is_far(const Tensor& t, int64_t piece) {
+  constexpr size_t kFar = size_t{8} << 20, kLine = 64;
+  return t.nbytes() >= kFar && piece * t.element_size() % kLine == 0 &&
+         reinterpret_cast<uintptr_t>(t.const_data_ptr()) % kLine == 0;
+}
+
+// What this thread wrote past the caches becomes visible to the others before what it writes from here on.
+inline void finish_far_results() {
+#ifdef __SSE2__
+  _mm_sfence();
+#endif
+}
+
 // body(begin, end) for chunks of [0, size). They are handed out one by one: on a shared machine one thread is often
 // slower than the other.
 template <typename Body>
 void for_chunks(int64_t size, int64_t chunk, const Body& body) {
   if (size <= chunk) {
     if (size > 0) body(int64_t{0}, size);
+    finish_far_results();
     return;
   }
   std::atomic<int64_t> next{0};
   at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
     for (int64_t begin = chunk * next++; begin < size; begin = chunk * next++)
       body(begin, std::min(size, begin + chunk));
+    finish_far_results();
   });
 }
 

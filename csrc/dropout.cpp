@@ -16,6 +16,7 @@ Tensor dropout(const Tensor& x_, double p, const Tensor& seed) {
   const Tensor x = x_.contiguous();
   Tensor y = empty_like(x);
   const int64_t n = x.numel();
+  const bool far = is_far(y, kTaskElements);
   const uint64_t key = static_cast<uint64_t>(*seed.const_data_ptr<int64_t>());
   const uint32_t threshold = dropout_threshold(p);
   const float scale = dropout_scale(p);
@@ -23,7 +24,7 @@ Tensor dropout(const Tensor& x_, double p, const Tensor& seed) {
     using T = decltype(zero);
     for_chunks(n, kTaskElements, [&](int64_t begin, int64_t end) {
       TAPELM_DISPATCH(
-          dropout_range(x.const_data_ptr<T>(), y.mutable_data_ptr<T>(), key, threshold, scale, begin, end));
+          dropout_range(x.const_data_ptr<T>(), y.mutable_data_ptr<T>(), key, threshold, scale, begin, end, far));
     });
   });
   return y;

@@ -2,10 +2,11 @@
 
 // Elements [begin, end) of a contiguous tensor.
 template <typename T>
-void dropout_range(const T* x, T* y, uint64_t seed, uint32_t threshold, float scale, int64_t begin, int64_t end) {
+void dropout_range(const T* x, T* y, uint64_t seed, uint32_t threshold, float scale, int64_t begin, int64_t end,
+                   bool far) {
   x += begin;
   y += begin;
   for_random_vectors(end - begin, seed, begin, [&](int64_t i, auto n, int, vu random) __attribute__((always_inline)) {
-    put(y + i, dropped(get(x + i, n), random, threshold, scale), n);
+    put(y + i, dropped(get(x + i, n), random, threshold, scale), n, far);
   });
 }

@@ -43,6 +43,7 @@ Tensor embedding_forward(const Tensor& ids_, const Tensor& tokens_, const Tensor
   std::vector<int64_t> shape = ids.sizes().vec();
   shape.push_back(C);
   Tensor y = empty(shape, tokens.scalar_type());
+  const bool far = is_far(y, C);
   with_ids(ids, [&](const auto* each) {
     const auto wrong =
         std::find_if(each, each + ids.numel(), [&](int64_t id) { return id < 0 || id >= vocabulary; });
@@ -51,7 +52,7 @@ Tensor embedding_forward(const Tensor& ids_, const Tensor& tokens_, const Tensor
       using T = decltype(zero);
       for_chunks(ids.numel(), rows_per_task(C), [&](int64_t begin, int64_t end) {
         TAPELM_DISPATCH(embedding_rows(each, tokens.const_data_ptr<T>(), positions.const_data_ptr<T>(),
-                                       y.mutable_data_ptr<T>(), time, C, dropout, begin, end));
+                                       y.mutable_data_ptr<T>(), time, C, dropout, begin, end, far));
       });
     });
   });
@@ -75,6 +76,7 @@ struct Groups {
 Tensor sum_groups(const Groups& groups, const Tensor& grad, int64_t C, const Dropout& dropout) {
   const int64_t keys = static_cast<int64_t>(groups.start.size()) - 1;
   Tensor out = empty({keys, C}, grad.scalar_type());
+  const bool far = is_far(out, C);
   with_dtype(grad, [&](auto zero) {
     using T = decltype(zero);
     for_chunks(keys, rows_per_task(C), [&](int64_t begin, int64_t end) {
@@ -82,7 +84,7 @@ Tensor sum_groups(const Groups& groups, const Tensor& grad, int64_t C, const Dro
       for (int64_t k = begin; k < end; ++k)
         TAPELM_DISPATCH(embedding_sum(grad.const_data_ptr<T>(), groups.rows.data() + groups.start[k],
                                       groups.start[k + 1] - groups.start[k], C, dropout, sums.get(),
-                                      out.mutable_data_ptr<T>() + k * C));
+                                      out.mutable_data_ptr<T>() + k * C, far));
     });
   });
   return out;

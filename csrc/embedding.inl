@@ -3,7 +3,7 @@
 // Rows [begin, end) of y = dropout(tokens[ids[row]] + positions[row % time]), C elements each.
 template <typename T, typename Id>
 void embedding_rows(const Id* ids, const T* tokens, const T* positions, T* y, int64_t time, int64_t C,
-                    const Dropout& dropout, int64_t begin, int64_t end) {
+                    const Dropout& dropout, int64_t begin, int64_t end, bool far) {
   for (int64_t row = begin; row < end; ++row) {
     const T *const token = tokens + static_cast<int64_t>(ids[row]) * C, *const position = positions + row % time * C;
     T* const out = y + row * C;
@@ -13,18 +13,19 @@ void embedding_rows(const Id* ids, const T* tokens, const T* positions, T* y, in
     if (dropout.active)
       for_random_vectors(C, dropout.seed, row * C,
                          [&](int64_t i, auto n, int, vu random) __attribute__((always_inline)) {
-        put(out + i, dropped(sum(i, n), random, dropout.threshold, dropout.scale), n);
+        put(out + i, dropped(sum(i, n), random, dropout.threshold, dropout.scale), n, far);
       });
     else
-      for_vectors<2>(C, [&](int64_t i, auto n, int) __attribute__((always_inline)) { put(out + i, sum(i, n), n); });
+      for_vectors<2>(C, [&](int64_t i, auto n, int) __attribute__((always_inline)) { put(out + i, sum(i, n), n, far); });
   }
 }
 
 // out (C) = the sum of `count` rows of grad after dropout, in the order given; `sums` is space for C floats.
 template <typename T>
 void embedding_sum(const T* grad, const int64_t* rows, int64_t count, int64_t C, const Dropout& dropout, float* sums,
-                   T* out) {
-  if (count == 0) std::fill(out, out + C, T(0.0f));
+                   T* out, bool far) {
+  if (count == 0)
+    for_vectors(C, [&](int64_t i, auto n, int) __attribute__((always_inline)) { put(out + i, vf{}, n, far); });
   for (int64_t k = 0; k < count; ++k) {
     const int64_t row = rows[k];
     const auto add = [&](int64_t i, auto n, vf g) __attribute__((always_inline)) {
@@ -32,7 +33,7 @@ void embedding_sum(const T* grad, const int64_t* rows, int64_t count, int64_t C,
       if (k + 1 < count)
         put(sums + i, total, n);
       else
-        put(out + i, total, n);
+        put(out + i, total, n, far);
     };
     if (dropout.active)
       for_random_vectors(C, dropout.seed, row * C,

@@ -65,6 +65,17 @@ float quantize_block(const T* w, int64_t count, bool whole, uint8_t* packed) {
   return whole ? absmax : divisor;
 }
 
+// W bytes as integers. The compiler's own conversion goes by way of 16 bits.
+TAPELM_INLINE vi widen_indices(const uint8_t* p) {
+#if defined(TAPELM_AVX512)
+  return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(TAPELM_AVX2)
+  return (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#else
+  return __builtin_convertvector(*reinterpret_cast<const bw_any*>(p), vi);
+#endif
+}
+
 // The 16 codes times the scale of a block, and 16 elements by their indices.
 template <typename T>
 struct Table;
@@ -80,9 +91,7 @@ struct Table<float> {
     const vf low = load(entry), high = load(entry + 16 - W);
     uint8_t lanes[16];
     *reinterpret_cast<b16_any*>(lanes) = index;
-    for (int i = 0; i < 16; i += W)
-      store(out + i,
-            __builtin_shuffle(low, high, __builtin_convertvector(*reinterpret_cast<const bw_any*>(lanes + i), vi)));
+    for (int i = 0; i < 16; i += W) store(out + i, __builtin_shuffle(low, high, widen_indices(lanes + i)));
   }
 };
 

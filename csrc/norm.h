@@ -14,7 +14,7 @@ struct NormForward {
   float *mean, *rstd;
   int64_t C;
   float eps;
-  bool far;  // see is_far
+  bool far;  // y: see is_far
   Dropout dropout;
 };
 
@@ -25,7 +25,7 @@ struct NormBackward {
   const float *mean, *rstd;
   T *dx, *dropped;
   int64_t C;
-  bool far;
+  bool far;  // dx and dropped: see is_far
   Dropout dropout;
 };
 
@@ -46,10 +46,6 @@ inline void check_like(const Tensor& t, const Tensor& x, const char* op, const c
 }
 
 inline int64_t row_count(const Tensor& x) { return x.size(-1) ? x.numel() / x.size(-1) : 0; }
-
-// Whether results like t lie beyond the second cache, so that it pays to fetch their lines before they are written
-// (measured: from 8 MB on it does, below it costs 5 to 15%).
-inline bool is_far(const Tensor& t) { return t.nbytes() >= size_t{8} << 20; }
 
 // One float32 for each row.
 inline Tensor empty_statistic(const Tensor& x) { return empty(x.sizes().slice(0, x.dim() - 1), at::kFloat); }

@@ -34,9 +34,10 @@ std::tuple<Tensor, Tensor> rope(const Tensor& q_, const Tensor& k_, const Tensor
   const Tensor out[2] = {empty(q_.sizes(), q_.scalar_type()), empty(k_.sizes(), k_.scalar_type())};
   const Tensor cos = cos_.to(at::kFloat).contiguous(), sin = sin_.to(at::kFloat).contiguous();
   const int64_t B = q_.size(0), T = q_.size(2), D = q_.size(3), blocks = chunk_count(T, kPositions);
+  const bool far[2] = {is_far(out[0], D / 2), is_far(out[1], D / 2)};
   with_dtype(q_, [&](auto zero) {
     using E = decltype(zero);
-    at::parallel_for(0, B * blocks, 1, [&](int64_t begin, int64_t end) {
+    for_chunks(B * blocks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t b = task / blocks, t = task % blocks * kPositions, count = std::min(kPositions, T - t);
         const int64_t table = ((cos.dim() == 3 ? b * T : 0) + t) * D;
@@ -48,9 +49,9 @@ std::tuple<Tensor, Tensor> rope(const Tensor& q_, const Tensor& k_, const Tensor
             E* to = out[which].mutable_data_ptr<E>() + ((b * H + h) * T + t) * D;
             const float *c = cos.const_data_ptr<float>() + table, *s = sin.const_data_ptr<float>() + table;
             if (inverse)
-              TAPELM_DISPATCH(rope_positions<true>(from, x.stride(2), c, s, to, D, count));
+              TAPELM_DISPATCH(rope_positions<true>(from, x.stride(2), c, s, to, D, count, far[which]));
             else
-              TAPELM_DISPATCH(rope_positions<false>(from, x.stride(2), c, s, to, D, count));
+              TAPELM_DISPATCH(rope_positions<false>(from, x.stride(2), c, s, to, D, count, far[which]));
           }
         }
       }

@@ -12,6 +12,37 @@ TAPELM_INLINE void put(T* p, vf x, Whole) { store(p, x); }
 template <typename T>
 TAPELM_INLINE void put(T* p, vf x, int n) { store_part(p, x, n); }
 
+// Past the caches, where the CPU can: p is a multiple of the bytes of the vector.
+TAPELM_INLINE void stream(float* p, vf x) {
+#if defined(TAPELM_AVX512)
+  _mm512_stream_ps(p, (__m512)x);
+#elif defined(TAPELM_AVX2)
+  _mm256_stream_ps(p, (__m256)x);
+#else
+  store(p, x);
+#endif
+}
+TAPELM_INLINE void stream(c10::BFloat16* p, vf x) {
+#if defined(TAPELM_AVX512)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)narrow(x));
+#elif defined(TAPELM_AVX2)
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)narrow(x));
+#else
+  store(p, x);
+#endif
+}
+
+// A result, which is_far or not; its loops end with finish_far_results. `far` may be a type, where a test would be felt.
+template <typename T>
+TAPELM_INLINE void put(T* p, vf x, Whole, bool far) {
+  if (far)
+    stream(p, x);
+  else
+    store(p, x);
+}
+template <typename T>
+TAPELM_INLINE void put(T* p, vf x, int n, bool) { store_part(p, x, n); }
+
 // Independent sums, which hide the latency of addition.
 constexpr int kSums = 4;
 TAPELM_INLINE float sum(const vf (&partial)[kSums]) { return sum((partial[0] + partial[1]) + (partial[2] + partial[3])); }

@@ -24,26 +24,17 @@ TAPELM_INLINE void row_statistics(const T* x, int64_t C, float eps, float shift,
   rstd = 1.0f / std::sqrt(square + eps);
 }
 
-// Brings the cache line at p, of vector s of for_vectors, near: while a row is read for its statistics nothing is
-// written, and where results are far the stores would wait for their lines afterwards. Not in loops with random
-// numbers, which take longer than memory.
-template <typename T>
-TAPELM_INLINE void fetch_line(bool far, const T* p, int s) {
-  if (far && s * W * sizeof(T) % 64 == 0) __builtin_prefetch(p);
-}
-
 // Rows are taken in blocks, which are read twice, the second time from the cache; while the sums of one row become its
-// statistics the next one is read. A block is 4 KB of each tensor, so that the nearest cache also holds weights and
-// sums, or one row; or `least_rows` where they are no more than 8 KB.
+// statistics the next one is read. A block is 8 KB of each tensor, so that the nearest cache also holds weights and
+// sums, or one row.
 template <typename T>
-int64_t rows_of_block(int64_t C, int64_t least_rows) {
-  const int64_t row = std::max<int64_t>(C, 1) * sizeof(T);
-  return std::clamp<int64_t>(4096 / row, least_rows * row <= 8192 ? least_rows : 1, kBlockRows);
+int64_t rows_of_block(int64_t C) {
+  return std::clamp<int64_t>(8192 / (std::max<int64_t>(C, 1) * sizeof(T)), 1, kBlockRows);
 }
 
 template <bool CENTRED, bool ADD, typename T>
 void norm_rows(const NormForward<T>& a, int64_t begin, int64_t end) {
-  const int64_t C = a.C, block = rows_of_block<T>(C, 1);
+  const int64_t C = a.C, block = rows_of_block<T>(C);
   for (int64_t first = begin; first < end; first += block) {
     const int64_t last = std::min(first + block, end);
     float means[kBlockRows], rstds[kBlockRows];
@@ -70,7 +61,6 @@ void norm_rows(const NormForward<T>& a, int64_t begin, int64_t end) {
           });
         } else {
           for_vectors(C, [&](int64_t i, auto n, int s) __attribute__((always_inline)) {
-            fetch_line(a.far, a.y + row * C + i, s);
             const vf v = rounded<T>(get(base + i, n, shift) + get(in + i, n));
             put(total + i, v, n);
             add(v, s);
@@ -78,7 +68,6 @@ void norm_rows(const NormForward<T>& a, int64_t begin, int64_t end) {
         }
       } else {
         for_vectors(C, [&](int64_t i, auto n, int s) __attribute__((always_inline)) {
-          fetch_line(a.far, a.y + row * C + i, s);
           add(get(in + i, n, shift), s);
         });
       }
@@ -90,11 +79,17 @@ void norm_rows(const NormForward<T>& a, int64_t begin, int64_t end) {
     for (int64_t row = first; row < last; ++row) {
       const T* const from = (ADD ? a.r : a.x) + row * C;
       const float mean = means[row - first], rstd = rstds[row - first];
-      for_vectors<1>(C, [&](int64_t i, auto n, int) __attribute__((always_inline)) {
-        vf y = (get(from + i, n) - mean) * rstd * get(a.weight + i, n);
-        if constexpr (CENTRED) y += get(a.bias + i, n);
-        put(a.y + row * C + i, y, n);
-      });
+      const auto write = [&](auto far) __attribute__((always_inline)) {
+        for_vectors<1>(C, [&](int64_t i, auto n, int) __attribute__((always_inline)) {
+          vf y = (get(from + i, n) - mean) * rstd * get(a.weight + i, n);
+          if constexpr (CENTRED) y += get(a.bias + i, n);
+          put(a.y + row * C + i, y, n, far);
+        });
+      };
+      if (a.far)
+        write(std::true_type{});
+      else
+        write(std::false_type{});
     }
   }
 }
@@ -103,7 +98,7 @@ void norm_rows(const NormForward<T>& a, int64_t begin, int64_t end) {
 // the dropout kept x. dweight and, when CENTRED, dbias are added to the float32 sums. Blocks of rows as above.
 template <bool CENTRED, bool ADD, typename T>
 void norm_backward_rows(const NormBackward<T>& a, int64_t begin, int64_t end, float* dweight, float* dbias) {
-  const int64_t C = a.C, block = rows_of_block<T>(C, 2);
+  const int64_t C = a.C, block = rows_of_block<T>(C);
   for (int64_t first = begin; first < end; first += block) {
     const int64_t last = std::min(first + block, end);
     float means[kBlockRows], rstds[kBlockRows], of_g[kBlockRows], of_gh[kBlockRows];
@@ -112,7 +107,6 @@ void norm_backward_rows(const NormBackward<T>& a, int64_t begin, int64_t end, fl
       const float mean = CENTRED ? a.mean[row] : 0.0f, rstd = a.rstd[row];
       vf sums[kSums] = {}, products[kSums] = {};
       for_vectors(C, [&](int64_t i, auto n, int s) __attribute__((always_inline)) {
-        fetch_line(a.far, a.dx + row * C + i, s);
         const vf g = get(grad + i, n) * get(a.weight + i, n);
         products[s] += g * ((get(x + i, n) - mean) * rstd);
         if constexpr (CENTRED) sums[s] += g;
@@ -135,7 +129,7 @@ void norm_backward_rows(const NormBackward<T>& a, int64_t begin, int64_t end, fl
         if constexpr (CENTRED) d -= of_g[k];
         if constexpr (ADD)
           if (a.grad_r != nullptr) d += get(a.grad_r + at, n);
-        put(a.dx + at, d, n);
+        put(a.dx + at, d, n, a.far);
       }
       put(dweight + i, sum_gh, n);
       if constexpr (CENTRED) put(dbias + i, sum_g, n);
@@ -149,7 +143,7 @@ void norm_backward_rows(const NormBackward<T>& a, int64_t begin, int64_t end, fl
         for_random_vectors(C, a.dropout.seed, row * C,
                            [&](int64_t i, auto n, int, vu random) __attribute__((always_inline)) {
           const vf d = dropped(derivatives(row, one, i, n), random, a.dropout.threshold, a.dropout.scale);
-          put(a.dropped + row * C + i, d, n);
+          put(a.dropped + row * C + i, d, n, a.far);
         });
     for (; row + 1 < last; row += 2)
       for_vectors<1>(C, [&](int64_t i, auto n, int) __attribute__((always_inline)) { derivatives(row, two, i, n); });

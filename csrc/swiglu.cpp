@@ -18,11 +18,12 @@ Tensor swiglu_forward(const Tensor& gate_, const Tensor& up_) {
   check_like(up_, gate_, "up");
   const Tensor gate = gate_.contiguous(), up = up_.contiguous();
   Tensor y = empty_like(gate);
+  const bool far = is_far(y, kTaskElements);
   with_dtype(gate, [&](auto zero) {
     using T = decltype(zero);
     for_chunks(gate.numel(), kTaskElements, [&](int64_t begin, int64_t end) {
       TAPELM_DISPATCH(swiglu_range(gate.const_data_ptr<T>() + begin, up.const_data_ptr<T>() + begin,
-                                   y.mutable_data_ptr<T>() + begin, end - begin));
+                                   y.mutable_data_ptr<T>() + begin, end - begin, far));
     });
   });
   return y;
@@ -34,12 +35,13 @@ std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& grad_, const Tensor& ga
   check_like(grad_, gate_, "grad");
   const Tensor grad = grad_.contiguous(), gate = gate_.contiguous(), up = up_.contiguous();
   Tensor dgate = empty_like(gate), dup = empty_like(gate);
+  const bool far = is_far(dgate, kTaskElements) && is_far(dup, kTaskElements);
   with_dtype(gate, [&](auto zero) {
     using T = decltype(zero);
     for_chunks(gate.numel(), kTaskElements, [&](int64_t begin, int64_t end) {
       TAPELM_DISPATCH(swiglu_backward_range(grad.const_data_ptr<T>() + begin, gate.const_data_ptr<T>() + begin,
                                             up.const_data_ptr<T>() + begin, dgate.mutable_data_ptr<T>() + begin,
-                                            dup.mutable_data_ptr<T>() + begin, end - begin));
+                                            dup.mutable_data_ptr<T>() + begin, end - begin, far));
     });
   });
   return {dgate, dup};

@@ -2,19 +2,20 @@
 
 // `count` elements of y = gate * sigmoid(gate) * up.
 template <typename T>
-void swiglu_range(const T* gate, const T* up, T* y, int64_t count) {
+void swiglu_range(const T* gate, const T* up, T* y, int64_t count, bool far) {
   for_vectors<2>(count, [&](int64_t i, auto n, int) __attribute__((always_inline)) {
     const vf a = get(gate + i, n);
-    put(y + i, a * sigmoid<T>(a) * get(up + i, n), n);
+    put(y + i, a * sigmoid<T>(a) * get(up + i, n), n, far);
   });
 }
 
 // dgate = grad * up * s * (1 + gate * (1 - s)), dup = grad * gate * s with s = sigmoid(gate).
 template <typename T>
-void swiglu_backward_range(const T* grad, const T* gate, const T* up, T* dgate, T* dup, int64_t count) {
+void swiglu_backward_range(const T* grad, const T* gate, const T* up, T* dgate, T* dup, int64_t count,
+                           bool far) {
   for_vectors<2>(count, [&](int64_t i, auto n, int) __attribute__((always_inline)) {
     const vf g = get(grad + i, n), a = get(gate + i, n), s = sigmoid<T>(a), gs = g * s;
-    put(dgate + i, gs * get(up + i, n) * (1.0f + (a - a * s)), n);
-    put(dup + i, gs * a, n);
+    put(dgate + i, gs * get(up + i, n) * (1.0f + (a - a * s)), n, far);
+    put(dup + i, gs * a, n, far);
   });
 }
