@@ -5,7 +5,6 @@
 #include "matrix_product.h"
 
 #include <atomic>
-#include <limits>
 
 namespace tapelm {
 
@@ -27,16 +26,10 @@ namespace {
 
 constexpr int64_t kRightUnits = int64_t{1} << 22;  // packed at a time: half of an L3 cache, whatever the depth
 
-// Rows of a left block, up to `most`: those with which the busiest thread is done first. Each block streams the right
-// operand through the caches, which takes about as long as one tile more.
-int64_t balanced_rows(int64_t M, int64_t tile_rows, int64_t most) {
-  const int64_t tiles = chunk_count(M, tile_rows), threads = at::get_num_threads();
-  int64_t best = 1, least = std::numeric_limits<int64_t>::max();
-  for (int64_t size = 1; size * tile_rows <= most; ++size) {
-    const int64_t cost = chunk_count(chunk_count(tiles, size), threads) * (size + 1);
-    if (cost <= least) best = size, least = cost;
-  }
-  return best * tile_rows;
+// The number of left blocks that M rows are cut into, whole tiles each: as few as load the threads alike.
+int64_t block_count(int64_t M, const ProductShape& s) {
+  const int64_t tiles = chunk_count(M, s.tile_rows), threads = at::get_num_threads();
+  return std::min(tiles, chunk_count(tiles, s.rows / s.tile_rows * threads) * threads);
 }
 
 }  // namespace
@@ -77,7 +70,8 @@ void matrix_product(Matrix<T> left, Matrix<T> right, int64_t M, int64_t N, int64
   }
   const int64_t most = std::max(panel, kRightUnits / units / panel * panel);
   const int64_t width = K <= s.depth ? most : std::min(most, s.columns);
-  const int64_t block = balanced_rows(M, s.tile_rows, s.rows);
+  const int64_t tiles = chunk_count(M, s.tile_rows), blocks = block_count(M, s);
+  const auto first_row = [&](int64_t block) { return std::min(M, block * tiles / blocks * s.tile_rows); };
   const Scratch packed(units * chunk_count(std::min(N, width), panel) * panel);
   for (int64_t n0 = 0; n0 < N; n0 += width) {
     const int64_t columns = std::min(width, N - n0), panels = chunk_count(columns, panel);
@@ -95,10 +89,12 @@ void matrix_product(Matrix<T> left, Matrix<T> right, int64_t M, int64_t N, int64
     std::atomic<int64_t> next{0};
     at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
       const Scratch space(s.space);
-      for (int64_t m0 = block * next++; m0 < M; m0 = block * next++)
-        TAPELM_DISPATCH_PRODUCT(multiply_rows(left, m0, std::min(block, M - m0), K, packed.get(), columns,
-                                      bias ? bias + n0 : nullptr, add, out + m0 * ld + n0, ld,
-                                      row_sums && n0 == 0 ? row_sums + m0 : nullptr, addend, space.get()));
+      for (int64_t block = next++; block < blocks; block = next++) {
+        const int64_t m0 = first_row(block), rows = first_row(block + 1) - m0;
+        TAPELM_DISPATCH_PRODUCT(multiply_rows(left, m0, rows, K, packed.get(), columns, bias ? bias + n0 : nullptr, add,
+                                              out + m0 * ld + n0, ld, row_sums && n0 == 0 ? row_sums + m0 : nullptr,
+                                              addend, space.get()));
+      }
     });
   }
 }
