@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PY := $(BIN)/python
-# A test that hangs says where after five minutes and ends the run.
+# A test that hangs says where after five minutes and ends its process.
 FAST := -m "not slow and not network and not gpu" -o faulthandler_timeout=300 -o faulthandler_exit_on_timeout=true
 CLANG ?= $(or $(shell command -v clang++-19),clang++)
 SECONDS ?= 60

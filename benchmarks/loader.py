@@ -31,7 +31,9 @@ from tapelm.loader import ORDERS
 from tapelm.shards import MANIFEST
 
 TOKENS = 8 << 20  # a timing of batches
-WORKER_TOKENS = 1 << 20  # of those whose processes send them, which takes milliseconds a batch
+# Of those whose processes send them, which takes milliseconds a batch. Four batches wait when a timing begins,
+# made while the others were timed: it is of so many that they do not matter.
+WORKER_TOKENS, LEAST_BATCHES = 1 << 20, 64
 VOCAB, END = 16_384, 0
 Step = Callable[[], object]
 
@@ -162,7 +164,7 @@ def _batches(directory: Path, batch_size: int, seq_len: int, rounds: int) -> lis
         return run
 
     def rows_of(sources: dict[str, Iterator[object]], tokens: int) -> list[Row]:
-        batches = tokens // (batch_size * seq_len)
+        batches = max(LEAST_BATCHES, tokens // (batch_size * seq_len))
         case = Case(
             subject="loader",
             shape=f"{batches} x {batch_size} x {seq_len}",

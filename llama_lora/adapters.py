@@ -65,7 +65,7 @@ def reset(adapters: Mapping[str, Adapter], seed: int) -> None:
 
 
 def named_tensors(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
-    """Float32 copies of the matrices under the names that PEFT gives them."""
+    """The matrices in float32 under the names that PEFT gives them; themselves, not copies, if they are so."""
     tensors = {}
     for name, adapter in adapters.items():
         for part, tensor in (("lora_A", adapter.lora_a), ("lora_B", adapter.lora_b)):

@@ -137,7 +137,7 @@ def check_gradients(
     llama, config = blocks_of(model)
     rows = [[_example(np.random.default_rng(1).integers(0, config.vocab_size, 64))]]
     batch = collate(rows, 0, 0, device)
-    worst, name_of_worst = 1.0, ""
+    worst, name_of_worst = math.inf, ""
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         x = llama.embed_tokens(batch.ids)
@@ -235,7 +235,7 @@ def reference_block(
 
 def check_round_trip(adapters: Mapping[str, Adapter], recipe: Recipe, base: Path) -> None:
     """Write the adapters, change them, read them back. Raises UserError naming the first that differs."""
-    before = files.named_tensors(adapters)
+    before = {name: tensor.clone() for name, tensor in files.named_tensors(adapters).items()}
     with tempfile.TemporaryDirectory() as folder:
         files.write(Path(folder), adapters, recipe, base)
         with torch.no_grad():

@@ -52,8 +52,13 @@ def test_gains_multiply_to_the_whole_and_branches_are_left_out(clock) -> None:
     assert result.product == pytest.approx(8, rel=1e-3) and result.unexplained() < 1e-3
     assert [row.ratio_vs["b"] for row in result.removed] == pytest.approx([1, 1 / 3], rel=1e-3)
     assert result.rows[3].extra["tokens_per_second"] == pytest.approx(10, rel=1e-3)
-    # Long steps take no other before them, but in the first round; losses are of steps that all have taken.
+    # Long steps take no other before them, but in the first round.
     assert len(result.losses["a"]) == ladder.WARM_UP + 1 + 3
+
+
+def test_losses_are_of_steps_that_all_have_taken() -> None:
+    losses = {"a": [9.0, 1.0, 2.0, 3.0, 7.0, 7.0], "b": [9.0, 1.0, 2.0, 4.0]}
+    assert ladder.late_loss(losses, "a", 2) == 2.5 and ladder.late_loss(losses, "b", 2) == 3.0
 
 
 def test_a_rung_with_another_loss_is_not_timed(clock) -> None:

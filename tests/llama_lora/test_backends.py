@@ -20,7 +20,7 @@ from llama_lora.adapters import Recipe
 from llama_lora.backends import HuggingFaceBackend, TapelmBackend, get_backend, open_base
 from llama_lora.dataset import Example
 from llama_lora.packing import PackedBatch, collate
-from llama_lora.verify import randomize, verify
+from llama_lora.verify import check_round_trip, randomize, verify
 
 CPU = torch.device("cpu")
 BACKENDS = [TapelmBackend(), HuggingFaceBackend()]
@@ -104,6 +104,15 @@ def test_raw_bitsandbytes_trains_wrong_gradients_after_an_evaluation(tiny_model,
     assert min(cosines(gradients(backend, model, batch), before)) < 0.9
     with pytest.raises(UserError, match=r"verify: wrong gradients: lora_[AB] of layers\.\d"):
         verify(backend, model, Recipe("qlora"), tiny_model, CPU)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_that_is_not_read_back_is_refused(dtype, tiny_model, monkeypatch) -> None:
+    backend = BACKENDS[0]
+    model = load(backend, tiny_model, "lora", dtype)
+    monkeypatch.setattr(files, "load", lambda *arguments: None)
+    with pytest.raises(UserError, match="is another after writing and reading the adapter"):
+        check_round_trip(backend.adapters(model), Recipe("lora"), tiny_model)
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
