@@ -1,8 +1,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PY := $(BIN)/python
-# A test that hangs says where after five minutes and ends its process.
-FAST := -m "not slow and not network and not gpu" -o faulthandler_timeout=300 -o faulthandler_exit_on_timeout=true
+# A test that hangs says where after ten minutes and ends its process.
+FAST := -m "not slow and not network and not gpu" -o faulthandler_timeout=600 -o faulthandler_exit_on_timeout=true
 CLANG ?= $(or $(shell command -v clang++-19),clang++)
 SECONDS ?= 60
 FUZZERS := text shards

@@ -34,10 +34,8 @@ LEAST_ROUNDS, ROUNDS_SECONDS = 3, 36.0
 """Where nobody says how many rounds: no further one begins after so many seconds, see interleave."""
 LEAST_SECONDS, MOST_CALLS = 2e-3, 50
 """A variant is called so often in a round that what ran before it does not matter."""
-LONG_SECONDS = 0.5
-"""A call of that length finds its own state of caches and memory; see interleave."""
-FEW_VALUES = (1.0, 1.196, 1.495, 1.363, 1.206, 1.2, 1.14, 1.129, 1.107)
-"""What the median absolute deviation of 1, 2, ... values is multiplied with; see relative_error."""
+FEW_VALUES = {3: 1.495, 4: 1.363, 5: 1.206, 6: 1.2, 7: 1.14, 8: 1.129, 9: 1.107}
+"""What the median absolute deviation of so many values is multiplied with; see relative_error."""
 SETTLED = 0.01
 MOST_TIMES_ROUNDS, MOST_SECONDS = 6, 1.5
 """While a ratio's standard error is above SETTLED, a short case takes its rounds again and again."""
@@ -154,14 +152,11 @@ def interleave(
     rounds: int | None,
     calls: Mapping[str, int] | None = None,
     *,
-    warm: bool = False,
     limits: bool = True,
 ) -> dict[str, list[float]]:
     """Seconds of every variant in every round, of one or `calls` calls; a round ends with the ceilings.
 
     rounds: None takes those that begin within ROUNDS_SECONDS, from LEAST_ROUNDS to ROUNDS.
-    warm: before each call goes one that is not timed, so that it finds caches and memory as it leaves them;
-    not where the first call of one took longer than LONG_SECONDS: then all follow another's.
     limits: whether the ceilings are timed.
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
@@ -170,10 +165,7 @@ def interleave(
     for done in range(ROUNDS if rounds is None else rounds):
         if rounds is None and done >= LEAST_ROUNDS and time.perf_counter() - started > ROUNDS_SECONDS:
             break
-        short = warm and (done == 0 or max(times[0] for times in seconds.values()) < LONG_SECONDS)
         for name in order:
-            if short:
-                variants[name]()
             seconds[name].append(timed(variants[name], ceilings.device, calls[name] if calls else 1))
         generator.shuffle(order)
         if limits:
@@ -215,9 +207,12 @@ def relative_error(ratios: Sequence[float]) -> float:
     """Standard error of the median of `ratios` over that median; see make_row.
 
     The median absolute deviation of few values is too small, by factors that Croux and Rousseeuw (1992) give.
+    Fewer than LEAST_ROUNDS have no spread to speak of: they are taken to be known to a tenth.
     """
     count, middle = len(ratios), statistics.median(ratios)
-    few = FEW_VALUES[count - 1] if count <= len(FEW_VALUES) else count / (count - 0.8)
+    if count < LEAST_ROUNDS:
+        return 0.1
+    few = FEW_VALUES.get(count, count / (count - 0.8))
     deviation = 1.4826 * few * statistics.median([abs(ratio - middle) for ratio in ratios])
     return 1.2533 * deviation / middle / len(ratios) ** 0.5
 

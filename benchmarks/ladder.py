@@ -206,7 +206,7 @@ def _rounds(
             step()
         steps[rung.name] = step
     ceilings = Ceilings(device, [step.dtype for step in steps.values()], ["gemm"])
-    seconds = interleave(steps, ceilings, rounds, warm=True)
+    seconds = interleave(steps, ceilings, rounds)
     losses = {name: [float(loss) for loss in step.losses] for name, step in steps.items()}
     traits = {
         name: _Trait(step.shape, step.dtype, step.tokens, step.flops, ceilings)

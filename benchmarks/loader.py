@@ -31,8 +31,8 @@ from tapelm.loader import ORDERS
 from tapelm.shards import MANIFEST
 
 TOKENS = 8 << 20  # a timing of batches
-# Of those whose processes send them, which takes milliseconds a batch. Four batches wait when a timing begins,
-# made while the others were timed: it is of so many that they do not matter.
+# Of those whose processes send them, which takes milliseconds a batch. Up to four batches wait when a timing
+# begins, made while the others were timed: at most 6% of what is timed.
 WORKER_TOKENS, LEAST_BATCHES = 1 << 20, 64
 VOCAB, END = 16_384, 0
 Step = Callable[[], object]

@@ -164,9 +164,9 @@ def measure_llmc(checkout: Path, device: torch.device, rounds: int) -> list[Row]
     step = Step("gpt2", "optimized", LLMC_BATCH, device, sizes=LLMC_SHAPE)
     step()
     ceilings = Ceilings(device, [step.dtype, torch.float32], ["gemm"])
-    before = interleave({"ours": step}, ceilings, rounds, warm=True)["ours"]
+    before = interleave({"ours": step}, ceilings, rounds)["ours"]
     theirs = llmc_seconds(binary)
-    after = interleave({"ours": step}, ceilings, rounds, warm=True)["ours"]
+    after = interleave({"ours": step}, ceilings, rounds)["ours"]
     middle = statistics.median([*before, *after])
     return [
         make_row(

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import LEAST_ROUNDS, Row, in_fresh_process, relative_error
+from benchmarks.harness import Row, in_fresh_process, relative_error
 from gpt.cli import UserError
 from tapelm._tokenizer_json import CHARACTER_OF_BYTE, GPT2_PATTERN
 from tapelm.tokenizer import Tokenizer
@@ -152,9 +152,6 @@ def row(
     """`copy` is the time to copy the text once, the ceiling."""
     median = statistics.median(seconds)
     ratios = [own / peer for own, peer in zip(ours_, seconds, strict=False)]
-    ratio, error = statistics.median(ratios), relative_error(ratios)
-    if len(ratios) < LEAST_ROUNDS:  # no spread to speak of: it is taken to be known to a tenth
-        ratio, error = statistics.median(ours_) / median, 0.1
     return Row(
         subject=subject,
         variant=variant,
@@ -164,10 +161,10 @@ def row(
         median_ms=1e3 * median,
         fastest_ms=1e3 * min(seconds),
         slowest_ms=1e3 * max(seconds),
-        ratio_vs={"tapelm": ratio},
+        ratio_vs={"tapelm": statistics.median(ratios)},
         ceiling=f"{size / copy / 1e9:.1f} GB/s copy",
         fraction_of_ceiling=copy / median,
-        extra={"megabytes_per_second": size / median / 1e6, "ratio_error": error},
+        extra={"megabytes_per_second": size / median / 1e6, "ratio_error": relative_error(ratios)},
     )
 
 

@@ -20,6 +20,7 @@ ProductShape product_shape() {
 
 // c[r][..] = sum over u of a[u][r] * b[u][..]; the sums stay in registers until the end. Meanwhile this tile's share of
 // the next panel is asked for, which comes from L3 when the right operand is larger than L2: 1 line in kStride steps.
+// A share is that of a tile in a block of MC rows; most have a tile less, and leave the rest to the hardware.
 template <typename U>
 TAPELM_INLINE void packed_tile(int64_t n, const U* a, const U* b, const U* next, vf c[MR][2]) {
   constexpr int64_t kLine = 16, kStride = MC / MR * kLine / NR;
@@ -103,7 +104,10 @@ void multiply_rows(Matrix<T> left, int64_t m0, int64_t rows, int64_t K, const fl
           }
           continue;
         }
-        const vf b0 = bias ? load_part(bias + j, n0) : vf{}, b1 = bias && n1 ? load_part(bias + j + W, n1) : vf{};
+        const auto bias_at = [&](int64_t k, int n) __attribute__((always_inline)) {
+          return bias == nullptr || n == 0 ? vf{} : n == W ? load(bias + k) : load_part(bias + k, n);
+        };
+        const vf b0 = bias_at(j, n0), b1 = bias_at(j + W, n1);
         if (m == MR && width == NR) {
 #pragma GCC unroll 16
           for (int r = 0; r < MR; ++r) {

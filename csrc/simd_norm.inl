@@ -26,10 +26,11 @@ TAPELM_INLINE void row_statistics(const T* x, int64_t C, float eps, float shift,
 
 // Rows are taken in blocks, which are read twice, the second time from the cache; while the sums of one row become its
 // statistics the next one is read. A block is 8 KB of each tensor, so that the nearest cache also holds weights and
-// sums, or one row.
+// sums, or one row; of several rows an even number, as the backward pass takes two at a time.
 template <typename T>
 int64_t rows_of_block(int64_t C) {
-  return std::clamp<int64_t>(8192 / (std::max<int64_t>(C, 1) * sizeof(T)), 1, kBlockRows);
+  const int64_t rows = std::clamp<int64_t>(8192 / (std::max<int64_t>(C, 1) * sizeof(T)), 1, kBlockRows);
+  return rows > 1 ? rows / 2 * 2 : 1;
 }
 
 template <bool CENTRED, bool ADD, typename T>

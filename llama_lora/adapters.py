@@ -65,7 +65,7 @@ def reset(adapters: Mapping[str, Adapter], seed: int) -> None:
 
 
 def named_tensors(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
-    """The matrices in float32 under the names that PEFT gives them; themselves, not copies, if they are so."""
+    """The matrices in float32 under PEFT's names; no copies where they are in float32, on the CPU."""
     tensors = {}
     for name, adapter in adapters.items():
         for part, tensor in (("lora_A", adapter.lora_a), ("lora_B", adapter.lora_b)):

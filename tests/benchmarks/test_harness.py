@@ -61,29 +61,14 @@ def test_rounds_fill_the_time_for_them(clock, seconds, rounds) -> None:
     assert len(harness.interleave({"a": clock.taking(seconds)}, ceilings, 5)["a"]) == 5
 
 
-@pytest.mark.parametrize(("longest", "called"), [(0.2, 6), (1.0, 4)])
-def test_beside_a_long_call_none_takes_another_before_it(clock, longest, called) -> None:
-    counts = dict.fromkeys((0.1, longest), 0)
-
-    def counted(seconds: float):
-        def run() -> None:
-            counts[seconds] += 1
-            clock.now += seconds
-
-        return run
-
-    variants = {str(seconds): counted(seconds) for seconds in counts}
-    harness.interleave(variants, Ceilings(CPU, [], []), 3, warm=True)
-    assert counts == {0.1: called, longest: called}
-
-
 def test_errors_of_few_ratios_are_not_too_small() -> None:
-    """Of medians of normal values: what is told is, at the median, 0.7 to 1.2 times what they scatter by."""
+    """Of medians of normal values: what is told is, at the median, about what they scatter by."""
     values = torch.randn(2000, 7, generator=torch.Generator().manual_seed(0)) * 0.02 + 1
     for count in (3, 5, 7):
         few = values[:, :count]
         told = torch.tensor([harness.relative_error(row) for row in few.tolist()]).median()
-        assert 0.7 < told / few.median(1).values.std() < 1.2, count
+        assert 0.82 < told / few.median(1).values.std() < 1.15, count
+    assert harness.relative_error([1.0, 1.0]) == 0.1
 
 
 def test_shared_ceilings_are_those_of_the_case(clock) -> None:

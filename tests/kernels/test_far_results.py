@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 
 import pytest
@@ -9,9 +10,11 @@ import torch
 from torch import Tensor
 
 import tapelm  # noqa: F401  registers the ops
+from tests.kernels.machine_code import machine_code
 
 ops = torch.ops.tapelm
-ROWS, FEW = 4200, slice(4097, 4200)
+ROWS = 4400
+PARTS = [slice(first, first + 550) for first in range(0, ROWS, 550)]
 Op = Callable[[slice], tuple[Tensor, ...]]
 
 
@@ -34,7 +37,10 @@ def rms_norm(width: int, dtype: torch.dtype) -> Op:
 
     def op(rows: slice) -> tuple[Tensor, ...]:
         y, rstd = ops.rms_norm_forward(x[rows], weight[0], 1e-5)
-        return y, rstd, ops.rms_norm_backward(grad[rows], x[rows], weight[0], rstd)[0]
+        added = ops.add_norm_forward(x[rows], grad[rows], weight[0], None, 1e-5, 0.0, None)
+        back = ops.add_norm_backward(grad[rows], None, added[1], weight[0], None, added[3], 0.0, None)
+        dx = ops.rms_norm_backward(grad[rows], x[rows], weight[0], rstd)[0]
+        return y, rstd, dx, added[0], added[1], back[0]
 
     return op
 
@@ -71,7 +77,10 @@ def swiglu(width: int, dtype: torch.dtype) -> Op:
 def rope(width: int, dtype: torch.dtype) -> Op:
     q, k = (random(ROWS + n, 2, 4, width // 8 * 2, dtype=dtype)[n:] for n in range(2))
     cos, sin = (random(4, width // 8 * 2, dtype=torch.float32) for _ in range(2))
-    return lambda rows: ops.rope(q[rows], k[rows], cos, sin, False)
+    return lambda rows: (
+        *ops.rope(q[rows], k[rows], cos, sin, False),
+        *ops.rope(q[rows], k[rows], cos, sin, True),
+    )
 
 
 def embedding(width: int, dtype: torch.dtype) -> Op:
@@ -83,9 +92,10 @@ def embedding(width: int, dtype: torch.dtype) -> Op:
 @pytest.mark.parametrize("op", [layer_norm, rms_norm, add_norm, bias_gelu, swiglu, rope, embedding])
 @pytest.mark.parametrize("width", [1024, 1001], ids=["lines", "no lines"])
 def test_values_of_far_results_on_cpu(op, width, dtype):
-    small = op(width, dtype)
-    for far, near in zip(small(slice(0, ROWS)), small(FEW), strict=True):
-        assert torch.equal(far[FEW], near)
+    results = op(width, dtype)
+    parts = [results(rows) for rows in PARTS]
+    for index, far in enumerate(results(slice(0, ROWS))):
+        assert torch.equal(far, torch.cat([part[index] for part in parts])), index
 
 
 @pytest.mark.parametrize("width", [1024, 1001], ids=["lines", "no lines"])
@@ -93,27 +103,47 @@ def test_gradients_of_far_tables_on_cpu(width, dtype):
     """Of the table of tokens two rows have gradients, the others zeros."""
     grad = random(3, 1, width, dtype=dtype)
     tokens, positions = torch.zeros(ROWS, width, dtype=dtype), torch.zeros(1, width, dtype=dtype)
-    ids = torch.tensor([[7], [4199], [7]])
+    ids = torch.tensor([[7], [4399], [7]])
     far, _ = ops.embedding_backward(grad, ids, tokens, positions, 0.0, None)
     expected = torch.zeros_like(tokens)
-    expected[4199] = grad[1, 0]
+    expected[4399] = grad[1, 0]
     expected[7] = (grad[0, 0].float() + grad[2, 0].float()).to(dtype)
     assert torch.equal(far, expected)
 
 
-@pytest.mark.parametrize("size", [2**22 + 1000, 2**22 + 1001])
+@pytest.mark.parametrize("size", [2**23 + 1000, 2**23 + 1001])
 def test_values_of_far_dropout_on_cpu(size, dtype):
-    """The mask of an element depends on its index alone: the beginning of a tensor is a smaller one."""
+    """The mask of an element depends on its index alone: it is that of float32."""
     x, seed = random(size, dtype=dtype), torch.tensor([3])
-    few = 40_001
-    assert torch.equal(ops.dropout(x, 0.3, seed)[:few], ops.dropout(x[:few], 0.3, seed))
-    weight, bias = torch.ones(2**10, dtype=dtype), torch.zeros(2**10, dtype=dtype)
-    wide = x[: 2**22].view(-1, 2**10)
-    y, r, mean, rstd = ops.add_norm_forward(wide, wide, weight, bias, 1e-5, 0.3, seed)
-    dr, dx, *_ = ops.add_norm_backward(wide, None, r, weight, mean, rstd, 0.3, seed)
-    near = ops.add_norm_forward(wide[:50], wide[:50], weight, bias, 1e-5, 0.3, seed)
-    assert torch.equal(y[:50], near[0])
-    near_dr, near_dx, *_ = ops.add_norm_backward(
-        wide[:50], None, near[1], weight, near[2], near[3], 0.3, seed
+    far, kept = ops.dropout(x, 0.3, seed), ops.dropout(torch.ones(size), 0.3, seed) != 0
+    assert torch.equal(far[:40_001], ops.dropout(x[:40_001], 0.3, seed))
+    torch.testing.assert_close(far, torch.where(kept, x.float() / 0.7, 0.0).to(dtype), rtol=8e-3, atol=0)
+
+
+def test_values_of_far_norms_with_dropout_on_cpu(dtype):
+    seed, width = torch.tensor([3]), 1024
+    x, residual, grad = (random(ROWS + n, width, dtype=dtype)[n:] for n in range(3))
+    weight, bias = torch.ones(width, dtype=dtype), torch.zeros(width, dtype=dtype)
+    y, r, mean, rstd = ops.add_norm_forward(x, residual, weight, bias, 1e-5, 0.3, seed)
+    dropped = ops.dropout(x, 0.3, seed)
+    plain = [
+        ops.add_norm_forward(dropped[rows], residual[rows], weight, bias, 1e-5, 0.0, None) for rows in PARTS
+    ]
+    for found, index in ((y, 0), (r, 1)):
+        expected = torch.cat([part[index] for part in plain])
+        torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+    dr, dx, *_ = ops.add_norm_backward(grad, None, r, weight, mean, rstd, 0.3, seed)
+    without = ops.add_norm_backward(grad, None, r, weight, mean, rstd, 0.0, None)[0]
+    assert torch.equal(dr, without) and torch.equal(dx == 0, (dropped == 0) | (dr == 0))
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="reads the code of x86")
+def test_far_results_are_streamed() -> None:
+    """Each kernel of each variant has the stores that pass the caches by."""
+    kernels = (
+        "norm_rows norm_backward_rows bias_gelu_rows bias_gelu_backward_rows swiglu_range "
+        "swiglu_backward_range rope_positions embedding_rows embedding_sum dropout_range"
     )
-    assert torch.equal(dr[:50], near_dr) and torch.equal(dx[:50], near_dx)
+    code = machine_code(rf"tapelm::(avx\w+)::({kernels.replace(' ', '|')})<")
+    found = {(name[1], name[2]) for name, body in code if any("vmovnt" in text for _, text in body)}
+    assert found == {(isa, kernel) for isa in ("avx2", "avx512", "avx512bf16") for kernel in kernels.split()}

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import platform
 import re
-import subprocess
-from importlib.machinery import EXTENSION_SUFFIXES
-from pathlib import Path
 
 import pytest
 
-import tapelm
+from tests.kernels.machine_code import machine_code
 
 FUSED = re.compile(r"vfmadd|vdpbf16ps")
-ON_STACK = re.compile(r"\((%rbp|%rsp)[,)]")
+ON_STACK = re.compile(r"\((%rbp|%rsp)[,)].*%[xyz]mm|%[xyz]mm.*\((%rbp|%rsp)[,)]")
 
 
 def inner_loops(code: list[tuple[int, str]]) -> list[list[str]]:
@@ -34,18 +31,11 @@ def inner_loops(code: list[tuple[int, str]]) -> list[list[str]]:
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="reads the code of x86")
 def test_the_inner_loop_of_a_product_stays_in_registers() -> None:
-    folder = Path(tapelm.__file__).parent
-    extension = next(path for suffix in EXTENSION_SUFFIXES if (path := folder / f"_C{suffix}").exists())
-    command = ["objdump", "-d", "-C", "--no-show-raw-insn", str(extension)]
-    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     checked = []
-    for name, body in re.findall(r"^[0-9a-f]+ <(.*)>:\n((?:.+\n)+)", listing, re.MULTILINE):
-        if not (found := re.search(r"tapelm::(avx\w+)::multiply_rows<(.*?)>\(.*\)$", name)):
-            continue
-        code = [(int(a, 16), text) for a, text in re.findall(r"^\s*([0-9a-f]+):\s+(.*)$", body, re.MULTILINE)]
+    for name, code in machine_code(r"tapelm::(avx\w+)::multiply_rows<(.*?)>\("):
         products = [loop for loop in inner_loops(code) if sum(bool(FUSED.match(text)) for text in loop) >= 8]
-        assert products, f"no loop of products in {name}"
+        assert products, f"no loop of products in {name.string}"
         for loop in products:
-            assert not [text for text in loop if ON_STACK.search(text)], (found[1], found[2])
-        checked.append(found[1])
+            assert not [text for text in loop if ON_STACK.search(text)], (name[1], name[2])
+        checked.append(name[1])
     assert set(checked) == {"avx2", "avx512", "avx512bf16"} and len(checked) == 9
