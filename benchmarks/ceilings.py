@@ -2,8 +2,8 @@
 
 A round times every limit once, so that all rows of a dtype are held against the same figure. The GEMM peak is
 the best of a few shapes' medians, square and as models have them, of PyTorch and of our own product; the copy
-limit is the best one of a copy, a triad and, on CPUs, a copy of ours. On a GPU the limits run as captured graphs, so that launches
-cost nothing.
+limit is the best one of a copy, a triad and, on CPUs, a copy of ours. On a GPU the limits run as captured
+graphs, so that launches cost nothing.
 """
 
 from __future__ import annotations
@@ -119,7 +119,8 @@ class Ceilings:
             self._probe("triad", lambda: torch.add(b, c, alpha=3.0, out=a), 3.0 * ARRAY_BYTES),
         ]
         if self.device.type == "cpu":
-            table, zeros = a.view(-1, 4096), torch.zeros(1, 4096)
+            width = min(4096, len(a))
+            table, zeros = a.view(-1, width), torch.zeros(1, width)
             ids = torch.arange(len(table))[:, None]
             copy = self._probe("copy (ours)", lambda: tapelm.embedding(ids, table, zeros), 2.0 * ARRAY_BYTES)
             probes.append(copy)
