@@ -7,25 +7,32 @@ constexpr float kTwoRootTwoOverPi = 1.5957691216057308f, kCubic = 0.044715f;
 // Beyond 20 gelu is 0 or u: cut off there, +-inf does not become inf * 0. NaN stays.
 TAPELM_INLINE vf at_least_minus_20(vf u) { return u < -20.0f ? broadcast(-20.0f) : u; }
 
-template <typename T>
-TAPELM_INLINE vf gelu(vf u) {
-  const vf v = at_least_minus_20(u);
+TAPELM_INLINE vf at_most_20(vf u) { return u > 20.0f ? broadcast(20.0f) : u; }
+TAPELM_INLINE Pack at_most_20(const Pack& u) { return each([](vf x) { return at_most_20(x); }, u); }
+TAPELM_INLINE Pack at_least_minus_20(const Pack& u) { return each([](vf x) { return at_least_minus_20(x); }, u); }
+
+template <typename T, typename V>
+TAPELM_INLINE V gelu(V u) {
+  const V v = at_least_minus_20(u);
   return v * sigmoid<T>(v * (v * v * (kTwoRootTwoOverPi * kCubic) + kTwoRootTwoOverPi));
 }
 
-template <typename T>
-TAPELM_INLINE vf gelu_derivative(vf u) {
-  const vf low = at_least_minus_20(u), v = low > 20.0f ? broadcast(20.0f) : low;
-  const vf square = v * v;
-  const vf s = sigmoid<T>(v * (square * (kTwoRootTwoOverPi * kCubic) + kTwoRootTwoOverPi));
-  const vf slope = v * (square * (3.0f * kTwoRootTwoOverPi * kCubic) + kTwoRootTwoOverPi);
+template <typename T, typename V>
+TAPELM_INLINE V gelu_derivative(V u) {
+  const V v = at_most_20(at_least_minus_20(u)), square = v * v;
+  const V s = sigmoid<T>(v * (square * (kTwoRootTwoOverPi * kCubic) + kTwoRootTwoOverPi));
+  const V slope = v * (square * (3.0f * kTwoRootTwoOverPi * kCubic) + kTwoRootTwoOverPi);
   return s * (slope - s * slope) + s;
 }
 
 template <typename T>
 void bias_gelu_rows(const T* x, const T* bias, T* y, int64_t C, int64_t begin, int64_t end, bool far) {
   for (int64_t row = begin; row < end; ++row) {
-    for_vectors<2>(C, [&](int64_t i, auto n, int) __attribute__((always_inline)) {
+    int64_t first = 0;
+    for (; first + 4 * W <= C; first += 4 * W)
+      put_pack(y + row * C + first, gelu<T>(get_pack(x + row * C + first) + get_pack(bias + first)), far);
+    for_vectors<2>(C - first, [&](int64_t at, auto n, int) __attribute__((always_inline)) {
+      const int64_t i = first + at;
       put(y + row * C + i, gelu<T>(get(x + row * C + i, n) + get(bias + i, n)), n, far);
     });
   }
@@ -36,8 +43,15 @@ template <typename T>
 void bias_gelu_backward_rows(const T* grad, const T* x, const T* bias, T* dx, float* dbias, int64_t C, int64_t begin,
                              int64_t end, bool far) {
   for (int64_t row = begin; row < end; ++row) {
-    for_vectors<2>(C, [&](int64_t i, auto n, int) __attribute__((always_inline)) {
-      const int64_t at = row * C + i;
+    int64_t first = 0;
+    for (; first + 4 * W <= C; first += 4 * W) {
+      const auto u = get_pack(x + row * C + first) + get_pack(bias + first);
+      const auto d = get_pack(grad + row * C + first) * gelu_derivative<T>(u);
+      put_pack(dx + row * C + first, d, far);
+      put_pack(dbias + first, get_pack(dbias + first) + d, false);
+    }
+    for_vectors<2>(C - first, [&](int64_t offset, auto n, int) __attribute__((always_inline)) {
+      const int64_t i = first + offset, at = row * C + i;
       const vf d = get(grad + at, n) * gelu_derivative<T>(get(x + at, n) + get(bias + i, n));
       put(dx + at, d, n, far);
       put(dbias + i, get(dbias + i, n) + d, n);

@@ -43,6 +43,45 @@ TAPELM_INLINE void put(T* p, vf x, Whole, bool far) {
 template <typename T>
 TAPELM_INLINE void put(T* p, vf x, int n, bool) { store_part(p, x, n); }
 
+// Four vectors that are worked on in turns: the chain of operations of one alone fills the CPU's queue with what waits.
+struct Pack { vf v[4]; };
+
+template <typename F, typename... More>
+TAPELM_INLINE Pack each(F f, const Pack& first, const More&... more) {
+  return {{f(first.v[0], more.v[0]...), f(first.v[1], more.v[1]...), f(first.v[2], more.v[2]...),
+           f(first.v[3], more.v[3]...)}};
+}
+
+TAPELM_INLINE Pack operator+(const Pack& a, const Pack& b) { return each([](vf x, vf y) { return x + y; }, a, b); }
+TAPELM_INLINE Pack operator-(const Pack& a, const Pack& b) { return each([](vf x, vf y) { return x - y; }, a, b); }
+TAPELM_INLINE Pack operator*(const Pack& a, const Pack& b) { return each([](vf x, vf y) { return x * y; }, a, b); }
+TAPELM_INLINE Pack operator+(const Pack& a, float b) { return each([=](vf x) { return x + b; }, a); }
+TAPELM_INLINE Pack operator*(const Pack& a, float b) { return each([=](vf x) { return x * b; }, a); }
+
+template <typename T>
+TAPELM_INLINE Pack sigmoid(const Pack& x) {
+#if defined(TAPELM_AVX512)
+  if constexpr (std::is_same_v<T, c10::BFloat16>) {  // the steps of the one for a vector
+    const Pack t = x * -1.44269504088896341f;
+    const Pack f = each([](vf v) { return (vf)_mm512_reduce_ps((__m512)v, _MM_FROUND_NO_EXC); }, t), k = t - f;
+    const Pack p = ((f * 0.05500893f + 0.24221097f) * f + 0.69328293f) * f + 1.0f;
+    const Pack e = each([](vf v, vf n) { return (vf)_mm512_scalef_ps((__m512)v, (__m512)n); }, p, k) + 1.0f;
+    return each([](vf v) { return (vf)_mm512_rcp14_ps((__m512)v); }, e);
+  }
+#endif
+  return each([](vf v) { return sigmoid<T>(v); }, x);
+}
+
+template <typename T>
+TAPELM_INLINE Pack get_pack(const T* p) {
+  return {{load(p), load(p + W), load(p + 2 * W), load(p + 3 * W)}};
+}
+template <typename T>
+TAPELM_INLINE void put_pack(T* p, const Pack& x, bool far) {
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) put(p + i * W, x.v[i], Whole{}, far);
+}
+
 // Independent sums, which hide the latency of addition.
 constexpr int kSums = 4;
 TAPELM_INLINE float sum(const vf (&partial)[kSums]) { return sum((partial[0] + partial[1]) + (partial[2] + partial[3])); }
