@@ -181,6 +181,8 @@ def run(options: Options) -> int:
     path = options.json if options.out is None else options.out / "results.json"
     if options.out is not None and options.json is not None:
         raise UserError("--out writes results.json there: leave out --json")
+    if options.text is not None and not options.text.exists():
+        raise UserError(f"--text: there is no {options.text}")
     if path is not None:
         prepare_output(path)
     if options.check and options.json is not None:

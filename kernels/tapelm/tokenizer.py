@@ -151,8 +151,8 @@ class Tokenizer:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a Hugging Face `tokenizer.json`, or tiktoken ranks where `path` ends in .tiktoken or .model.
 
-        Ranks leave out the splitting and the special tokens: `load` needs them again. An existing file is
-        replaced only by a complete one.
+        Ranks leave out the splitting and the special tokens: `load` needs them again. Folders are made; an
+        existing file is replaced only by a complete one.
 
         Raises:
             ValueError: tiktoken's rule would merge this vocabulary in another way.
@@ -165,6 +165,7 @@ class Tokenizer:
                 raise ValueError(f"{target}: {error}") from error
         else:
             content = json.dumps(self._config, ensure_ascii=False, indent=1).encode()
+        target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f"{target.name}.tmp-{os.getpid()}")
         try:
             with partial.open("wb") as file:

@@ -140,6 +140,7 @@ def test_results_name_machine_and_command(clock, tmp_path: Path) -> None:
         (["train", "--profile", "--json", "x.json"], "leave out --json"),
         (["ops", "--check", "--json", "x.json"], "leave out --json"),
         (["ops", "a.json"], "--files means nothing to ops"),
+        (["all", "--text", "no/such.txt"], "--text: there is no no/such.txt"),
         (["ladder", "--model", "bert"], "bert"),
         (["compare", "a.json"], "compare takes two files"),
     ],

@@ -104,7 +104,7 @@ def test_training_ties_equal_hugging_face(tmp_path: Path, seed: int) -> None:
 
 
 def test_saved_file_loads_in_hugging_face_and_back(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    path = tmp_path / "tokenizer.json"
+    path = tmp_path / "new" / "tokenizer.json"  # a folder that is not there yet
     tokenizer.save(path)
     again, theirs = Tokenizer.load(path), HuggingFace.from_file(str(path))
     assert again.vocab_size == tokenizer.vocab_size == theirs.get_vocab_size() == 1400
@@ -113,7 +113,7 @@ def test_saved_file_loads_in_hugging_face_and_back(tokenizer: Tokenizer, tmp_pat
     ids = tokenizer.encode(text, allow_special=True)
     assert ids.tolist() == again.encode(text, allow_special=True).tolist() == theirs.encode(text).ids
     assert theirs.decode(ids.tolist(), skip_special_tokens=False) == text
-    assert [entry.name for entry in tmp_path.iterdir()] == ["tokenizer.json"]
+    assert [entry.name for entry in path.parent.iterdir()] == ["tokenizer.json"]
 
 
 def test_loads_merges_written_as_strings(config: dict, tokenizer: Tokenizer) -> None:
