@@ -115,8 +115,8 @@ def ladder_of(results: Results, section: dict[str, Any]) -> str:
     )  # fmt: skip
     return table + (
         "\nRatios are medians over the rounds, not ratios of the medians beside them. torch.compile and"
-        " activation checkpointing, where they are, were tried and left again: no product has them, and the line"
-        " behind is compared with the one before. The gains multiply to"
+        " activation checkpointing, where they are, were tried and left again: no product has them, and the"
+        " line behind is compared with the one before. The gains multiply to"
         f" {section['product_of_steps']:.2f}×, first against last is {section['total']:.2f}×; ops account for"
         f" {section['profile']['accounted']:.0%} of the last step.\n"
     )
