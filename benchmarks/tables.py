@@ -91,17 +91,11 @@ def ladder_of(results: Results, section: dict[str, Any]) -> str:
         for row in results.rows
         if row.subject == f"removal {section['title']}"
     }
-    head = (
-        _heading(rows[0]),
-        "step",
-        "tokens/s",
-        "of the GEMM peak",
-        "gain",
-        "speed-up",
-        "slower without it",
-    )
     table = markdown(
-        (*head, "peak memory", "loss"),
+        (
+            _heading(rows[0]), "step", "tokens/s", "of the GEMM peak", "gain", "speed-up",
+            "slower without it", "peak memory", "loss",
+        ),
         [
             (
                 row.variant, f"{row.median_ms:.0f} ms", f"{row.extra['tokens_per_second']:,.0f}",
@@ -114,11 +108,9 @@ def ladder_of(results: Results, section: dict[str, Any]) -> str:
         ],
     )  # fmt: skip
     return table + (
-        "\nRatios are medians over the rounds, not ratios of the medians beside them. torch.compile and"
-        " activation checkpointing, where they are, were tried and left again: no product has them, and the"
-        " line behind is compared with the one before. The gains multiply to"
-        f" {section['product_of_steps']:.2f}×, first against last is {section['total']:.2f}×; ops account for"
-        f" {section['profile']['accounted']:.0%} of the last step.\n"
+        "\nRatios are medians over the rounds, not ratios of the medians beside them."
+        f" The gains multiply to {section['product_of_steps']:.2f}×, first against last is "
+        f"{section['total']:.2f}×; ops account for {section['profile']['accounted']:.0%} of the last step.\n"
     )
 
 

@@ -58,16 +58,16 @@ TAPELM_INLINE Pack operator*(const Pack& a, const Pack& b) { return each([](vf x
 TAPELM_INLINE Pack operator+(const Pack& a, float b) { return each([=](vf x) { return x + b; }, a); }
 TAPELM_INLINE Pack operator*(const Pack& a, float b) { return each([=](vf x) { return x * b; }, a); }
 
+#if defined(TAPELM_AVX512)
+TAPELM_INLINE Pack remainder(const Pack& x) { return each([](vf v) { return remainder(v); }, x); }
+TAPELM_INLINE Pack times_power(const Pack& x, const Pack& k) { return each([](vf v, vf n) { return times_power(v, n); }, x, k); }
+TAPELM_INLINE Pack reciprocal(const Pack& x) { return each([](vf v) { return reciprocal(v); }, x); }
+#endif
+
 template <typename T>
 TAPELM_INLINE Pack sigmoid(const Pack& x) {
 #if defined(TAPELM_AVX512)
-  if constexpr (std::is_same_v<T, c10::BFloat16>) {  // the steps of the one for a vector
-    const Pack t = x * -1.44269504088896341f;
-    const Pack f = each([](vf v) { return (vf)_mm512_reduce_ps((__m512)v, _MM_FROUND_NO_EXC); }, t), k = t - f;
-    const Pack p = ((f * 0.05500893f + 0.24221097f) * f + 0.69328293f) * f + 1.0f;
-    const Pack e = each([](vf v, vf n) { return (vf)_mm512_scalef_ps((__m512)v, (__m512)n); }, p, k) + 1.0f;
-    return each([](vf v) { return (vf)_mm512_rcp14_ps((__m512)v); }, e);
-  }
+  if constexpr (std::is_same_v<T, c10::BFloat16>) return quick_sigmoid(x);
 #endif
   return each([](vf v) { return sigmoid<T>(v); }, x);
 }

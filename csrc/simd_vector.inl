@@ -154,22 +154,29 @@ TAPELM_INLINE vf exp(vf x) {
 #endif
 }
 
+#if defined(TAPELM_AVX512)
+TAPELM_INLINE vf remainder(vf x) { return (vf)_mm512_reduce_ps((__m512)x, _MM_FROUND_NO_EXC); }  // of an integer
+TAPELM_INLINE vf times_power(vf x, vf k) { return (vf)_mm512_scalef_ps((__m512)x, (__m512)k); }  // x 2^k
+TAPELM_INLINE vf reciprocal(vf x) { return (vf)_mm512_rcp14_ps((__m512)x); }                     // to 14 bits
+
+// To 2^-12. 2^t = 2^k 2^f with |f| <= 1/2 and a cubic in f. V is vf or a Pack of them.
+template <typename V>
+TAPELM_INLINE V quick_sigmoid(V x) {
+  const V t = x * -1.44269504088896341f, f = remainder(t);
+  const V p = ((f * 0.05500893f + 0.24221097f) * f + 0.69328293f) * f + 1.0f;
+  return reciprocal(times_power(p, t - f) + 1.0f);
+}
+#endif
+
 // 1 / (1 + e^-x) for results of type T: to 3 ulp, or, where AVX-512 can be quicker and T is bfloat16, to 2^-12. A NaN
 // stays one.
 template <typename T>
 TAPELM_INLINE vf sigmoid(vf x) {
 #if defined(TAPELM_AVX512)
-  if constexpr (std::is_same_v<T, c10::BFloat16>) {
-    // 2^t = 2^k 2^f with |f| <= 1/2 and a cubic in f; the reciprocal has 14 bits.
-    const __m512 t = (__m512)(x * -1.44269504088896341f);
-    const __m512 f = _mm512_reduce_ps(t, _MM_FROUND_NO_EXC), k = t - f;
-    const vf g = (vf)f;
-    const vf p = ((g * 0.05500893f + 0.24221097f) * g + 0.69328293f) * g + 1.0f;
-    return (vf)_mm512_rcp14_ps((__m512)(1.0f + (vf)_mm512_scalef_ps((__m512)p, k)));
-  }
+  if constexpr (std::is_same_v<T, c10::BFloat16>) return quick_sigmoid(x);
   // One Newton step from 14 bits is as exact as the division. Below -87 the step would meet inf * 0: the result is 0.
   const vf d = 1.0f + exp(-x);
-  const vf y = (vf)_mm512_rcp14_ps((__m512)d);
+  const vf y = reciprocal(d);
   const __mmask16 kept = _mm512_cmp_ps_mask((__m512)x, (__m512)broadcast(-87.0f), _CMP_NLT_UQ);
   return (vf)_mm512_maskz_fmadd_ps(kept, (__m512)y, (__m512)(1.0f - d * y), (__m512)y);
 #else
