@@ -87,6 +87,8 @@ class Options:
     """ladder: a directory of data.prepare; None takes this repository's own text, for llama runs/corpus."""
     base: Path = Path("runs/smollm2")
     """llama, ladder: a local Llama model; SmolLM2-135M is fetched there if there is none."""
+    unsloth: Path | None = None
+    """llama: the Python of an environment in which Unsloth is installed, to time its steps as well."""
     steps: int = 30
     """ladder of llama: optimizer steps of each run."""
     sweeps: bool = False
@@ -133,6 +135,7 @@ USES = {
     "out": ("all", "models", "ladder"),
     "base": ("llama", "ladder", "all"),
     "steps": ("ladder",),
+    "unsloth": ("llama",),
     "sweeps": ("ladder",),
     "gpu": ("plan",),
     "gpus": ("plan",),
@@ -256,7 +259,9 @@ def run(options: Options) -> int:
     if options.subject == "llama":
         from benchmarks import llama
 
-        rows += llama.measure(fetched(options.base), batch_size, device, rounds)
+        if options.unsloth is None:
+            print("skipped: Unsloth: name the Python of an environment that has it with --unsloth")
+        rows += llama.measure(fetched(options.base), batch_size, device, rounds, options.unsloth)
     harness.report(f"python -m benchmarks {options.subject}", rows, device)
     save("loader" if options.subject == "all" else options.subject)
     if options.subject == "all":

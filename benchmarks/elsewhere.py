@@ -1,24 +1,33 @@
-"""A training step in a process of its own, in which the C library treats memory as it does by itself."""
+"""A training step in a process of its own, with memory as the C library has it or in another environment."""
 
 from __future__ import annotations
 
 import multiprocessing
+import os
+import subprocess
+import sys
+import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.kept_memory import given_back
-from gpt.hardware import set_threads
+from gpt.cli import UserError
+from gpt.hardware import peak_memory_bytes, set_threads
 
 TRAITS = ("label", "shape", "dtype", "tokens", "flops")
+ROOT = Path(__file__).parents[1]
 
 
 class Elsewhere:
     """Stands for the step that `build`, a picklable function, makes in the process; see ladder.Step.
 
-    The process waits between steps and ends with this object.
+    Without `python` the process has what this one imports, and the C library gives memory back there. With
+    `python`, an interpreter of an environment that has tapelm as well, it has the libraries there
+    and this process's environment variables. It waits between steps and ends with this object.
     """
 
     label: str
@@ -27,45 +36,73 @@ class Elsewhere:
     tokens: float
     flops: float
 
-    def __init__(self, build: Callable[[], Any]) -> None:
+    def __init__(self, build: Callable[[], Any], *, python: Path | None = None) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        with given_back():
-            process = context.Process(
-                target=_serve, args=(build, torch.get_num_threads(), theirs), daemon=True
-            )
-            process.start()
+        if python is None:
+            with given_back():
+                context.Process(target=_serve, args=(theirs,), daemon=True).start()
+        else:
+            _start(python, theirs)
         theirs.close()
-        self.__dict__ |= self._receive()
+        self.__dict__ |= self._ask((build, torch.get_num_threads()))
         self.losses: list[torch.Tensor] = []
 
     def __call__(self) -> None:
-        self._pipe.send("step")
-        self.losses.append(torch.tensor(self._receive()))
+        self.losses.append(torch.tensor(self._ask("step")))
 
     def evaluate(self) -> float:
-        self._pipe.send("evaluate")
-        return self._receive()
+        return self._ask("evaluate")
 
-    def _receive(self) -> Any:
-        answer = self._pipe.recv()
+    def peak_memory(self) -> int:
+        """Bytes of the whole process so far."""
+        return self._ask("peak_memory")
+
+    def _ask(self, what: Any) -> Any:
+        try:
+            self._pipe.send(what)
+            answer = self._pipe.recv()
+        except (EOFError, ConnectionError) as error:
+            raise UserError("a step's own process has ended; what it printed says why") from error
         if isinstance(answer, Exception):
             raise answer
         return answer
 
 
-def _serve(build: Callable[[], Any], threads: int, pipe: Connection) -> None:
+def _start(python: Path, pipe: Any) -> None:
+    """Run this module by `python`; what it prints goes to stderr."""
+    command = [str(python), "-m", "benchmarks.elsewhere", str(pipe.fileno())]
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     try:
+        subprocess.Popen(command, stdout=2, env=environment, pass_fds=[pipe.fileno()])
+    except OSError as error:
+        raise UserError(f"{python} is no Python that could be started: {error}") from error
+
+
+def _serve(pipe: Any) -> None:
+    try:
+        build, threads = pipe.recv()
         set_threads(threads)
         step = build()
         pipe.send({name: getattr(step, name) for name in TRAITS})
         while True:
-            if pipe.recv() == "evaluate":
-                pipe.send(step.evaluate())
-            else:
-                step()
-                pipe.send(float(step.losses[-1]))
+            match pipe.recv():
+                case "step":
+                    step()
+                    pipe.send(float(step.losses[-1]))
+                case "evaluate":
+                    pipe.send(step.evaluate())
+                case "peak_memory":
+                    pipe.send(peak_memory_bytes(step.device))
     except EOFError:
         pass  # the other end is gone
-    except Exception as error:
+    except UserError as error:
         pipe.send(error)
+    except Exception as error:
+        traceback.print_exc()
+        pipe.send(RuntimeError(f"in a step's own process: {error!r}"))  # its own class may not be known there
+
+
+if __name__ == "__main__":
+    _serve(Connection(int(sys.argv[1])))

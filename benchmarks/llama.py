@@ -4,14 +4,17 @@ A step is forward, backward, clip and update on rows packed with documents of di
 second count no padding. All variants start from the same adapters and see the same batches, and their losses
 are compared before anything is timed. Peak memory is that of a process of its own that takes two steps. The
 fraction of the ceiling counts products with the frozen weights and attention, not those of the adapters.
+Unsloth, whose libraries are older than ours, computes in an environment of its own; there are no kernels of
+its own on a CPU, where it runs what peft and transformers do.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import statistics
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +22,9 @@ import numpy as np
 import torch
 
 from benchmarks.ceilings import Ceilings
+from benchmarks.elsewhere import Elsewhere
 from benchmarks.harness import Row, interleave, make_row
 from gpt.cli import UserError
-from gpt.hardware import peak_memory_bytes
 from llama_lora import adapters as files
 from llama_lora.adapters import Recipe
 from llama_lora.backends import TapelmBackend, get_backend, open_base
@@ -67,10 +70,17 @@ class Step:
         self.batches = [rows.training_batch(i, self.batch_size, 0, self.device) for i in range(3)]
         self.tokens = statistics.fmean(batch.tokens for batch in self.batches)
         self.flops = flops_per_token(self.model.config, self.config) * self.tokens
+        self.label = f"{self.backend_name} {self.method}"
+        self.shape = f"{self.batch_size} x {BLOCK_SIZE}"
         self.losses: list[torch.Tensor] = []
 
     def loss(self) -> torch.Tensor:
         return self.backend.loss(self.model, self.batches[len(self.losses) % len(self.batches)])
+
+    def evaluate(self) -> float:
+        """The loss of the batch that is next."""
+        with torch.no_grad():
+            return self.loss().item()
 
     def __call__(self) -> None:
         self.model.train()
@@ -91,18 +101,25 @@ def documents(vocab_size: int, tokens: int) -> list[Example]:
     return examples
 
 
-def measure(path: Path, batch_size: int, device: torch.device, rounds: int) -> list[Row]:
-    """Rows of the training steps, both methods, and of decoding."""
+def measure(
+    path: Path, batch_size: int, device: torch.device, rounds: int, unsloth: Path | None = None
+) -> list[Row]:
+    """Rows of the training steps, both methods, and of decoding. `unsloth`: the Python of its environment."""
     rows: list[Row] = []
+    pythons = dict.fromkeys(BACKENDS, Path(sys.executable)) | (
+        {} if unsloth is None else {"unsloth": unsloth}
+    )
     for method in METHODS:
-        memory = {name: peak_memory(name, method, path, batch_size, device) for name in BACKENDS}
-        steps = {name: Step(name, method, path, batch_size, device) for name in BACKENDS}
-        agree(steps)
-        shape = f"{batch_size} x {BLOCK_SIZE}"
-        functions: dict[str, Callable[[], Any]] = dict(steps)
+        builds = {name: partial(Step, name, method, path, batch_size, device) for name in pythons}
+        memory = {name: peak_memory(builds[name], python) for name, python in pythons.items()}
+        steps = {name: builds[name]() for name in BACKENDS}
+        functions: dict[str, Any] = dict(steps)
+        if unsloth is not None:
+            functions["unsloth"] = Elsewhere(builds["unsloth"], python=unsloth)
+        agree(functions)
         step = steps["hf"]
         made = interleaved(
-            f"llama {method}", shape, step.dtype, functions, "gemm", step.flops, device, rounds
+            f"llama {method}", step.shape, step.dtype, functions, "gemm", step.flops, device, rounds
         )
         for row in made:
             row.extra["tokens_per_second"] = 1e3 * step.tokens / row.median_ms
@@ -113,12 +130,10 @@ def measure(path: Path, batch_size: int, device: torch.device, rounds: int) -> l
     return rows
 
 
-def agree(steps: dict[str, Step]) -> None:
-    losses = {}
-    for name, step in steps.items():
-        with torch.no_grad():
-            losses[name] = step.loss().item()
-    if not abs(losses["tapelm"] - losses["hf"]) <= 1e-2 * losses["hf"]:
+def agree(steps: Mapping[str, Step | Elsewhere]) -> None:
+    """Raises UserError where a loss is not that of hf."""
+    losses = {name: step.evaluate() for name, step in steps.items()}
+    if not all(abs(loss - losses["hf"]) <= 1e-2 * losses["hf"] for loss in losses.values()):
         raise UserError(f"the backends disagree, nothing was timed: losses {losses}")
 
 
@@ -203,27 +218,9 @@ def check_logits(path: Path, ours: Any, theirs: Any, prompt: list[int]) -> None:
         )
 
 
-def peak_memory(name: str, method: str, path: Path, batch_size: int, device: torch.device) -> int:
+def peak_memory(build: Callable[[], Step], python: Path) -> int:
     """Peak bytes of a new process that loads a model and takes two steps."""
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    arguments = (sender, name, method, path, batch_size, str(device), torch.get_num_threads())
-    process = context.Process(target=_two_steps, args=arguments)
-    process.start()
-    sender.close()
-    try:
-        return receiver.recv()
-    except EOFError as error:
-        raise UserError(f"two steps of {name} {method} failed in a process of their own") from error
-    finally:
-        process.join()
-
-
-def _two_steps(
-    sender: Any, name: str, method: str, path: Path, batch_size: int, device: str, threads: int
-) -> None:
-    torch.set_num_threads(threads)
-    step = Step(name, method, path, batch_size, torch.device(device))
+    step = Elsewhere(build, python=python)
     for _ in range(2):
         step()
-    sender.send(peak_memory_bytes(torch.device(device)))
+    return step.peak_memory()

@@ -29,12 +29,6 @@ class Step(llama.Step):
             options["backend"], options["method"], path, batch_size, device,
             precision=options["precision"], optimizer_bits=int(options["optimizer-bits"]),
         )  # fmt: skip
-        self.label = f"{options['backend']} {options['method']}"
-        self.shape = f"{batch_size} x {llama.BLOCK_SIZE}"
-
-    def evaluate(self) -> float:
-        with torch.no_grad():
-            return self.loss().item()
 
 
 def build(request: Request, folder: Path) -> Ladder:

@@ -169,10 +169,7 @@ class HuggingFaceBackend:
                 bnb_4bit_compute_dtype=dtype,
             )
         model = open_base(path, dtype, **options)
-        for module in model.modules():
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                # After a pass without gradients it would repack its weight, and all gradients would be wrong.
-                module.support_avx512bf16_for_cpu = False
+        never_repack(model)
         if recipe.method == "full":
             return model.requires_grad_(True)
         peft = extras.peft()
@@ -216,6 +213,16 @@ class HuggingFaceBackend:
         )
 
 
+def never_repack(model: nn.Module) -> None:
+    """Keep bitsandbytes' layers from repacking their weights after a pass without gradients.
+
+    It does so on CPUs with AVX512-BF16, and all gradients behind such a layer would be wrong.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
 def dense_weight_of(layer: Any) -> Tensor:
     """The weight (N, K) of a Linear or of bitsandbytes' Linear4bit."""
     state = getattr(layer.weight, "quant_state", None)
@@ -236,6 +243,7 @@ class UnslothBackend(HuggingFaceBackend):
             model_name=str(path), dtype=dtype, load_in_4bit=recipe.method == "qlora",
             full_finetuning=recipe.method == "full",
         )  # fmt: skip
+        never_repack(model)
         if recipe.method == "full":
             return model
         return language_model.get_peft_model(

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import llama, llama_ladder
+from benchmarks.elsewhere import Elsewhere
 from gpt.cli import UserError
 
 CPU = torch.device("cpu")
@@ -56,11 +61,39 @@ def test_nothing_is_timed_when_decoded_logits_are_wrong(tiny_model, method, dtyp
         llama.check_logits(tiny_model, ours, theirs, [1, 2, 3, 4])
 
 
+def test_a_step_by_another_python_is_the_same_step(tiny_model) -> None:
+    build = partial(llama.Step, "hf", "lora", tiny_model, 1, CPU)
+    here, there = build(), Elsewhere(build, python=Path(sys.executable))
+    assert (there.shape, there.tokens, there.dtype) == (here.shape, here.tokens, here.dtype)
+    llama.agree({"hf": here, "unsloth": there})
+    for _ in range(2):
+        here()
+        there()
+    assert there.losses == pytest.approx(list(map(float, here.losses)), rel=1e-3)
+    here.model.get_input_embeddings().weight.data.mul_(1.5)
+    with pytest.raises(UserError, match="disagree, nothing was timed"):
+        llama.agree({"hf": here, "unsloth": there})
+
+
+@pytest.mark.skipif(importlib.util.find_spec("unsloth") is not None, reason="it is here")
+def test_a_python_without_unsloth(small, monkeypatch, tiny_model) -> None:
+    monkeypatch.setattr(llama, "peak_memory", lambda *arguments: 7)
+    with pytest.raises(UserError, match=r"needs unsloth: pip install -e '\.\[unsloth\]'"):
+        llama.measure(tiny_model, 1, CPU, 1, Path(sys.executable))
+    with pytest.raises(UserError, match="no Python that could be started"):
+        llama.measure(tiny_model, 1, CPU, 1, tiny_model / "python")
+    with pytest.raises(UserError, match="own process has ended"):
+        llama.measure(tiny_model, 1, CPU, 1, Path("/bin/true"))
+
+
 @pytest.mark.slow
 def test_peak_memory_is_that_of_a_new_process(tiny_model) -> None:
-    assert 1e8 < llama.peak_memory("tapelm", "qlora", tiny_model, 1, CPU) < 4e9
-    with pytest.raises(UserError, match="failed in a process of their own"):
-        llama.peak_memory("tapelm", "qlora", tiny_model / "nowhere", 1, CPU)
+    build = partial(llama.Step, "tapelm", "qlora", tiny_model, 1, CPU)
+    assert 1e8 < llama.peak_memory(build, Path(sys.executable)) < 4e9
+    with pytest.raises(UserError, match=r"no model in .*nowhere"):
+        llama.peak_memory(
+            partial(llama.Step, "tapelm", "qlora", tiny_model / "nowhere", 1, CPU), Path(sys.executable)
+        )
 
 
 @pytest.mark.slow
