@@ -1,5 +1,5 @@
-// Linear layer y = x weight^T + bias and its gradients, on our own matrix product or, for products of a few rows and
-// where prefer_matrix_product says so, on ATen's (MKL for float32, oneDNN for bfloat16).
+// Linear layer y = x weight^T + bias and its gradients, on our own matrix product, row by row of the weight for a few
+// rows x or, for some more and where prefer_matrix_product says so, on ATen's (MKL for float32, oneDNN for bfloat16).
 #include "autograd.h"
 #include "common.h"
 #include "matrix_product.h"
@@ -120,11 +120,15 @@ Matrix<T> matrix_of(const Tensor& t) {
   return {t.const_data_ptr<T>(), t.stride(0), t.stride(1)};
 }
 
-// Below this many rows packing the weight costs more than the product: the time is that of reading the weight once.
-constexpr int64_t kFewRows = 64;
+constexpr int64_t kPackRows = 64;  // below these packing the weight costs more than the product
 
 bool ours(const Tensor& x) {
-  return prefer_matrix_product(x.scalar_type()) && x.numel() > 0 && x.numel() / x.size(-1) >= kFewRows;
+  return prefer_matrix_product(x.scalar_type()) && x.numel() > 0 && x.numel() / x.size(-1) >= kPackRows;
+}
+
+bool few(const Tensor& x, const Tensor& weight) {
+  return prefer_matrix_product(x.scalar_type()) && x.numel() > 0 && weight.is_contiguous() &&
+         are_few_rows(x.numel() / x.size(-1), x.size(-1), x.scalar_type());
 }
 
 // (..., C) as (rows, C); explicit sizes, since reshape cannot infer one of a tensor without elements.
@@ -134,6 +138,18 @@ Tensor as_rows(const Tensor& t) {
   return t.reshape({rows, t.size(-1)});
 }
 
+template <typename T>
+void few_rows_forward(const Tensor& rows, const Tensor& weight, const Tensor& bias, T* y) {
+  const int64_t M = rows.size(0), N = weight.size(0), K = rows.size(1);
+  const Tensor x = rows.to(at::kFloat).contiguous();
+  const float* const from = x.const_data_ptr<float>();
+  const T* const w = weight.const_data_ptr<T>();
+  const T* const b = bias.defined() ? bias.const_data_ptr<T>() : nullptr;
+  at::parallel_for(0, N, chunk_count(kFewGrain, K), [&](int64_t begin, int64_t end) {
+    TAPELM_DISPATCH(few_rows(from, M, K, w, b, begin, end, y, N));
+  });
+}
+
 Tensor linear_forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   check(x, weight);
   if (bias.has_value()) {
@@ -141,7 +157,8 @@ Tensor linear_forward(const Tensor& x, const Tensor& weight, const std::optional
     TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == weight.size(0), "linear: bias must have shape (",
                       weight.size(0), ")");
   }
-  if (!ours(x)) return at::linear(x, weight, bias);
+  const bool by_rows = few(x, weight);
+  if (!by_rows && !ours(x)) return at::linear(x, weight, bias);
   const Tensor rows = as_rows(x);
   const Tensor b = bias.has_value() ? bias->contiguous() : Tensor();
   std::vector<int64_t> shape = x.sizes().vec();
@@ -149,6 +166,7 @@ Tensor linear_forward(const Tensor& x, const Tensor& weight, const std::optional
   Tensor y = empty(shape, x.scalar_type());
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
+    if (by_rows) return few_rows_forward<T>(rows, weight, b, y.mutable_data_ptr<T>());
     matrix_product(matrix_of<T>(rows), matrix_of<T>(weight).transposed(), rows.size(0), weight.size(0), rows.size(1),
                    b.defined() ? b.const_data_ptr<T>() : nullptr, false, y.mutable_data_ptr<T>(), weight.size(0));
   });

@@ -2,6 +2,8 @@
 // packed once, a range of columns at a time, and shared by the threads; each thread packs blocks of the left one and
 // runs over both with register tiles.
 #include "matrix_pack.inl"
+#include "simd_loop.inl"
+#include "simd_dots.inl"
 
 constexpr int64_t KC = 512;   // depth in units: a right panel of KC x NR streams from L2, each unit of it used MC times
 constexpr int64_t MC = 72;    // rows: a left block of MC x KC stays in L2; a multiple of every MR
@@ -130,5 +132,18 @@ void multiply_rows(Matrix<T> left, int64_t m0, int64_t rows, int64_t K, const fl
         }
       }
     }
+  }
+}
+
+// y[m][n] = x[m] . w[n] + bias[n] for n in [begin, end), for a few rows x (M, K): w (N, K) is read once and not packed.
+// y (M, N) row-major; the bias may be null.
+template <typename T>
+void few_rows(const float* x, int64_t M, int64_t K, const T* w, const T* bias, int64_t begin, int64_t end, T* y,
+              int64_t N) {
+  float sums[kFewRows];
+  for (int64_t n = begin; n < end; ++n) {
+    few_dots(x, M, K, w + n * K, sums);
+    for (int64_t m = 0; m < M; ++m)
+      y[m * N + n] = static_cast<T>(sums[m] + (bias ? static_cast<float>(bias[n]) : 0.0f));
   }
 }

@@ -12,8 +12,6 @@ namespace {
 
 constexpr int64_t kPart = int64_t{1} << 22;  // dequantized elements at a time: enough for the products to run at speed
 constexpr int64_t kGrain = 32768;            // elements per task
-constexpr int64_t kFewRows = 4;              // up to these all is done in one pass over the weight
-constexpr int64_t kFewGrain = 131072;        // elements per task there
 constexpr int64_t kPackRows = 64;            // below these packing for matrix_product costs more than the product
 
 template <typename T>
@@ -136,7 +134,7 @@ Tensor few_rows_forward(const Tensor& rows, const Weight& weight, const Tensor& 
       halves[M * K / 2 + i] = wide[2 * i + 1];
     }
     T* const low = u.mutable_data_ptr<T>();
-    TAPELM_DISPATCH(few_dots(wide, M, K, a.const_data_ptr<T>(), 0, R, low, R));
+    TAPELM_DISPATCH(few_low_rows(wide, M, K, a.const_data_ptr<T>(), R, low));
     at::parallel_for(0, N, chunk_count(kFewGrain, K), [&](int64_t begin, int64_t end) {
       const T* const to_b = b.const_data_ptr<T>();
       T* const out = y.mutable_data_ptr<T>();
@@ -160,7 +158,8 @@ std::tuple<Tensor, Tensor> lora_linear_forward(const Tensor& x, const Tensor& we
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = N;
   Tensor y = empty(shape, x.scalar_type());
-  if (M <= kFewRows && y.numel() != 0 && K > 0) return {y, few_rows_forward(rows, weight, a.contiguous(), b, scaling, y)};
+  const bool few = weight.quantized() ? M <= kFewRows : are_few_rows(M, K, x.scalar_type());
+  if (few && y.numel() != 0 && K > 0) return {y, few_rows_forward(rows, weight, a.contiguous(), b, scaling, y)};
   const Tensor u = at::mm(rows, a.t());
   if (y.numel() == 0) return {y, u};
   const Tensor out = y.view({M, N});

@@ -1,21 +1,8 @@
 // A few rows against a frozen weight for one instruction set: the weight is read once, NF4 in its four bits.
 #include "nf4.inl"
+#include "simd_dots.inl"
 
 constexpr int64_t kPiece = 1024;  // elements of a weight row at a time; with what they multiply they stay in L1
-constexpr int kMostRows = 4;
-
-// y[m][n] = x[m] . w[n] for n in [begin, end). x (M, K), w (N, K) and y (M, N) row-major.
-template <typename T, typename W_, typename Out>
-void few_dots(const T* x, int64_t M, int64_t K, const W_* w, int64_t begin, int64_t end, Out* y, int64_t N) {
-  for (int64_t n = begin; n < end; ++n)
-    for (int64_t m = 0; m < M; ++m) {
-      vf total[kSums] = {};
-      for_vectors(K, [&](int64_t i, auto lanes, int s) __attribute__((always_inline)) {
-        total[s] += get(w + n * K + i, lanes) * get(x + m * K + i, lanes);
-      });
-      y[m * N + n] = static_cast<Out>(sum(total));
-    }
-}
 
 // The sums of a row of whole blocks, x[m] . w[n] in sums[m]: half[0] and half[1] (M, K / 2) are the elements of x that
 // meet the high and the low nibbles. A block's indices choose among the plain codes; its scale multiplies their sum.
@@ -45,7 +32,7 @@ TAPELM_INLINE void dots_of_blocks(const Nf4& q, const float* const half[2], int6
 // The same for blocks and rows of any size.
 TAPELM_INLINE void dots_of_pieces(const Nf4& q, const float* x, int64_t M, int64_t K, int64_t n, float* sums) {
   float w[kPiece];
-  vf total[kMostRows][kSums] = {};
+  vf total[kFewRows][kSums] = {};
   for (int64_t k = 0; k < K; k += kPiece) {
     const int64_t count = std::min(kPiece, K - k);
     dequantize_range(q, n * K + k, count, w);
@@ -63,7 +50,7 @@ template <typename T>
 void few_rows(const Nf4& q, const float* x, const float* const half[2], int64_t M, int64_t K, const T* u, const T* b,
               int64_t R, float scaling, int64_t begin, int64_t end, T* y, int64_t N) {
   for (int64_t n = begin; n < end; ++n) {
-    float sums[kMostRows];
+    float sums[kFewRows];
     if (half[0] == nullptr)
       dots_of_pieces(q, x, M, K, n, sums);
     else if (M == 1)
@@ -88,10 +75,20 @@ void few_rows(const Nf4& q, const float* x, const float* const half[2], int64_t 
 template <typename T>
 void few_rows(const T* w, const float* x, int64_t M, int64_t K, const T* u, const T* b, int64_t R, float scaling,
               int64_t begin, int64_t end, T* y, int64_t N) {
-  float sums[kMostRows], low[kMostRows];
+  float sums[kFewRows], low[kFewRows];
   for (int64_t n = begin; n < end; ++n) {
-    few_dots(x, M, K, w + n * K, 0, 1, sums, 1);
-    few_dots(u, M, R, b + n * R, 0, 1, low, 1);
+    few_dots(x, M, K, w + n * K, sums);
+    few_dots(u, M, R, b + n * R, low);
     for (int64_t m = 0; m < M; ++m) y[m * N + n] = static_cast<T>(sums[m] + scaling * low[m]);
+  }
+}
+
+// u = x a^T for x (M, K), a (R, K) and u (M, R).
+template <typename T>
+void few_low_rows(const float* x, int64_t M, int64_t K, const T* a, int64_t R, T* u) {
+  float sums[kFewRows];
+  for (int64_t r = 0; r < R; ++r) {
+    few_dots(x, M, K, a + r * K, sums);
+    for (int64_t m = 0; m < M; ++m) u[m * R + r] = static_cast<T>(sums[m]);
   }
 }

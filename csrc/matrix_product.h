@@ -34,4 +34,13 @@ void matrix_product(Matrix<T> left, Matrix<T> right, int64_t M, int64_t N, int64
 // oneDNN for bfloat16 where it has AMX. A forced instruction set is there to be run: then it is ours.
 bool prefer_matrix_product(at::ScalarType dtype);
 
+constexpr int64_t kFewRows = 4;
+constexpr int64_t kFewGrain = 65536;  // elements of the weight per task
+
+// Whether x (M, K) is better multiplied with a weight row by row of it, as the weight is read, than by ATen: up to
+// kFewRows rows, which in bfloat16, where ATen does not read the weight several times, must leave room in L1.
+inline bool are_few_rows(int64_t M, int64_t K, at::ScalarType dtype) {
+  return M == 1 || (M <= kFewRows && (dtype == at::kFloat || M * K <= 6144));
+}
+
 }  // namespace tapelm

@@ -72,9 +72,10 @@ class GenerateConfig(Sampling):
 
 def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     """One token id from logits (V,)."""
+    logits = logits.float()
     if sampling.temperature == 0:
         return int(logits.argmax())
-    logits = logits.float().cpu() / sampling.temperature
+    logits = logits.cpu() / sampling.temperature
     if 0 < sampling.top_k < logits.numel():
         logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[-1], float("-inf"))
     probabilities = torch.softmax(logits, dim=-1)

@@ -54,6 +54,7 @@ class Decoder:
         """(B, V) after all tokens so far."""
         start = self.done if self.use_cache else 0
         x = F.embedding(self.ids[:, start : self.length], self.llama.embed_tokens.weight)  # (B, T, C)
+        cos, sin = (table[:, start : self.length] for table in (self.cos, self.sin))
         mask = self._mask(start)
         for index, block in enumerate(self.llama.layers):
             attention = block.self_attn
@@ -62,12 +63,12 @@ class Decoder:
                 project(h).view(*h.shape[:2], -1, attention.head_dim).transpose(1, 2)
                 for project in (attention.q_proj, attention.k_proj, attention.v_proj)
             )
-            q, k = tapelm.rope(q, k, self.cos[:, start : self.length], self.sin[:, start : self.length])
+            q, k = tapelm.rope(q, k, cos, sin)
             y = self._attend(index, q, k, v, start, mask, attention.scaling)
             x = x + attention.o_proj(y.transpose(1, 2).reshape(*h.shape[:2], -1))
             x = x + block.mlp(block.post_attention_layernorm(x))
         self.done = self.length
-        return F.linear(self.llama.norm(x[:, -1]), self.head)
+        return tapelm.linear(self.llama.norm(x[:, -1]), self.head)
 
     def append(self, tokens: Tensor) -> None:
         """tokens (B,) int64 follow."""

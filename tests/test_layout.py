@@ -28,7 +28,7 @@ def test_every_op_has_its_files(op: str) -> None:
 
 
 def test_no_op_is_missing_from_this_list() -> None:
-    shared = {"simd_vector", "simd_units", "simd_loop", "simd_norm", "matrix_pack"}
+    shared = {"simd_vector", "simd_units", "simd_loop", "simd_dots", "simd_norm", "matrix_pack"}
     parts = {"attention_pack", "attention_backward"}
     kernels = {path.stem for path in (ROOT / "csrc").glob("*.inl")} - shared - parts
     assert kernels == set(OPS)

@@ -11,13 +11,23 @@ def make(rows, k, n, dtype, device="cpu"):
     return [torch.randn(shape, dtype=dtype).to(device) for shape in ((*rows, k), (n, k), (n,))]
 
 
-@pytest.mark.parametrize(
-    "rows,k,n", [((1,), 1, 1), ((5,), 33, 17), ((2, 3), 64, 48), ((70,), 100, 130), ((), 8, 3)]
-)
+ROWS = [((1,), 1, 1), ((5,), 33, 17), ((2, 3), 64, 48), ((70,), 100, 130), ((), 8, 3)]
+FEW_ROWS = [((1,), 2053, 300), ((2,), 70, 5), ((1, 3), 33, 17), ((2, 2), 131, 9), ((4,), 1600, 6)]
+
+
+@pytest.mark.parametrize("rows,k,n", ROWS + FEW_ROWS)
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_values_and_gradients(rows, k, n, has_bias, dtype, device, check):
     x, weight, bias = make(rows, k, n, dtype, device)
     check(tapelm.linear, linear_reference, *((x, weight, bias) if has_bias else (x, weight)))
+
+
+@pytest.mark.parametrize("rows", [1, 4, 70])
+def test_views(rows, dtype, device):
+    wide, transposed = torch.randn(rows, 2 * 37, dtype=dtype), torch.randn(37, 19, dtype=dtype)
+    wide, transposed = wide.to(device), transposed.to(device)
+    y = tapelm.linear(wide[:, ::2], transposed.t())
+    torch.testing.assert_close(y, tapelm.linear(wide[:, ::2].contiguous(), transposed.t().contiguous()))
 
 
 @pytest.mark.parametrize("rows,k,n", [((0,), 8, 3), ((4,), 0, 3), ((4,), 8, 0)])
