@@ -48,6 +48,7 @@ from benchmarks import (
     scaling,
     static,
     static_peers,
+    sweeps,
     tokenizer,
     train,
     tune,
@@ -197,6 +198,7 @@ def run(options: Options) -> int:
         step: Step = train.Step(options.preset, "optimized", batch_size, device)
         train.report_profile(train.profile(step, device), f"{step.label}, {step.shape}")
         return 0
+    swept = sweeps.Sweeps([], device, rounds)
     rows: list[harness.Row] = []
     printed: list[harness.Row] = []  # in tables of their own
     seconds: dict[str, float] = {}
@@ -208,7 +210,7 @@ def run(options: Options) -> int:
         lately = time.monotonic() - started - sum(seconds.values())
         seconds[part] = seconds.get(part, 0.0) + lately
         if path is not None:
-            harness.write_results(path, device, [*rows, *printed], **sections)
+            harness.write_results(path, device, [*swept.rows(), *rows, *printed], **sections)
 
     if options.subject in ("ops", "all"):
         cases = [case for name, case in ops.cases(device, quick=options.quick) if options.only in name]
@@ -216,7 +218,11 @@ def run(options: Options) -> int:
             raise UserError(f"no op is called {options.only!r}; there are: {', '.join(ops.NAMES)}")
         if options.check:
             return compare.check(cases, device, rounds)
-        rows += harness.measure_all(cases, device, rounds)
+        swept = sweeps.Sweeps(cases, device, rounds)
+        if options.subject == "ops":
+            swept.sweep_all()
+        else:
+            swept.sweep()  # the others behind further parts, so that they lie minutes apart
         save("ops")
     if options.subject == "train":
         rows += train.measure(options.preset, batch_size, device, rounds, compiled=options.compiled)
@@ -236,6 +242,8 @@ def run(options: Options) -> int:
         else:
             printed, sections["ladders"] = printed + climbed, [*sections["ladders"], section]
             save("ladder of llama")
+        swept.sweep()
+        save("ops")
     if options.subject in ("peers", "all"):
         measured, skipped = peers.measure(
             options.preset, options.batch_size or 4, device, rounds,
@@ -256,14 +264,16 @@ def run(options: Options) -> int:
             save("tokenizer")
     if options.subject in ("loader", "all"):
         rows += alone(loader.measure_all, rounds, options.preset, batch_size, options.text)
+        save("loader")
     if options.subject == "llama":
         from benchmarks import llama
 
         if options.unsloth is None:
             print("skipped: Unsloth: name the Python of an environment that has it with --unsloth")
         rows += llama.measure(fetched(options.base), batch_size, device, rounds, options.unsloth)
-    harness.report(f"python -m benchmarks {options.subject}", rows, device)
-    save("loader" if options.subject == "all" else options.subject)
+    swept.sweep_all()
+    harness.report(f"python -m benchmarks {options.subject}", [*swept.rows(), *rows], device)
+    save("ops" if options.subject == "all" else options.subject)
     if options.subject == "all":
         parts = ", ".join(f"{part} {took / 60:.1f}" for part, took in seconds.items())
         print(f"minutes: {sum(seconds.values()) / 60:.1f}; {parts}")

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks import gpu_peers, harness
+from benchmarks import gpu_peers, harness, sweeps
 from benchmarks.ops import adamw
 from benchmarks.subjects import BF16, SUBJECTS, Subject, random
 from gpt.cli import write_atomically
@@ -94,7 +94,7 @@ def measure(device: torch.device, deadline: float) -> dict[str, Any]:
     report_predictions(kernels, DEVICES.get(architecture(device)))
     peers, more = gpu_peers.measure(device, deadline - 80, triton.testing.do_bench)
     gpu_peers.report(peers)
-    optimizer = harness.measure_all(adamw.cases(device), device, ROUNDS)
+    optimizer = sweeps.measure_all(adamw.cases(device), device, ROUNDS)
     harness.report("clip and AdamW", optimizer, device)
     try:
         training = train(device, deadline, "seed", TRAIN_STEPS)

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
@@ -76,6 +75,10 @@ class Row:
     extra: dict[str, float] = field(default_factory=dict)
 
 
+Seconds = dict[str, list[float]]
+"""Of every variant in every round."""
+
+
 class WrongResult(UserError):
     """A variant that does not compute what its baseline does; nothing of its case was timed."""
 
@@ -91,16 +94,28 @@ def check(case: Case) -> None:
             raise WrongResult(f"{case.subject} {case.shape}, {name}: {error}") from error
 
 
-def measure(
-    case: Case, device: torch.device, rounds: int = ROUNDS, ceilings: Ceilings | None = None
-) -> list[Row]:
+def measure(case: Case, device: torch.device, rounds: int = ROUNDS) -> list[Row]:
+    """Rows of one case, see take."""
+    seconds, limit = take(case, device, rounds, Ceilings(device, [case.dtype], [case.bound]))
+    baseline = next(iter(seconds))
+    return [
+        make_row(
+            case.subject, name, case.shape, case.dtype, device, times, limit, case.work,
+            against={baseline: seconds[baseline]},
+        )
+        for name, times in seconds.items()
+    ]  # fmt: skip
+
+
+def take(
+    case: Case, device: torch.device, rounds: int, ceilings: Ceilings, most_seconds: float = MOST_SECONDS
+) -> tuple[Seconds, Limit]:
     """Check that the variants agree, then time them and the ceiling in turn.
 
-    `ceilings`: of earlier cases with this bound and dtype; what was timed then is forgotten.
+    The rounds are taken again while a ratio is not known to SETTLED and `most_seconds` are not over.
+    `ceilings` have this case's bound and dtype; what was timed with earlier cases is forgotten.
     """
     check(case)
-    if ceilings is None:
-        ceilings = Ceilings(device, [case.dtype], [case.bound])
     ceilings.forget()
     calls = {
         name: min(MOST_CALLS, math.ceil(LEAST_SECONDS / timed(run, device)))
@@ -112,20 +127,13 @@ def measure(
         ceilings.round()
     seconds = interleave(case.variants, ceilings, rounds, calls, limits=False)
     for _ in range(MOST_TIMES_ROUNDS - 1):
-        if _settled(seconds, baseline):
+        if _settled(seconds, baseline, most_seconds):
             break
         for name, times in interleave(case.variants, ceilings, rounds, calls, limits=False).items():
             seconds[name] += times
     for _ in range(rounds - rounds // 2):
         ceilings.round()
-    limit = ceilings.limit(case.bound, case.dtype)
-    return [
-        make_row(
-            case.subject, name, case.shape, case.dtype, device, times, limit, case.work,
-            against={baseline: seconds[baseline]},
-        )
-        for name, times in seconds.items()
-    ]  # fmt: skip
+    return seconds, ceilings.limit(case.bound, case.dtype)
 
 
 def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -134,9 +142,9 @@ def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
         return pool.submit(function, *arguments).result()
 
 
-def _settled(seconds: Mapping[str, Sequence[float]], baseline: str) -> bool:
+def _settled(seconds: Seconds, baseline: str, most_seconds: float = MOST_SECONDS) -> bool:
     """Whether all ratios are known to SETTLED, or more rounds would take too long."""
-    if sum(map(sum, seconds.values())) > MOST_SECONDS:
+    if sum(map(sum, seconds.values())) > most_seconds:
         return True
     ratios = [
         [base / own for base, own in zip(seconds[baseline], times, strict=True)]
@@ -153,13 +161,13 @@ def interleave(
     calls: Mapping[str, int] | None = None,
     *,
     limits: bool = True,
-) -> dict[str, list[float]]:
+) -> Seconds:
     """Seconds of every variant in every round, of one or `calls` calls; a round ends with the ceilings.
 
     rounds: None takes those that begin within ROUNDS_SECONDS, from LEAST_ROUNDS to ROUNDS.
     limits: whether the ceilings are timed.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    seconds: Seconds = {name: [] for name in variants}
     order, generator = list(variants), random.Random(0)
     started = time.perf_counter()
     for done in range(ROUNDS if rounds is None else rounds):
@@ -313,25 +321,3 @@ def is_usable(case: Case, device: torch.device) -> bool:
     Nobody trains with what takes PyTorch a hundred times as long as float32, and timing it would take hours.
     """
     return case.bound != "gemm" or case.dtype != torch.bfloat16 or native_bf16(device)
-
-
-def measure_all(cases: Sequence[Callable[[], Case]], device: torch.device, rounds: int = ROUNDS) -> list[Row]:
-    """Rows of all usable cases, and a word on others.
-
-    Each is built only when its turn comes, so that memory holds one at a time.
-    """
-    rows: list[Row] = []
-    ceilings: dict[tuple[str, torch.dtype | None], Ceilings] = {}
-    skipped = 0
-    for build in track(cases, description="measuring", console=Console(stderr=True), transient=True):
-        case = build()
-        if is_usable(case, device):
-            limit = case.bound, case.dtype if case.bound == "gemm" else None
-            if limit not in ceilings:
-                ceilings[limit] = Ceilings(device, [case.dtype], [case.bound])
-            rows += measure(case, device, rounds, ceilings[limit])
-        else:
-            skipped += 1
-    if skipped:
-        print(f"skipped: {skipped} cases of matrix products in bfloat16, which {device_name(device)} has not")
-    return rows

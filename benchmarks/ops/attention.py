@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tapelm
-from benchmarks import harness
+from benchmarks import harness, sweeps
 from benchmarks.harness import Case, close
 from benchmarks.kept_memory import restart
 
@@ -102,5 +102,5 @@ def case(device: torch.device, setting: Setting) -> Case:
 if __name__ == "__main__":
     restart()
     device = torch.device("cpu")
-    rows = harness.measure_all(cases(device, GRID), device, rounds=5)
+    rows = sweeps.measure_all(cases(device, GRID), device, rounds=5)
     harness.report("python -m benchmarks.ops.attention", rows, device)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import harness
+from benchmarks import harness, sweeps
 from benchmarks.__main__ import main
 from benchmarks.ceilings import Ceilings, Probe
 from benchmarks.harness import Case, WrongResult, close
@@ -74,10 +74,36 @@ def test_errors_of_few_ratios_are_not_too_small() -> None:
 def test_shared_ceilings_are_those_of_the_case(clock) -> None:
     ceilings = Ceilings(CPU, [torch.float32], ["gemm"])
     ceilings.round()
-    harness.measure(case({"peer": clock.taking(0.1, [])}), CPU, 3, ceilings)
+    harness.take(case({"peer": clock.taking(0.1, [])}), CPU, 3, ceilings)
     assert [len(probe.seconds) for probe in ceilings.probes["gemm torch.float32"]] == [3] * len(
         ceilings.probes["gemm torch.float32"]
     )
+
+
+def test_rounds_are_spread_over_sweeps(clock) -> None:
+    """A case that has become slower minutes later: its ratio is the middle one, and its error tells."""
+    pace, built = {"ours": 0.1}, []
+
+    def ours() -> list[torch.Tensor]:
+        clock.now += pace["ours"]
+        return []
+
+    def build(name: str) -> Case:
+        built.append(name)
+        return replace(case({"peer": clock.taking(0.3, []), "ours": ours}), subject=name)
+
+    measured = sweeps.Sweeps([lambda: build("a"), lambda: build("b")], CPU, 5)
+    for pace["ours"] in (0.1, 0.15, 0.3):
+        measured.sweep()
+    measured.sweep()  # is over
+    assert built == ["a", "b"] * sweeps.SWEEPS
+    rows = measured.rows()
+    assert [(row.subject, row.variant) for row in rows] == [
+        (subject, variant) for subject in "ab" for variant in ("peer", "ours")
+    ]
+    assert rows[1].ratio_vs["peer"] == pytest.approx(2.0, rel=1e-3)
+    assert rows[1].extra["ratio_error"] == pytest.approx(harness.relative_error([3.0, 2.0, 1.0]), rel=1e-3)
+    assert sweeps.Sweeps([], CPU, 1).count == 1 and sweeps.Sweeps([], CPU, 5).rows() == []
 
 
 def test_a_wrong_result_is_not_timed(clock) -> None:
@@ -111,7 +137,7 @@ def test_bfloat16_products_are_left_out_where_hardware_has_none(clock, monkeypat
         replace(case({"peer": clock.taking(0.1, [])}), dtype=torch.bfloat16, bound=b)
         for b in ("gemm", "copy")
     ]
-    rows = harness.measure_all([lambda: made[0], lambda: made[1]], CPU, 3)
+    rows = sweeps.measure_all([lambda: made[0], lambda: made[1]], CPU, 3)
     assert len(rows) == 1 + native
     assert ("skipped: 1 cases of matrix products in bfloat16" in capsys.readouterr().out) is not native
 
