@@ -36,7 +36,7 @@ LEAST_SECONDS, MOST_CALLS = 2e-3, 50
 FEW_VALUES = {3: 1.495, 4: 1.363, 5: 1.206, 6: 1.2, 7: 1.14, 8: 1.129, 9: 1.107}
 """What the median absolute deviation of so many values is multiplied with; see relative_error."""
 SETTLED = 0.01
-MOST_TIMES_ROUNDS, MOST_SECONDS = 6, 1.5
+MOST_TIMES_ROUNDS, MOST_SECONDS = 6, 1.0
 """While a ratio's standard error is above SETTLED, a short case takes its rounds again and again."""
 
 
@@ -95,8 +95,10 @@ def check(case: Case) -> None:
 
 
 def measure(case: Case, device: torch.device, rounds: int = ROUNDS) -> list[Row]:
-    """Rows of one case, see take."""
-    seconds, limit = take(case, device, rounds, Ceilings(device, [case.dtype], [case.bound]))
+    """Check that the variants agree, then time them in rounds, with the ceiling; see take."""
+    check(case)
+    ceilings = Ceilings(device, [case.dtype], [case.bound])
+    seconds, limit = take(case, device, rounds, ceilings, calls_in_a_round(case, device))
     baseline = next(iter(seconds))
     return [
         make_row(
@@ -107,22 +109,25 @@ def measure(case: Case, device: torch.device, rounds: int = ROUNDS) -> list[Row]
     ]  # fmt: skip
 
 
+def calls_in_a_round(case: Case, device: torch.device) -> dict[str, int]:
+    return {
+        name: min(MOST_CALLS, math.ceil(LEAST_SECONDS / timed(run, device)))
+        for name, run in case.variants.items()
+    }
+
+
 def take(
-    case: Case, device: torch.device, rounds: int, ceilings: Ceilings, most_seconds: float = MOST_SECONDS
-) -> tuple[Seconds, Limit]:
-    """Check that the variants agree, then time them and the ceiling in turn.
+    case: Case, device: torch.device, rounds: int, ceilings: Ceilings, calls: Mapping[str, int],
+    most_seconds: float = MOST_SECONDS,
+) -> tuple[Seconds, Limit]:  # fmt: skip
+    """Time the variants, which have run before, in turn, and the ceiling before and behind them.
 
     The rounds are taken again while a ratio is not known to SETTLED and `most_seconds` are not over.
     `ceilings` have this case's bound and dtype; what was timed with earlier cases is forgotten.
     """
-    check(case)
     ceilings.forget()
-    calls = {
-        name: min(MOST_CALLS, math.ceil(LEAST_SECONDS / timed(run, device)))
-        for name, run in case.variants.items()
-    }
     baseline = next(iter(case.variants))
-    # The ceilings before and behind the rounds, not in them: they leave caches cold, which small ops feel.
+    # Not in the rounds: they leave caches cold, which small ops feel.
     for _ in range(rounds // 2):
         ceilings.round()
     seconds = interleave(case.variants, ceilings, rounds, calls, limits=False)

@@ -74,7 +74,7 @@ def test_errors_of_few_ratios_are_not_too_small() -> None:
 def test_shared_ceilings_are_those_of_the_case(clock) -> None:
     ceilings = Ceilings(CPU, [torch.float32], ["gemm"])
     ceilings.round()
-    harness.take(case({"peer": clock.taking(0.1, [])}), CPU, 3, ceilings)
+    harness.take(case({"peer": clock.taking(0.1, [])}), CPU, 3, ceilings, {"peer": 1})
     assert [len(probe.seconds) for probe in ceilings.probes["gemm torch.float32"]] == [3] * len(
         ceilings.probes["gemm torch.float32"]
     )
