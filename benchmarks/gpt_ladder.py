@@ -35,9 +35,9 @@ from tapelm.shards import read_manifest, token_dtype
 KERNELS = {
     "attention": ("attention",),
     "norms": ("add_norm", "layer_norm", "embedding"),
-    "bias_gelu": ("linear_gelu",),
+    "bias_gelu": ("mlp",),
     "linear cross-entropy": ("cross_entropy",),
-    "linear": ("linear", "linear_gelu"),
+    "linear": ("linear", "mlp"),
 }
 """Rungs of kernels, in order, and the entries of the table of ops that each takes from tapelm."""
 
@@ -71,12 +71,19 @@ def ops_of(setting: Setting) -> Ops:
     if "bias_gelu" in setting.kernels and "linear" not in setting.kernels:
         import tapelm
 
-        ops = replace(ops, linear_gelu=lambda x, weight, bias: tapelm.bias_gelu(F.linear(x, weight), bias))
+        ops = replace(
+            ops,
+            mlp=lambda x, up, up_bias, down, down_bias: F.linear(
+                tapelm.bias_gelu(F.linear(x, up), up_bias), down, down_bias
+            ),
+        )
     elif "linear" in setting.kernels and "bias_gelu" not in setting.kernels:
         linear = ours.linear
         ops = replace(
             ops,
-            linear_gelu=lambda x, weight, bias: F.gelu(linear(x, weight, bias), approximate="tanh"),
+            mlp=lambda x, up, up_bias, down, down_bias: linear(
+                F.gelu(linear(x, up, up_bias), approximate="tanh"), down, down_bias
+            ),
         )
     if setting.adamw == "tapelm":
         return replace(ops, adamw=ours.adamw)

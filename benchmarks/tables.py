@@ -56,6 +56,7 @@ def steps(results: Results) -> str:
         "speed-up",
         "tokens/s",
         "of the GEMM peak",
+        "peak memory",
     )
     return markdown(
         head,
@@ -63,6 +64,7 @@ def steps(results: Results) -> str:
             (
                 row.variant, f"{row.median_ms:.0f} ms", f"{_speed_up(row):.1f}×",
                 f"{row.extra['tokens_per_second']:,.0f}", f"{row.fraction_of_ceiling:.0%} of {row.ceiling}",
+                megabytes(row),
             )
             for row in rows
         ],

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from gpt.ops import Ops
 from gpt.train import autocast, model_and_optimizer
 
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
+KEPT = ", memory kept"
 VOCAB_SIZE = 8192
 """Of presets that take the tokenizer's."""
 
@@ -39,7 +40,8 @@ def measure(
     """Rows of the plain models and the optimized one of a preset at `batch_size` windows a step.
 
     Where this process keeps its memory (see kept_memory), the plain models run in processes that do not, as
-    most people run them; one that keeps it, the fastest, is another row.
+    most people run them; one that keeps it, the fastest, is another row. Peak memory is that of processes
+    which do not keep it, but for that row.
     """
     kept = device.type == "cpu" and is_kept()
     optimized = pick_precision(settings(name, batch_size, kernels="optimized"), device)
@@ -57,11 +59,13 @@ def measure(
         plain = choice["kernels"] == "plain"
         rungs.append(ladder.Rung(label, build, elsewhere=kept and plain))
         if kept and plain and (optimized == "fp32" or precision != "fp32") and not choice.get("compiled"):
-            rungs.append(ladder.Rung(f"{label}, memory kept", build))
+            rungs.append(ladder.Rung(label + KEPT, build))
     steps = ladder.Ladder(name, rungs, tolerance=1e-4 if optimized == "fp32" else 1e-2)
     rows = ladder.climb(steps, device, rounds, memory=False).rows
-    for row in rows:
+    as_run = [replace(rung, elsewhere=kept and not rung.name.endswith(KEPT)) for rung in rungs]
+    for row, peak in zip(rows, ladder.peak_memory(as_run, device), strict=True):
         row.subject = f"train {name}"
+        row.extra["peak_memory_bytes"] = peak
         del row.ratio_vs["before"]
     return rows
 

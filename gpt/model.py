@@ -82,8 +82,8 @@ class Block(nn.Module):
         else:
             normed, x = add_norm(ops, self.norm_1, x, branch, dropout)
         normed, x = add_norm(ops, self.norm_2, x, self.attention(normed, cache), dropout)
-        hidden = ops.linear_gelu(normed, self.expand.weight, self.expand.bias)  # (B, T, 4C)
-        return x, ops.linear(hidden, self.contract.weight, self.contract.bias)
+        expand, contract = self.expand, self.contract
+        return x, ops.mlp(normed, expand.weight, expand.bias, contract.weight, contract.bias)
 
 
 def add_norm(

@@ -81,7 +81,9 @@ with FakeTensorMode():
     loss = torch.compile(model, fullgraph=True, backend=keep)(ids, targets)
 assert loss.device.type == "cuda" and loss.dtype == torch.float32 and loss.shape == () and loss.requires_grad
 print(len(graphs))
-print(*sorted({str(node.target) for node in graphs[0].graph.nodes if "tapelm" in str(node.target)}))
+parts = [part for part in graphs[0].modules() if isinstance(part, torch.fx.GraphModule)]
+targets = {str(node.target) for part in parts for node in part.graph.nodes}
+print(*sorted(target for target in targets if "tapelm" in target))
 """
 
 
