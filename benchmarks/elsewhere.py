@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,13 @@ class Elsewhere:
     def __init__(self, build: Callable[[], Any], *, python: Path | None = None) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
+        self._process: BaseProcess | subprocess.Popen[bytes]
         if python is None:
+            self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
             with given_back():
-                context.Process(target=_serve, args=(theirs,), daemon=True).start()
+                self._process.start()
         else:
-            _start(python, theirs)
+            self._process = _start(python, theirs)
         theirs.close()
         self.__dict__ |= self._ask((build, torch.get_num_threads()))
         self.losses: list[torch.Tensor] = []
@@ -58,9 +61,24 @@ class Elsewhere:
         """Bytes of the whole process so far."""
         return self._ask("peak_memory")
 
+    def gradient_norm(self) -> float:
+        return self._ask("gradient_norm")
+
+    def close(self) -> None:
+        """End the process and wait for that."""
+        self._pipe.close()
+        if isinstance(self._process, subprocess.Popen):
+            self._process.wait()
+        else:
+            self._process.join()
+
     def _ask(self, what: Any) -> Any:
         try:
             self._pipe.send(what)
+            # Not recv alone: what the process has started may hold the other end open when it is gone itself.
+            while not self._pipe.poll(1.0):
+                if not self._is_alive() and not self._pipe.poll():
+                    raise EOFError
             answer = self._pipe.recv()
         except (EOFError, ConnectionError) as error:
             raise UserError("a step's own process has ended; what it printed says why") from error
@@ -68,14 +86,21 @@ class Elsewhere:
             raise answer
         return answer
 
+    def _is_alive(self) -> bool:
+        if isinstance(self._process, subprocess.Popen):
+            return self._process.poll() is None
+        return self._process.is_alive()
 
-def _start(python: Path, pipe: Any) -> None:
+
+def _start(python: Path, pipe: Any) -> subprocess.Popen[bytes]:
     """Run this module by `python`; what it prints goes to stderr."""
     command = [str(python), "-m", "benchmarks.elsewhere", str(pipe.fileno())]
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     try:
-        subprocess.Popen(command, stdout=2, env=environment, pass_fds=[pipe.fileno()])
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=2, env=environment, pass_fds=[pipe.fileno()]
+        )
     except OSError as error:
         raise UserError(f"{python} is no Python that could be started: {error}") from error
 
@@ -93,6 +118,8 @@ def _serve(pipe: Any) -> None:
                     pipe.send(float(step.losses[-1]))
                 case "evaluate":
                     pipe.send(step.evaluate())
+                case "gradient_norm":
+                    pipe.send(step.gradient_norm())
                 case "peak_memory":
                     pipe.send(peak_memory_bytes(step.device))
     except EOFError:
@@ -105,4 +132,5 @@ def _serve(pipe: Any) -> None:
 
 
 if __name__ == "__main__":
+    os.set_inheritable(int(sys.argv[1]), False)
     _serve(Connection(int(sys.argv[1])))

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def measure(case: Case, device: torch.device, rounds: int = ROUNDS) -> list[Row]
     """Check that the variants agree, then time them in rounds, with the ceiling; see take."""
     check(case)
     ceilings = Ceilings(device, [case.dtype], [case.bound])
-    seconds, limit = take(case, device, rounds, ceilings, calls_in_a_round(case, device))
+    seconds, limit = take(case, rounds, ceilings, calls_in_a_round(case, device))
     baseline = next(iter(seconds))
     return [
         make_row(
@@ -117,24 +118,28 @@ def calls_in_a_round(case: Case, device: torch.device) -> dict[str, int]:
 
 
 def take(
-    case: Case, device: torch.device, rounds: int, ceilings: Ceilings, calls: Mapping[str, int],
-    most_seconds: float = MOST_SECONDS,
+    case: Case, rounds: int, ceilings: Ceilings, calls: Mapping[str, int],
+    most_seconds: float = MOST_SECONDS, turn: int = 0,
 ) -> tuple[Seconds, Limit]:  # fmt: skip
-    """Time the variants, which have run before, in turn, and the ceiling before and behind them.
+    """Time the variants in turn, and the ceiling before and behind them.
 
-    The rounds are taken again while a ratio is not known to SETTLED and `most_seconds` are not over.
-    `ceilings` have this case's bound and dtype; what was timed with earlier cases is forgotten.
+    The rounds are taken again while a ratio is not known to SETTLED and the calls, each counted once a round,
+    took less than `most_seconds`. `ceilings` have this case's bound and dtype; what was timed with earlier
+    cases is forgotten. Another `turn` has the variants in other orders.
     """
     ceilings.forget()
-    baseline = next(iter(case.variants))
+    generator = random.Random(turn)
+    again = partial(interleave, case.variants, ceilings, rounds, calls, limits=False, generator=generator)
     # Not in the rounds: they leave caches cold, which small ops feel.
     for _ in range(rounds // 2):
         ceilings.round()
-    seconds = interleave(case.variants, ceilings, rounds, calls, limits=False)
+    for run in case.variants.values():
+        run()
+    seconds = again()
     for _ in range(MOST_TIMES_ROUNDS - 1):
-        if _settled(seconds, baseline, most_seconds):
+        if _settled(seconds, next(iter(seconds)), most_seconds):
             break
-        for name, times in interleave(case.variants, ceilings, rounds, calls, limits=False).items():
+        for name, times in again().items():
             seconds[name] += times
     for _ in range(rounds - rounds // 2):
         ceilings.round()
@@ -166,21 +171,27 @@ def interleave(
     calls: Mapping[str, int] | None = None,
     *,
     limits: bool = True,
+    generator: random.Random | None = None,
 ) -> Seconds:
     """Seconds of every variant in every round, of one or `calls` calls; a round ends with the ceilings.
+
+    Of two rounds the first has the variants in any order, the second in reverse.
 
     rounds: None takes those that begin within ROUNDS_SECONDS, from LEAST_ROUNDS to ROUNDS.
     limits: whether the ceilings are timed.
     """
     seconds: Seconds = {name: [] for name in variants}
-    order, generator = list(variants), random.Random(0)
+    order, generator = list(variants), generator or random.Random(0)
     started = time.perf_counter()
     for done in range(ROUNDS if rounds is None else rounds):
         if rounds is None and done >= LEAST_ROUNDS and time.perf_counter() - started > ROUNDS_SECONDS:
             break
+        if done % 2:
+            order.reverse()
+        else:
+            generator.shuffle(order)
         for name in order:
             seconds[name].append(timed(variants[name], ceilings.device, calls[name] if calls else 1))
-        generator.shuffle(order)
         if limits:
             ceilings.round()
     return seconds

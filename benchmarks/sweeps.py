@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from rich.console import Console
@@ -28,7 +28,6 @@ from benchmarks.harness import (
     check,
     is_usable,
     make_row,
-    relative_error,
     take,
 )
 from gpt.hardware import device_name
@@ -49,29 +48,54 @@ class _Taken:
     limits: list[Limit] = field(default_factory=list)
 
     def rows(self, device: torch.device) -> list[Row]:
-        baseline = next(iter(self.seconds[0]))
-        joined = {name: [s for each in self.seconds for s in each[name]] for name in self.seconds[0]}
-        limit = statistics.median_low(self.limits)
-        rows = []
-        for name, own in joined.items():
-            row = make_row(
-                self.subject, name, self.shape, self.dtype, device, own, limit, self.work,
-                against={baseline: joined[baseline]},
-            )  # fmt: skip
-            if len(self.seconds) > 1 and name != baseline:
-                sweeps = [statistics.median(ratios(each, baseline, name)) for each in self.seconds]
-                row.extra["ratio_error"] = max(row.extra["ratio_error"], relative_error(sweeps))
-            rows.append(row)
-        return rows
+        """Every sweep counts alike, however many rounds it took."""
+        each = [self._of_sweep(device, *sweep) for sweep in zip(self.seconds, self.limits, strict=True)]
+        return [self._joined(rows) for rows in zip(*each, strict=True)]
+
+    def _of_sweep(self, device: torch.device, seconds: Seconds, limit: Limit) -> list[Row]:
+        baseline = next(iter(seconds))
+        against = {baseline: seconds[baseline]}
+        return [
+            make_row(
+                self.subject, name, self.shape, self.dtype, device, own, limit, self.work, against=against
+            )
+            for name, own in seconds.items()
+        ]
+
+    @staticmethod
+    def _joined(rows: Sequence[Row]) -> Row:
+        """Of one variant in every sweep: medians, and the ceiling of the sweep with the middle fraction."""
+        baseline = next(iter(rows[0].ratio_vs))
+        ratios = [row.ratio_vs[baseline] for row in rows]
+        middle = sorted(rows, key=lambda row: row.fraction_of_ceiling)[len(rows) // 2]
+        errors = [row.extra["ratio_error"] / math.sqrt(len(rows)) for row in rows]
+        return replace(
+            middle,
+            median_ms=statistics.median(row.median_ms for row in rows),
+            fastest_ms=min(row.fastest_ms for row in rows),
+            slowest_ms=max(row.slowest_ms for row in rows),
+            ratio_vs={baseline: statistics.median(ratios)},
+            fraction_of_ceiling=statistics.median(row.fraction_of_ceiling for row in rows),
+            extra={
+                "ratio_error": max(statistics.median(errors), error_of_median(ratios)),
+                "sweeps": len(rows),
+            },
+        )
 
 
-def ratios(seconds: Seconds, baseline: str, name: str) -> list[float]:
-    """Of every round."""
-    return [base / own for base, own in zip(seconds[baseline], seconds[name], strict=True)]
+def error_of_median(values: Sequence[float]) -> float:
+    """Standard error of the median of one to three values over that median, by their range.
+
+    A range of so many normal values is 1.128 and 1.693 standard deviations at the mean.
+    """
+    if len(values) == 1:
+        return 0.0
+    deviation = (max(values) - min(values)) / {2: 1.128, 3: 1.693}[len(values)]
+    return 1.2533 * deviation / math.sqrt(len(values)) / statistics.median(values)
 
 
 class Sweeps:
-    """Cases in SWEEPS sweeps with `rounds` rounds in all; fewer sweeps for fewer rounds.
+    """Cases in SWEEPS sweeps with at least `rounds` rounds in all; fewer sweeps for fewer rounds.
 
     A case is built only when its turn comes, so that memory holds one at a time. Those that are not usable on
     the device are left out with a word.
@@ -82,20 +106,23 @@ class Sweeps:
         self.count = self.left = min(SWEEPS, rounds)
         self.rounds = math.ceil(rounds / self.count)
         self._taken: dict[int, _Taken] = {}
-        self._ceilings: dict[tuple[str, torch.dtype | None], Ceilings] = {}
 
     def sweep(self) -> None:
-        """Measure every case once more, unless it has been SWEEPS times."""
+        """Measure every case once more, unless that was done `count` times."""
         if self.left == 0:
             return
         self.left -= 1
         skipped, console = 0, Console(stderr=True)
+        ceilings: dict[tuple[str, torch.dtype | None], Ceilings] = {}
         for index, build in enumerate(
             track(self.builds, description="measuring", console=console, transient=True)
         ):
             case = build()
             if is_usable(case, self.device):
-                self._measure(index, case)
+                limit = case.bound, case.dtype if case.bound == "gemm" else None
+                if limit not in ceilings:
+                    ceilings[limit] = Ceilings(self.device, [case.dtype], [case.bound])
+                self._measure(index, case, ceilings[limit])
             else:
                 skipped += 1
         if skipped and self.left == 0:
@@ -106,23 +133,15 @@ class Sweeps:
         while self.left:
             self.sweep()
 
-    def _measure(self, index: int, case: Case) -> None:
-        limit = case.bound, case.dtype if case.bound == "gemm" else None
-        if limit not in self._ceilings:
-            self._ceilings[limit] = Ceilings(self.device, [case.dtype], [case.bound])
-        if index in self._taken:
-            for run in case.variants.values():
-                run()
-        else:
+    def _measure(self, index: int, case: Case, ceilings: Ceilings) -> None:
+        if index not in self._taken:
             check(case)
             calls = calls_in_a_round(case, self.device)
             self._taken[index] = _Taken(case.subject, case.shape, case.dtype, case.work, calls)
         taken, most_seconds = self._taken[index], MOST_SECONDS / self.count
-        seconds, ceiling = take(
-            case, self.device, self.rounds, self._ceilings[limit], taken.calls, most_seconds
-        )
+        seconds, limit = take(case, self.rounds, ceilings, taken.calls, most_seconds, turn=len(taken.seconds))
         taken.seconds.append(seconds)
-        taken.limits.append(ceiling)
+        taken.limits.append(limit)
 
     def rows(self) -> list[Row]:
         """Of what was measured so far."""

@@ -38,9 +38,10 @@ constexpr int64_t kFewRows = 4;
 constexpr int64_t kFewGrain = 65536;  // elements of the weight per task
 
 // Whether x (M, K) is better multiplied with a weight row by row of it, as the weight is read, than by ATen: up to
-// kFewRows rows, which in bfloat16, where ATen does not read the weight several times, must leave room in L1.
+// kFewRows rows. In float32, of which ATen reads the weight for every row, not if they are short; in bfloat16 several
+// must leave room in L1.
 inline bool are_few_rows(int64_t M, int64_t K, at::ScalarType dtype) {
-  return M == 1 || (M <= kFewRows && (dtype == at::kFloat || M * K <= 6144));
+  return M <= kFewRows && (dtype == at::kFloat ? K >= 64 : M == 1 || M * K <= 6144);
 }
 
 }  // namespace tapelm

@@ -1,4 +1,4 @@
-"""Linear layers of the seed preset, forward and backward, against torch.nn.functional.linear."""
+"""Linear layers of the seed preset, forward and backward, and logits of a decoded token, forward alone."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ import tapelm
 from benchmarks.harness import Case, agree_in_float32
 
 SHAPES = ((4096, 512, 1536), (4096, 512, 2048), (4096, 2048, 512), (1, 64, 64))  # rows, in, out
+DECODED = ((1, 576, 49152), (4, 576, 49152))
 
 
 def cases(device: torch.device) -> list[Callable[[], Case]]:
     return [
-        partial(case, device, shape, dtype) for shape in SHAPES for dtype in (torch.float32, torch.bfloat16)
+        partial(case, device, shape, dtype)
+        for shape in (*SHAPES, *DECODED)
+        for dtype in (torch.float32, torch.bfloat16)
     ]
 
 
@@ -31,12 +34,18 @@ def case(device: torch.device, shape: tuple[int, int, int], dtype: torch.dtype) 
         out = function(*inputs)
         return [out.detach(), *torch.autograd.grad(out, inputs, grad.to(dtype))]
 
+    def forward(function: Callable[..., torch.Tensor], dtype: torch.dtype = dtype) -> list[torch.Tensor]:
+        with torch.no_grad():
+            return [function(x.to(dtype), weight.to(dtype))]
+
+    decoded = shape in DECODED
+    step = forward if decoded else run
     return Case(
-        subject="linear fwd+bwd",
+        subject=f"linear {'fwd' if decoded else 'fwd+bwd'}",
         shape="x".join(map(str, shape)),
         dtype=dtype,
-        variants={"torch": partial(run, F.linear), "tapelm": partial(run, tapelm.linear)},
-        bound="gemm",
-        work=6 * rows * n_in * n_out,
-        agree=agree_in_float32(dtype, partial(run, F.linear), rows),
+        variants={"torch": partial(step, F.linear), "tapelm": partial(step, tapelm.linear)},
+        bound="copy" if decoded else "gemm",
+        work=weight.numel() * weight.element_size() if decoded else 6 * rows * n_in * n_out,
+        agree=agree_in_float32(dtype, partial(step, F.linear), rows),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,7 @@ def test_noisy_ratios_take_more_rounds(clock) -> None:
             return one
 
         harness.measure(case({"peer": peer, name: run}), CPU, 5)
-        counts[name] = len(calls) - 2
+        counts[name] = len(calls) - 3
     assert counts == {"steady": 5, "noisy": 5 * harness.MOST_TIMES_ROUNDS}
     slow = [1.0, 2.0, 1.0, 2.0, 1.0]
     assert harness._settled({"peer": slow, "ours": slow[::-1]}, "peer")  # whose time is up
@@ -74,7 +75,7 @@ def test_errors_of_few_ratios_are_not_too_small() -> None:
 def test_shared_ceilings_are_those_of_the_case(clock) -> None:
     ceilings = Ceilings(CPU, [torch.float32], ["gemm"])
     ceilings.round()
-    harness.take(case({"peer": clock.taking(0.1, [])}), CPU, 3, ceilings, {"peer": 1})
+    harness.take(case({"peer": clock.taking(0.1, [])}), 3, ceilings, {"peer": 1})
     assert [len(probe.seconds) for probe in ceilings.probes["gemm torch.float32"]] == [3] * len(
         ceilings.probes["gemm torch.float32"]
     )
@@ -102,8 +103,50 @@ def test_rounds_are_spread_over_sweeps(clock) -> None:
         (subject, variant) for subject in "ab" for variant in ("peer", "ours")
     ]
     assert rows[1].ratio_vs["peer"] == pytest.approx(2.0, rel=1e-3)
-    assert rows[1].extra["ratio_error"] == pytest.approx(harness.relative_error([3.0, 2.0, 1.0]), rel=1e-3)
+    assert rows[1].extra["ratio_error"] == pytest.approx(sweeps.error_of_median([3.0, 2.0, 1.0]), rel=1e-3)
+    assert rows[1].extra["sweeps"] == 3
     assert sweeps.Sweeps([], CPU, 1).count == 1 and sweeps.Sweeps([], CPU, 5).rows() == []
+
+
+def test_a_disturbed_sweep_counts_once(clock) -> None:
+    """It takes six times the rounds of a quiet one, as its ratios do not settle."""
+    noise, turn = {"now": 0.0}, iter(range(1000))
+
+    def ours() -> list[torch.Tensor]:
+        clock.now += 1e-3 * (1 + noise["now"] * (2 + next(turn) % 3))
+        return []
+
+    measured = sweeps.Sweeps([lambda: case({"peer": clock.taking(3e-3, []), "ours": ours})], CPU, 9)
+    for noise["now"] in (0.0, 1.0, 0.0):
+        measured.sweep()
+    ours_row = measured.rows()[1]
+    assert ours_row.ratio_vs["peer"] == pytest.approx(3.0, rel=1e-3)
+    assert ours_row.median_ms == pytest.approx(1.0, rel=1e-3)
+    assert ours_row.extra["ratio_error"] > 0.3
+
+
+def test_errors_of_sweeps_are_not_too_small() -> None:
+    """Of medians of three normal values, four errors are almost always enough."""
+    values = torch.randn(4000, 3, generator=torch.Generator().manual_seed(0)) * 0.02 + 1
+    off = [abs(row.median() - 1) > 4 * sweeps.error_of_median(row.tolist()) * row.median() for row in values]
+    assert sum(off) < 0.06 * len(off)
+    assert sweeps.error_of_median([2.0]) == 0.0
+
+
+def test_orders_are_balanced() -> None:
+    """What runs first sees other caches: each of two variants does in half of the rounds."""
+    calls: list[str] = []
+    variants = {name: partial(calls.append, name) for name in "ab"}
+    harness.interleave(variants, Ceilings(CPU, []), 6, limits=False)
+    assert sorted(calls[::2]) == ["a"] * 3 + ["b"] * 3
+    several = set()
+    for seed in range(8):
+        calls.clear()
+        harness.interleave(
+            variants, Ceilings(CPU, []), 1, limits=False, generator=harness.random.Random(seed)
+        )
+        several.add(calls[0])
+    assert several == {"a", "b"}
 
 
 def test_a_wrong_result_is_not_timed(clock) -> None:
