@@ -297,10 +297,14 @@ def alone(measure: Callable[..., list[harness.Row]], *arguments: Any) -> list[ha
 
 
 def fetched(base: Path) -> Path:
-    """`base`, filled with SmolLM2-135M where there is no model yet."""
+    """`base`, filled with SmolLM2-135M where there is nothing yet."""
     from llama_lora.fetch import fetch
 
-    return base if (base / "config.json").is_file() else fetch(base)
+    if (base / "config.json").is_file():
+        return base
+    if base.exists() and (not base.is_dir() or any(base.iterdir())):
+        raise UserError(f"--base: {base} is no Llama model, which is a directory with config.json")
+    return fetch(base)
 
 
 def main(arguments: list[str]) -> int:

@@ -11,6 +11,7 @@ of its own; there are no kernels of its own on a CPU, where it runs what peft an
 from __future__ import annotations
 
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -109,11 +110,14 @@ def measure(
     path: Path, batch_size: int, device: torch.device, rounds: int, unsloth: Path | None = None
 ) -> list[Row]:
     """Rows of the training steps, both methods, and of decoding. `unsloth`: the Python of its environment."""
+    if unsloth is not None:
+        check_environment(unsloth)
     rows: list[Row] = []
     pythons = dict.fromkeys(BACKENDS, Path(sys.executable)) | (
         {} if unsloth is None else {"unsloth": unsloth}
     )
     for method in METHODS:
+        print(f"{method}: peak memory, then {rounds} rounds of steps", file=sys.stderr)
         builds = {name: partial(Step, name, method, path, batch_size, device) for name in pythons}
         memory = {name: peak_memory(builds[name], python) for name, python in pythons.items()}
         steps = {name: builds[name]() for name in BACKENDS}
@@ -134,8 +138,24 @@ def measure(
                 function.close()
         del step, steps, functions, function
     for method in METHODS:
+        print(f"{method}: decoding", file=sys.stderr)
         rows += decoding(path, method, device, max(1, rounds // 3))
     return rows
+
+
+def check_environment(python: Path) -> None:
+    """Raise UserError unless `python` can take Unsloth's steps."""
+    command = [str(python), "-c", "import unsloth, tapelm, matplotlib, tyro"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+        said = (done.stderr.strip().splitlines() or ["it says nothing"])[-1] if done.returncode else ""
+    except OSError as error:
+        said = str(error)
+    if said:
+        raise UserError(
+            f"--unsloth: {python} is no Python with Unsloth and tapelm ({said}); make one: python3 -m venv "
+            "runs/unsloth && runs/unsloth/bin/pip install '.[llama,unsloth]'"
+        )
 
 
 def agree(steps: Mapping[str, Step | Elsewhere]) -> None:

@@ -122,9 +122,10 @@ def main(arguments: list[str]) -> int:
         print(f"wrote {config.gguf}", file=sys.stderr)
     if config.data is not None:
         found = drift(config, base, plain)
+        over = "in NF4, over which the adapter was trained," if config.method == "qlora" else "as it is"
         print(
-            f"perplexity: base {found['base']:.3f}, with adapter {found['adapter']:.3f}, merged "
-            f"{found['merged']:.3f} ({found['drift']:+.2%})"
+            f"perplexity: base {over} {found['base']:.3f}, with adapter {found['adapter']:.3f}; merged into "
+            f"the dense base {found['merged']:.3f} ({found['drift']:+.2%})"
         )
         if config.json is not None:
             write_atomically(config.json, json.dumps(found, indent=1) + "\n")

@@ -76,14 +76,31 @@ def test_a_step_by_another_python_is_the_same_step(tiny_model) -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("unsloth") is not None, reason="it is here")
-def test_a_python_without_unsloth(small, monkeypatch, tiny_model) -> None:
-    monkeypatch.setattr(llama, "peak_memory", lambda *arguments: 7)
-    with pytest.raises(UserError, match=r"needs unsloth: pip install -e '\.\[unsloth\]'"):
-        llama.measure(tiny_model, 1, CPU, 1, Path(sys.executable))
+@pytest.mark.parametrize(
+    ("python", "said"),
+    [
+        (sys.executable, "No module named 'unsloth'"),
+        ("no/python", "No such file"),
+        ("/bin/false", "says nothing"),
+    ],
+)
+def test_a_python_without_unsloth_is_refused_at_once(monkeypatch, tiny_model, python, said) -> None:
+    monkeypatch.setattr(llama, "peak_memory", lambda *arguments: pytest.fail("too late"))
+    with pytest.raises(UserError, match=f"--unsloth: .*{said}.*pip install"):
+        llama.measure(tiny_model, 1, CPU, 1, Path(python))
+
+
+def test_a_process_that_ends_is_noticed(tiny_model) -> None:
+    build = partial(llama.Step, "hf", "lora", tiny_model, 1, CPU)
     with pytest.raises(UserError, match="no Python that could be started"):
-        llama.measure(tiny_model, 1, CPU, 1, tiny_model / "python")
+        Elsewhere(build, python=tiny_model / "python")
     with pytest.raises(UserError, match="own process has ended"):
-        llama.measure(tiny_model, 1, CPU, 1, Path("/bin/true"))
+        Elsewhere(build, python=Path("/bin/true"))
+    step = Elsewhere(build, python=Path(sys.executable))
+    step._process.kill()
+    with pytest.raises(UserError, match="own process has ended"):
+        step()
+    step.close()
 
 
 @pytest.mark.slow
