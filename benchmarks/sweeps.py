@@ -19,6 +19,7 @@ from rich.progress import track
 
 from benchmarks.ceilings import Ceilings, Limit
 from benchmarks.harness import (
+    LEAST_ROUNDS,
     MOST_SECONDS,
     ROUNDS,
     Case,
@@ -62,13 +63,17 @@ class _Taken:
             for name, own in seconds.items()
         ]
 
-    @staticmethod
-    def _joined(rows: Sequence[Row]) -> Row:
+    def _joined(self, rows: Sequence[Row]) -> Row:
         """Of one variant in every sweep: medians, and the ceiling of the sweep with the middle fraction."""
         baseline = next(iter(rows[0].ratio_vs))
         ratios = [row.ratio_vs[baseline] for row in rows]
         middle = sorted(rows, key=lambda row: row.fraction_of_ceiling)[len(rows) // 2]
-        errors = [row.extra["ratio_error"] / math.sqrt(len(rows)) for row in rows]
+        errors = [
+            row.extra["ratio_error"] / math.sqrt(len(rows))
+            for row, seconds in zip(rows, self.seconds, strict=True)
+            if len(rows) == 1
+            or len(seconds[row.variant]) >= LEAST_ROUNDS  # fewer tell nothing but their ratio
+        ]
         return replace(
             middle,
             median_ms=statistics.median(row.median_ms for row in rows),
@@ -77,7 +82,7 @@ class _Taken:
             ratio_vs={baseline: statistics.median(ratios)},
             fraction_of_ceiling=statistics.median(row.fraction_of_ceiling for row in rows),
             extra={
-                "ratio_error": max(statistics.median(errors), error_of_median(ratios)),
+                "ratio_error": max([*errors, error_of_median(ratios)]),
                 "sweeps": len(rows),
             },
         )
