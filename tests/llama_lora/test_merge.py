@@ -84,7 +84,8 @@ def test_program_reports_the_drift_and_overwrites_nothing(
     found = json.loads(report.read_text(encoding="utf-8"))
     assert abs(found["drift"]) < 0.02
     assert abs(found["base"] / found["merged"] - 1.0) > 0.02
-    assert f"merged {found['merged']:.3f}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"the dense base {found['merged']:.3f}" in said and f"base as it is {found['base']:.3f}" in said
     assert open_base(out, torch.bfloat16).dtype == torch.bfloat16
     with pytest.raises(UserError, match="exists: name another --out"):
         main(arguments)
