@@ -26,7 +26,7 @@ HOPELESS = 0.4
 """A probe at this part of the best one's rate is not timed again; noise alone halves a rate."""
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Limit:
     """Flops or bytes per second, and what they were measured with."""
 

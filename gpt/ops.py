@@ -95,7 +95,7 @@ class ClippedAdamW(torch.optim.AdamW):
 class GeluLinear(torch.autograd.Function):
     """linear(bias_gelu(h, bias), weight, out_bias) of tapelm that keeps h alone for the backward.
 
-    There GELU is computed again: less than 1% of a training step for a twentieth of its memory.
+    There GELU is computed again: about 1% of a training step's time for a twentieth of its memory.
     """
 
     @staticmethod
