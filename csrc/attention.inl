@@ -55,7 +55,7 @@ struct Panel {
   vl counter[2][2];         // Philox counters of key 0 of the even and of the odd lanes
 
   Panel(const Mask& m, int64_t head, int64_t q0) {
-    const int64_t row = round_up(m.s.T, 4) / 4;
+    const int64_t row = round_up(m.s.T, 8) / 8;
     for (int v = 0; v < 2; ++v)
       for (int i = 0; i < W; ++i) {
         const int64_t t = q0 + v * W + i;
@@ -71,17 +71,16 @@ struct Panel {
     return hidden ? broadcast(-__builtin_inff()) : x;
   }
 
-  // Random words of four keys: element index ((b Hq + h) T + t) S4 + key, S4 = T rounded up to 4.
-  TAPELM_INLINE void random(uint64_t seed, int v, int64_t key, vu out[4]) const {
+  // Random words of R keys, two in each: element index ((b Hq + h) T + t) S8 + key, S8 = T rounded up to 8.
+  TAPELM_INLINE void random(uint64_t seed, int v, int64_t key, vu out[R / 2]) const {
     vl even[4], odd[4];
-    philox(seed, counter[v][0] + static_cast<uint64_t>(key / 4), even);
-    philox(seed, counter[v][1] + static_cast<uint64_t>(key / 4), odd);
+    philox(seed, counter[v][0] + static_cast<uint64_t>(key / 8), even);
+    philox(seed, counter[v][1] + static_cast<uint64_t>(key / 8), odd);
+    const int64_t first = R == 8 ? 0 : key % 8 / 2;
 #pragma GCC unroll 4
-    for (int w = 0; w < 4; ++w) out[w] = interleave_words(even[w], odd[w]);
+    for (int w = 0; w < R / 2; ++w) out[w] = interleave_words(even[first + w], odd[first + w]);
   }
 };
-
-TAPELM_INLINE vf dropped(vf x, vu random, uint32_t threshold) { return random >= broadcast(threshold) ? x : vf{}; }
 
 // Rows `even` and `odd` of weights [key][query] as an operand that is summed over keys; `ld` units between its rows.
 TAPELM_INLINE void store_steps(float* to, int64_t ld, vf even, vf odd) {
@@ -156,18 +155,21 @@ void forward_panel(const Mask& m, int64_t head, int64_t q, const ForwardSpace<T>
       const vf shift = new_top[v] == none ? vf{} : new_top[v];  // a query that has seen nothing has weights of 0
       const vf decay = exp2(top[v] - shift);
       vf sums = {};
-      for (int64_t i = 0; i < (k.end - k.begin) * NR; i += 4) {
-        vu random[4];
-        vf x[4];
+      for (int64_t i = 0; i < (k.end - k.begin) * NR; i += R) {
+        vu random[R / 2];
         if constexpr (DROPOUT) p.random(s.seed, v, k.begin * NR + i, random);
 #pragma GCC unroll 4
-        for (int r = 0; r < 4; ++r) {
-          x[r] = exp2(load(scores + (i + r) * NR + v * W) - shift);
-          sums += x[r];
-          if constexpr (DROPOUT) x[r] = dropped(x[r], random[r], s.threshold);
+        for (int r = 0; r < R; r += 2) {
+          vf even = exp2(load(scores + (i + r) * NR + v * W) - shift);
+          vf odd = exp2(load(scores + (i + r + 1) * NR + v * W) - shift);
+          sums += even;
+          sums += odd;
+          if constexpr (DROPOUT) {
+            even = dropped(even, kept_of_halves<false>(random[r / 2], s.threshold));
+            odd = dropped(odd, kept_of_halves<true>(random[r / 2], s.threshold));
+          }
+          store_steps(weights + (i + r) / PAIR<T> * NR + v * W, NR, even, odd);
         }
-#pragma GCC unroll 2
-        for (int r = 0; r < 4; r += 2) store_steps(weights + (i + r) / PAIR<T> * NR + v * W, NR, x[r], x[r + 1]);
       }
       store(rescale + v * W, decay);
       total[v] = total[v] * decay + sums;

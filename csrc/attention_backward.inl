@@ -37,28 +37,26 @@ TAPELM_INLINE void backward_tile(const Mask& m, const Panel& p, const BackwardSp
   for (int v = 0; v < V; ++v) {
     const vf delta = load(w.delta + q0 + (first + v) * W);
     const int64_t lane = (first + v) * W;
-#pragma GCC unroll 2
-    for (int r0 = 0; r0 < R; r0 += 4) {
-      vu random[4];
-      vf ds[4];
-      if constexpr (DROPOUT) p.random(s.seed, first + v, key + r0, random);
+    vu random[R / 2];
+    if constexpr (DROPOUT) p.random(s.seed, first + v, key, random);
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        const int r = r0 + i;
+    for (int r0 = 0; r0 < R; r0 += 2) {
+      const auto derivative = [&](auto upper) __attribute__((always_inline)) {
+        const int r = r0 + upper;
         const vf weight_r = load(weight + r * NR + v * W);
         vf kept = weight_r, g = c[r][v];
         if constexpr (DROPOUT) {
-          kept = dropped(kept, random[i], s.threshold);
-          g = dropped(g, random[i], s.threshold);
+          const Kept lanes = kept_of_halves<upper>(random[r0 / 2], s.threshold);
+          kept = dropped(kept, lanes);
+          g = dropped(g, lanes);
         }
-        ds[i] = weight_r * (g - delta);
+        const vf ds = weight_r * (g - delta);
         store(reinterpret_cast<Element*>(weights + r * BACKWARD / PAIR<T>) + lane, kept);
-        store(reinterpret_cast<Element*>(dscore_rows + r * BACKWARD / PAIR<T>) + lane, ds[i]);
-      }
-      if constexpr (PAIR<T> == 2)
-#pragma GCC unroll 2
-        for (int i = 0; i < 4; i += 2)
-          store_steps(dscore_steps + (r0 + i) / 2 * BACKWARD + lane, BACKWARD, ds[i], ds[i + 1]);
+        store(reinterpret_cast<Element*>(dscore_rows + r * BACKWARD / PAIR<T>) + lane, ds);
+        return ds;
+      };
+      const vf even = derivative(std::false_type{}), odd = derivative(std::true_type{});
+      if constexpr (PAIR<T> == 2) store_steps(dscore_steps + r0 / 2 * BACKWARD + lane, BACKWARD, even, odd);
     }
   }
 }

@@ -45,13 +45,13 @@ void with_dtype(const Tensor& t, Body body) {
     body(bf16{});
 }
 
-// Random words below this are dropped: round(p * 2^32).
+// Random 16-bit numbers below this are dropped: p in units of 2^-16.
 inline uint32_t dropout_threshold(double p) {
-  const double scaled = std::nearbyint(p * 4294967296.0);
-  return scaled >= 4294967295.0 ? 4294967295u : static_cast<uint32_t>(scaled);
+  return static_cast<uint32_t>(std::min(65535.0, std::nearbyint(p * 65536.0)));
 }
 
-inline float dropout_scale(double p) { return 1.0f / (1.0f - static_cast<float>(p)); }
+// One over the probability that an element stays.
+inline float dropout_scale(double p) { return 65536.0f / static_cast<float>(65536 - dropout_threshold(p)); }
 
 // What a kernel needs to know of a dropout that may be off.
 struct Dropout {

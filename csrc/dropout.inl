@@ -6,7 +6,8 @@ void dropout_range(const T* x, T* y, uint64_t seed, uint32_t threshold, float sc
                    bool far) {
   x += begin;
   y += begin;
-  for_random_vectors(end - begin, seed, begin, [&](int64_t i, auto n, int, vu random) __attribute__((always_inline)) {
-    put(y + i, dropped(get(x + i, n), random, threshold, scale), n, far);
-  });
+  const auto body = [&](int64_t i, auto n, int, Kept kept) __attribute__((always_inline)) {
+    put(y + i, dropped(get(x + i, n), kept, scale), n, far);
+  };
+  for_kept_vectors(end - begin, seed, threshold, begin, body);
 }

@@ -11,9 +11,9 @@ void embedding_rows(const Id* ids, const T* tokens, const T* positions, T* y, in
       return get(token + i, n) + get(position + i, n);
     };
     if (dropout.active)
-      for_random_vectors(C, dropout.seed, row * C,
-                         [&](int64_t i, auto n, int, vu random) __attribute__((always_inline)) {
-        put(out + i, dropped(sum(i, n), random, dropout.threshold, dropout.scale), n, far);
+      for_kept_vectors(C, dropout.seed, dropout.threshold, row * C,
+                         [&](int64_t i, auto n, int, Kept kept) __attribute__((always_inline)) {
+        put(out + i, dropped(sum(i, n), kept, dropout.scale), n, far);
       });
     else
       for_vectors<2>(C, [&](int64_t i, auto n, int) __attribute__((always_inline)) { put(out + i, sum(i, n), n, far); });
@@ -36,9 +36,9 @@ void embedding_sum(const T* grad, const int64_t* rows, int64_t count, int64_t C,
         put(out + i, total, n, far);
     };
     if (dropout.active)
-      for_random_vectors(C, dropout.seed, row * C,
-                         [&](int64_t i, auto n, int, vu random) __attribute__((always_inline)) {
-        add(i, n, dropped(get(grad + row * C + i, n), random, dropout.threshold, dropout.scale));
+      for_kept_vectors(C, dropout.seed, dropout.threshold, row * C,
+                         [&](int64_t i, auto n, int, Kept kept) __attribute__((always_inline)) {
+        add(i, n, dropped(get(grad + row * C + i, n), kept, dropout.scale));
       });
     else
       for_vectors<2>(C, [&](int64_t i, auto n, int) __attribute__((always_inline)) {

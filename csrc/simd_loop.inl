@@ -98,44 +98,37 @@ TAPELM_INLINE void for_vectors(int64_t C, Body body) {
   if (i < C) body(i, static_cast<int>(C - i), 0);
 }
 
-// body(i, n, s, random) for the vectors of a row whose element i has index first + i in the random stream; s as in
-// for_vectors.
+// body(i, n, s, kept) for the vectors of a row whose element i has index first + i in the random stream of a dropout;
+// s as in for_vectors. Eight elements share a counter of Philox.
 template <typename Body>
-TAPELM_INLINE void for_random_vectors(int64_t C, uint64_t seed, int64_t first, Body body) {
-  vu random[2];
+TAPELM_INLINE void for_kept_vectors(int64_t C, uint64_t seed, uint32_t threshold, int64_t first, Body body) {
+  const auto draw = [&](int64_t i, Kept kept[4]) __attribute__((always_inline)) {
+    vu words[2];
+    philox(seed, static_cast<uint64_t>(first + i) / 8, words);
+    kept_lanes(words[0], threshold, kept);
+    kept_lanes(words[1], threshold, kept + 2);
+  };
+  Kept kept[4];
   int64_t i = 0;
-  if (const int lane = static_cast<int>(first & 3); lane != 0 && C > 0) {
-    // The row begins inside the four words of a counter: up to three elements before the next counter.
-    philox(seed, static_cast<uint64_t>(first) / 4, random);
-    vu shifted = {};
-    for (int j = lane; j < 4; ++j) shifted[j - lane] = random[0][j];
-    i = std::min<int64_t>(C, 4 - lane);
-    body(int64_t{0}, static_cast<int>(i), 0, shifted);
+  if (const int before = static_cast<int>(first & 7); before != 0 && C > 0) {
+    // The row begins among the eight elements of a counter: those up to the next one.
+    draw(0, kept);
+    i = std::min<int64_t>(C, 8 - before);
+    body(int64_t{0}, static_cast<int>(i), 0, shifted(kept[0], before));
   }
   for (; i + kSums * W <= C; i += kSums * W) {
-    vu next[2];
-    philox(seed, static_cast<uint64_t>(first + i) / 4, random);
-    philox(seed, static_cast<uint64_t>(first + i + 2 * W) / 4, next);
-    body(i, Whole{}, 0, random[0]);
-    body(i + W, Whole{}, 1, random[1]);
-    body(i + 2 * W, Whole{}, 2, next[0]);
-    body(i + 3 * W, Whole{}, 3, next[1]);
+    draw(i, kept);
+#pragma GCC unroll 4
+    for (int s = 0; s < kSums; ++s) body(i + s * W, Whole{}, s, kept[s]);
   }
-  for (; i + 2 * W <= C; i += 2 * W) {
-    philox(seed, static_cast<uint64_t>(first + i) / 4, random);
-    body(i, Whole{}, 0, random[0]);
-    body(i + W, Whole{}, 0, random[1]);
+  if (i == C) return;
+  draw(i, kept);
+  for (int s = 0; s < kSums && i < C; ++s, i += W) {
+    if (i + W <= C)
+      body(i, Whole{}, 0, kept[s]);
+    else
+      body(i, static_cast<int>(C - i), 0, kept[s]);
   }
-  if (i < C) {
-    philox(seed, static_cast<uint64_t>(first + i) / 4, random);
-    body(i, static_cast<int>(std::min<int64_t>(W, C - i)), 0, random[0]);
-    if (i + W < C) body(i + W, static_cast<int>(C - i - W), 0, random[1]);
-  }
-}
-
-// A choice, not a product with 0: a dropped inf or NaN is 0.
-TAPELM_INLINE vf dropped(vf x, vu random, uint32_t threshold, float scale) {
-  return random >= broadcast(threshold) ? x * scale : vf{};
 }
 
 // `out` = the sum of `count` rows of partial sums, each C of every `width` floats.

@@ -53,9 +53,9 @@ void norm_rows(const NormForward<T>& a, int64_t begin, int64_t end) {
         const T* const base = a.residual + row * C;
         T* const total = a.r + row * C;
         if (a.dropout.active) {
-          for_random_vectors(C, a.dropout.seed, row * C,
-                             [&](int64_t i, auto n, int s, vu random) __attribute__((always_inline)) {
-            const vf x = dropped(get(in + i, n), random, a.dropout.threshold, a.dropout.scale);
+          for_kept_vectors(C, a.dropout.seed, a.dropout.threshold, row * C,
+                             [&](int64_t i, auto n, int s, Kept kept) __attribute__((always_inline)) {
+            const vf x = dropped(get(in + i, n), kept, a.dropout.scale);
             const vf v = rounded<T>(get(base + i, n, shift) + x);
             put(total + i, v, n);
             add(v, s);
@@ -141,9 +141,9 @@ void norm_backward_rows(const NormBackward<T>& a, int64_t begin, int64_t end, fl
     int64_t row = first;
     if (ADD && a.dropout.active)
       for (; row < last; ++row)
-        for_random_vectors(C, a.dropout.seed, row * C,
-                           [&](int64_t i, auto n, int, vu random) __attribute__((always_inline)) {
-          const vf d = dropped(derivatives(row, one, i, n), random, a.dropout.threshold, a.dropout.scale);
+        for_kept_vectors(C, a.dropout.seed, a.dropout.threshold, row * C,
+                           [&](int64_t i, auto n, int, Kept kept) __attribute__((always_inline)) {
+          const vf d = dropped(derivatives(row, one, i, n), kept, a.dropout.scale);
           put(a.dropped + row * C + i, d, n, a.far);
         });
     for (; row + 1 < last; row += 2)

@@ -221,7 +221,7 @@ TAPELM_INLINE vl multiply_wide(vl a, uint32_t m) {
 #endif
 }
 
-// Philox4x32-10 (Salmon et al. 2011) for W / 2 counters: the four words of each, in the low halves of the lanes; what the
+// Philox4x32-7 (Salmon et al. 2011) for W / 2 counters: the four words of each, in the low halves of the lanes; what the
 // high halves hold is whatever is cheapest. Not inlined where 64-bit products are many instructions: the compiler takes
 // minutes over them.
 #if defined(TAPELM_AVX2) || defined(TAPELM_AVX512)
@@ -234,8 +234,8 @@ void philox(uint64_t seed, vl counter, vl words[4]) {
   // The first round, in which the upper half of the counter is 0.
   vl c0 = (counter >> 32) ^ static_cast<uint64_t>(k0), c1 = vl{}, c3 = multiply_wide(counter, 0xD2511F53u);
   vl c2 = (c3 >> 32) ^ static_cast<uint64_t>(k1);
-#pragma GCC unroll 9
-  for (int round = 1; round < 10; ++round) {
+#pragma GCC unroll 6
+  for (int round = 1; round < 7; ++round) {
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
     const vl p0 = multiply_wide(c0, 0xD2511F53u), p1 = multiply_wide(c2, 0xCD9E8D57u);
@@ -253,8 +253,7 @@ void philox(uint64_t seed, vl counter, vl words[4]) {
 // Lane i of both: even[i / 2] or odd[i / 2], low halves.
 TAPELM_INLINE vu interleave_words(vl even, vl odd) { return (vu)((even & 0xffffffffull) | (odd << 32)); }
 
-// The same for W / 2 successive counters from `counter`: 2 W random words in element order. Element i of the stream comes
-// from counter i / 4, word i % 4.
+// The same for W / 2 successive counters from `counter`: 2 W random words in their order, four of each counter.
 TAPELM_INLINE void philox(uint64_t seed, uint64_t counter, vu out[2]) {
   // Lane 2 j has counter j and lane 2 j + 1 counter W / 4 + j, so that one unpacking of pairs restores the order.
 #if TAPELM_WIDTH == 16
@@ -274,7 +273,65 @@ TAPELM_INLINE void philox(uint64_t seed, uint64_t counter, vu out[2]) {
 #endif
 }
 
-// What a dropout multiplies with: 0 below the threshold, `scale` from it on.
-TAPELM_INLINE vf keep(vu random, uint32_t threshold, float scale) {
-  return random >= broadcast(threshold) ? broadcast(scale) : vf{};
+// Which lanes a dropout keeps.
+#if defined(TAPELM_AVX512)
+typedef __mmask16 Kept;
+#else
+typedef vi Kept;
+#endif
+
+// Of 2 W elements, whose random numbers are the halves of the words in memory order.
+TAPELM_INLINE void kept_lanes(vu words, uint32_t threshold, Kept kept[2]) {
+#if defined(TAPELM_AVX512)
+  const __mmask32 both =
+      _mm512_cmpge_epu16_mask((__m512i)words, _mm512_set1_epi16(static_cast<int16_t>(threshold)));
+  kept[0] = static_cast<__mmask16>(both);
+  kept[1] = static_cast<__mmask16>(both >> 16);
+#else
+  uint16_t numbers[2 * W];
+  __builtin_memcpy(numbers, &words, sizeof words);
+  for (int v = 0; v < 2; ++v) {
+    vh half;
+    __builtin_memcpy(&half, numbers + v * W, sizeof half);
+    kept[v] = __builtin_convertvector(half, vu) >= broadcast(threshold);
+  }
+#endif
+}
+
+// Of W elements, whose random numbers are the lower (UPPER: upper) halves of the words.
+template <bool UPPER>
+TAPELM_INLINE Kept kept_of_halves(vu words, uint32_t threshold) {
+  const vu number = UPPER ? words >> 16 : words & 0xffffu;
+#if defined(TAPELM_AVX512)
+  return _mm512_cmpge_epu32_mask((__m512i)number, (__m512i)broadcast(threshold));
+#else
+  return number >= broadcast(threshold);
+#endif
+}
+
+// Lane i of the result is lane i + n.
+TAPELM_INLINE Kept shifted(Kept kept, int n) {
+#if defined(TAPELM_AVX512)
+  return static_cast<Kept>(kept >> n);
+#else
+  Kept result = {};
+  for (int i = n; i < W; ++i) result[i - n] = kept[i];
+  return result;
+#endif
+}
+
+// x * scale, or 0 where it is not kept: a choice, so that a dropped inf or NaN is 0.
+TAPELM_INLINE vf dropped(vf x, Kept kept, float scale) {
+#if defined(TAPELM_AVX512)
+  return (vf)_mm512_maskz_mul_ps(kept, (__m512)x, (__m512)broadcast(scale));
+#else
+  return kept ? x * scale : vf{};
+#endif
+}
+TAPELM_INLINE vf dropped(vf x, Kept kept) {
+#if defined(TAPELM_AVX512)
+  return (vf)_mm512_maskz_mov_ps(kept, (__m512)x);
+#else
+  return kept ? x : vf{};
+#endif
 }

@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .dropout import random_words
+
 QUANT: tl.constexpr = tl.constexpr(256)  # elements of an 8-bit moment that share a scale
 
 
@@ -42,9 +44,7 @@ def grad_norm_kernel(table_ptr, partial_ptr, chunks, DTYPE: tl.constexpr, BLOCK:
 @triton.jit
 def _random_words(key, first, BLOCK: tl.constexpr):
     """The Philox words of elements first ... first + BLOCK; first is a multiple of four."""
-    word0, word1, word2, word3 = tl.randint4x(key, first // 4 + tl.arange(0, BLOCK // 4))
-    words = tl.interleave(tl.interleave(word0, word2), tl.interleave(word1, word3))
-    return words.to(tl.uint32, bitcast=True)
+    return random_words(key, first // 4 + tl.arange(0, BLOCK // 4))
 
 
 @triton.jit

@@ -104,9 +104,9 @@ def _visible(t, s, time, documents_ptr, CAUSAL: tl.constexpr):
 
 @triton.jit
 def _keep(seed_ptr, head, t, first_key, time, threshold, BLOCK_N: tl.constexpr):
-    """(BLOCK_M, BLOCK_N) dropout mask of queries t and BLOCK_N keys from first_key, a multiple of four."""
+    """(BLOCK_M, BLOCK_N) dropout mask of queries t and BLOCK_N keys from first_key, a multiple of eight."""
     row = head.to(tl.int64) * time + t
-    groups = row[:, None] * ((time + 3) // 4) + (first_key // 4 + tl.arange(0, BLOCK_N // 4))[None, :]
+    groups = row[:, None] * ((time + 7) // 8) + (first_key // 8 + tl.arange(0, BLOCK_N // 8))[None, :]
     return keep_mask(tl.load(seed_ptr), groups, threshold)
 
 
@@ -265,7 +265,8 @@ def attention_backward_queries_kernel(
     grad = _tile(grad_ptr, b, h, first, grad_strides[2], time, BLOCK_M, D, BLOCK_D, DESCRIPTORS)
     row = head.to(tl.int64) * time + t
     lse = tl.load(lse_ptr + row, mask=t < time, other=float("inf")) * _LOG2E
-    delta = tl.load(delta_ptr + row, mask=t < time, other=0.0)
+    # The scale of the dropout is a factor of the whole gradient, so that the loop is without it.
+    delta = tl.load(delta_ptr + row, mask=t < time, other=0.0) / rescale
     end = tl.minimum(first + BLOCK_M, time) if CAUSAL else time
     LAST: tl.constexpr = 0 if documents_ptr is not None or seed_ptr is not None else 1
     unmasked = 0 if LAST == 0 else (first if CAUSAL else time) // BLOCK_N * BLOCK_N
@@ -284,9 +285,7 @@ def attention_backward_queries_kernel(
                 p = tl.where(_visible(t[:, None], s[None, :], time, documents_ptr, CAUSAL), p, 0.0)
             dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
             if seed_ptr is not None:
-                dp = tl.where(
-                    _keep(seed_ptr, head, t, first_key, time, threshold, BLOCK_N), dp * rescale, 0.0
-                )
+                dp = tl.where(_keep(seed_ptr, head, t, first_key, time, threshold, BLOCK_N), dp, 0.0)
             dq = tl.dot((p * (dp - delta[:, None])).to(k.dtype), k, dq, input_precision=PRECISION)
     dq_ptr = _head(dq_ptr, dq_strides, b, h, False)
-    _store(dq_ptr, dq * scale, t, dq_strides[2], time, D, BLOCK_D)
+    _store(dq_ptr, dq * (scale * rescale), t, dq_strides[2], time, D, BLOCK_D)

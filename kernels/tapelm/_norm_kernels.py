@@ -21,11 +21,11 @@ from .dropout import keep_elements, keep_mask
 
 @triton.jit
 def drop(x, seed_ptr, row, first, cols, threshold, scale, BLOCK_C: tl.constexpr, ALIGNED: tl.constexpr):
-    """x (R, BLOCK_C), columns from ``first`` (a multiple of four) of rows ``row``, after dropout."""
+    """x (R, BLOCK_C), columns from ``first`` (a multiple of eight) of rows ``row``, after dropout."""
     seed = tl.load(seed_ptr)
     if ALIGNED:
-        groups = row.to(tl.int64) * (cols // 4) + first // 4
-        kept = keep_mask(seed, groups[:, None] + tl.arange(0, BLOCK_C // 4)[None, :], threshold)
+        groups = row.to(tl.int64) * (cols // 8) + first // 8
+        kept = keep_mask(seed, groups[:, None] + tl.arange(0, BLOCK_C // 8)[None, :], threshold)
     else:
         index = row.to(tl.int64) * cols + first
         kept = keep_elements(seed, index[:, None] + tl.arange(0, BLOCK_C)[None, :], threshold)

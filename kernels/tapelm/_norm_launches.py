@@ -69,7 +69,7 @@ def launch_forward(
         cols, rows = x.shape[-1], rstd.numel()
         tensors = (x, residual, seed, weight, bias, y, total, mean, rstd)
         dropout = (keep_threshold(dropout_p), keep_scale(dropout_p))
-        aligned = cols % 4 == 0
+        aligned = cols % 8 == 0
         variant = _variant(x, residual, seed, bias)
         if cols > NARROW_WIDTH:
             config = choose("wide_norm_forward", x.device, variant, WIDE)
@@ -111,7 +111,7 @@ def launch_backward(
     dweight, dbias = partial[0], None if mean is None else partial[1]
     tensors = (grad, grad_sum, x, seed, weight, mean, rstd, dx, dropped)
     dropout = (keep_threshold(dropout_p), keep_scale(dropout_p))
-    aligned = cols % 4 == 0
+    aligned = cols % 8 == 0
     if not x.numel():
         partial.zero_()
     elif narrow:

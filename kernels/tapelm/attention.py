@@ -6,7 +6,7 @@
     dS = P * (dropout(dR) - delta)              dq = scale * dS @ k           dk = scale * dS.T @ q
 
 [Dao et al., "FlashAttention", 2022; grouped queries: Ainslie et al., "GQA", 2023]. Dropout is that of
-``dropout`` with element index ((b * Hq + h) * T + t) * S4 + s, S4 = T rounded up to a multiple of 4.
+``dropout`` with element index ((b * Hq + h) * T + t) * S8 + s, S8 = T rounded up to a multiple of 8.
 
 Shapes: q, out (B, Hq, T, D); k, v (B, Hkv, T, D), Hq % Hkv == 0; lse (B, Hq, T) float32; document_ids (B, T)
 int32. Scores, softmax and sums are float32. Backward runs one kernel per block of keys and one per block of
@@ -44,7 +44,7 @@ from ._library import (
     register_cuda,
     register_fake,
 )
-from .dropout import keep_scale, keep_threshold, philox_reference
+from .dropout import keep_reference, keep_scale, keep_threshold
 
 
 def attention_reference(
@@ -62,8 +62,8 @@ def attention_reference(
     weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
     if seed is not None:
         index = torch.arange(weights[..., 0].numel(), device=q.device).view(weights.shape[:-1])[..., None]
-        index = index * ((time + 3) // 4 * 4) + torch.arange(time, device=q.device)
-        kept = philox_reference(index, seed) >= keep_threshold(dropout_p)
+        index = index * ((time + 7) // 8 * 8) + torch.arange(time, device=q.device)
+        kept = keep_reference(index, dropout_p, seed)
         weights = torch.where(kept, weights * keep_scale(dropout_p), 0.0)
     return weights @ v
 

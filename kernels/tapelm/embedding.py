@@ -116,7 +116,7 @@ def launch_embedding_forward(
         embedding_forward_kernel[grid](
             ids, tokens, positions, seed if dropout_p else None, y, ids.numel(), ids.shape[-1], cols,
             tokens.shape[0], keep_threshold(dropout_p), keep_scale(dropout_p),
-            ALIGNED=cols % 4 == 0, **config,
+            ALIGNED=cols % 8 == 0, **config,
         )  # fmt: skip
     return y
 
@@ -136,7 +136,7 @@ def launch_embedding_backward(
             config = launch_config(cols)
             embedding_backward_kernel[keys.numel(), triton.cdiv(cols, config["BLOCK_C"])](
                 grad, keys, order, seed if dropout_p else None, out, keys.numel(), cols, table.shape[0],
-                keep_threshold(dropout_p), keep_scale(dropout_p), ALIGNED=cols % 4 == 0, **config,
+                keep_threshold(dropout_p), keep_scale(dropout_p), ALIGNED=cols % 8 == 0, **config,
             )  # fmt: skip
         outputs.append(out)
     return outputs[0], outputs[1]

@@ -25,7 +25,7 @@ def reference(x, residual, weight, bias, p):
     return add_norm_reference(x, residual, weight, bias, 1e-5, p, torch.tensor(SEED, device=x.device))
 
 
-# Widths that are no multiple of four begin a row inside a counter of the random stream.
+# Widths that are no multiple of eight begin a row inside a counter of the random stream.
 @pytest.mark.parametrize("shape", [(1, 3), (5, 33), (2, 3, 64), (70, 26), (3, 2100), (5, 8200), (4, 8199)])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("norm", ["layer", "rms"])

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from benchmarks.subjects import NOT_TRITON, SUBJECTS, Subject, random
 from tapelm._library import CUDA_LAUNCHERS
-from tapelm.dropout import keep_threshold, philox_reference
+from tapelm.dropout import keep_reference
 from tapelm.testing import interpreted_triton
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -79,11 +79,11 @@ def test_float16_agrees_with_float32(subject: Subject) -> None:
 
 
 def test_masks_of_add_norm_are_equal() -> None:
-    """Zero residuals leave dropout(x) as the sum; widths that are no multiple of four go another way."""
+    """Zero residuals leave dropout(x) as the sum; widths that are no multiple of eight go another way."""
     seed = torch.tensor(2**40 + 77)
     for shape in ((37, 64), (5, 13)):
         x, zero, weight = torch.rand(shape) + 1, torch.zeros(shape), torch.ones(shape[1])
-        expected = (philox_reference(torch.arange(x.numel()), seed) >= keep_threshold(0.3)).view(shape)
+        expected = keep_reference(torch.arange(x.numel()), 0.3, seed).view(shape)
         for run in (directly, on_triton):
             total = run("add_norm_forward", x, zero, weight, None, 1e-5, 0.3, seed)[1]
             assert torch.equal(total != 0, expected), (run, shape)
@@ -93,8 +93,8 @@ def test_masks_of_attention_are_equal() -> None:
     """Uniform weights times the identity: the output is the dropped weights themselves."""
     T, heads, seed = 41, 2, torch.tensor(2**40 + 77)
     q, v = torch.zeros(1, heads, T, 64), torch.eye(T, 64).expand(1, heads, T, 64)
-    index = torch.arange(heads * T)[:, None] * 44 + torch.arange(T)  # a row takes 41 rounded up to four
-    expected = (philox_reference(index, seed) >= keep_threshold(0.3)).view(heads, T, T)
+    index = torch.arange(heads * T)[:, None] * 48 + torch.arange(T)  # a row takes 41 rounded up to eight
+    expected = keep_reference(index, 0.3, seed).view(heads, T, T)
     for run in (directly, on_triton):
         out = run("attention_forward", q, q, v, False, 1.0, 0.3, seed, None)[0]
         assert torch.equal(out[0, :, :, :T] != 0, expected), run

