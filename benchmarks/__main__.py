@@ -212,6 +212,12 @@ def run(options: Options) -> int:
         if path is not None:
             harness.write_results(path, device, [*swept.rows(), *rows, *printed], **sections)
 
+    def add_ladder(measurement: ladder_report.Measurement) -> None:
+        climbed, section = measurement.finish()
+        printed.extend(climbed)
+        sections.setdefault("ladders", []).append(section)
+        sections["ladders"].sort(key=lambda ladder: ladder["title"])
+
     if options.subject in ("ops", "all"):
         cases = [case for name, case in ops.cases(device, quick=options.quick) if options.only in name]
         if not cases:
@@ -230,18 +236,23 @@ def run(options: Options) -> int:
         request = Request(
             options.preset, options.batch_size or 4, device, options.data, not options.no_compiled
         )
-        climbed, section = ladder_report.measure("gpt", request, options.rounds)
-        printed, sections["ladders"] = printed + climbed, [section]
+        parts = sweeps.SWEEPS if options.subject == "all" else 1  # which lie minutes apart, as those of ops
+        gpt_ladder = ladder_report.Measurement("gpt", request, options.rounds, parts)
+        gpt_ladder.part()
+        if options.subject == "ladder":
+            add_ladder(gpt_ladder)
         save("ladder of gpt")
     if options.subject == "all":
         try:
             request = Request("", llama_rungs.BATCH_SIZE, device, base=fetched(options.base))
-            climbed, section = ladder_report.measure("llama", request, options.rounds)
+            add_ladder(ladder_report.Measurement("llama", request, options.rounds))
+        except harness.WrongResult:
+            raise
         except UserError as error:
             print(f"skipped: ladder of llama: {error}")
-        else:
-            printed, sections["ladders"] = printed + climbed, [*sections["ladders"], section]
-            save("ladder of llama")
+        save("ladder of llama")
+        gpt_ladder.part()
+        save("ladder of gpt")
         swept.sweep()
         save("ops")
     if options.subject in ("peers", "all"):
@@ -258,12 +269,14 @@ def run(options: Options) -> int:
         if options.subject == "all" and options.text is None and not tokenizer.CORPORA.is_dir():
             print("skipped: tokenizer: no text here, give --text a .txt or .jsonl file")
         else:
-            # In all, no more than show cold from warm, unless more are asked for.
-            few = min(rounds, 3) if options.rounds is None and options.subject == "all" else rounds
-            rows += alone(tokenizer.measure, options.text, few)
+            rows += alone(tokenizer.measure, options.text, options.rounds or harness.ROUNDS)
             save("tokenizer")
+    if options.subject == "all":
+        add_ladder(gpt_ladder)
+        save("ladder of gpt")
     if options.subject in ("loader", "all"):
-        rows += alone(loader.measure_all, rounds, options.preset, batch_size, options.text)
+        many = options.rounds or harness.ROUNDS
+        rows += alone(loader.measure_all, many, options.preset, batch_size, options.text)
         save("loader")
     if options.subject == "llama":
         from benchmarks import llama

@@ -146,9 +146,14 @@ def take(
     return seconds, ceilings.limit(case.bound, case.dtype)
 
 
-def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What a picklable function gives in a process that has done nothing else."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+def in_fresh_process(function: Callable[..., Any], *arguments: Any, modules: Sequence[str] = ()) -> Any:
+    """What a picklable function gives in a process that has imported its module and `modules`, no more.
+
+    It is forked from one that only imports, as importing takes longer than most of what is timed here.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", function.__module__, *modules])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(function, *arguments).result()
 
 
@@ -172,6 +177,7 @@ def interleave(
     *,
     limits: bool = True,
     generator: random.Random | None = None,
+    parts: int = 1,
 ) -> Seconds:
     """Seconds of every variant in every round, of one or `calls` calls; a round ends with the ceilings.
 
@@ -179,12 +185,14 @@ def interleave(
 
     rounds: None takes those that begin within ROUNDS_SECONDS, from LEAST_ROUNDS to ROUNDS.
     limits: whether the ceilings are timed.
+    parts: of how many parts of all rounds this is one.
     """
     seconds: Seconds = {name: [] for name in variants}
     order, generator = list(variants), generator or random.Random(0)
     started = time.perf_counter()
-    for done in range(ROUNDS if rounds is None else rounds):
-        if rounds is None and done >= LEAST_ROUNDS and time.perf_counter() - started > ROUNDS_SECONDS:
+    for done in range(math.ceil((ROUNDS if rounds is None else rounds) / parts)):
+        passed = parts * (time.perf_counter() - started)
+        if rounds is None and parts * done >= LEAST_ROUNDS and passed > ROUNDS_SECONDS:
             break
         if done % 2:
             order.reverse()

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import math
 import multiprocessing
 import os
+import random
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -27,6 +29,7 @@ from benchmarks.ceilings import Ceilings
 from benchmarks.elsewhere import Elsewhere
 from benchmarks.harness import Row, WrongResult, interleave, make_row, relative_error
 from benchmarks.kept_memory import given_back
+from benchmarks.sweeps import error_of_median
 from gpt.hardware import peak_memory_bytes, set_threads
 
 WARM_UP, WARM_UP_ELSEWHERE = 1, 4
@@ -129,34 +132,49 @@ def climb(ladder: Ladder, device: torch.device, rounds: int | None, *, memory: b
 
     Raises WrongResult when a rung's loss is not the first one's.
     """
-    losses, seconds, traits = _rounds(ladder.title, ladder.rungs, ladder.tolerance, device, rounds)
-    first, before = ladder.rungs[0].name, ladder.rungs[0].name
-    result = Climb([], losses=losses, seconds=seconds)
-    for rung in ladder.rungs:
-        against = {first: seconds[first], "before": seconds[before]}
-        row = traits[rung.name].row(f"ladder {ladder.title}", rung.name, seconds[rung.name], against, device)
-        row.extra["loss"] = late_loss(losses, rung.name, len(seconds[first]))
-        gains = [a / b for a, b in zip(seconds[before], seconds[rung.name], strict=True)]
-        row.extra["gain_error"] = relative_error(gains)
-        result.rows.append(row)
-        if rung.kind == "step":
-            result.product *= row.ratio_vs["before"]
-            result.total, before = row.ratio_vs[first], rung.name
-    if ladder.removals:
-        full = ladder.full()
-        losses, seconds, traits = _rounds(
-            f"{ladder.title}, one removed", [full, *ladder.removals], ladder.tolerance, device, rounds
-        )
-        for rung in (full, *ladder.removals):
-            against = {full.name: seconds[full.name]}
-            subject = f"removal {ladder.title}"
-            row = traits[rung.name].row(subject, rung.name, seconds[rung.name], against, device)
-            row.extra["loss"] = late_loss(losses, rung.name, len(seconds[full.name]))
-            result.removed.append(row)
-    if memory:
-        for row, peak in zip(result.rows, peak_memory(ladder.rungs, device), strict=True):
-            row.extra["peak_memory_bytes"] = peak
-    return result
+    return Ascent(ladder, device, rounds).finish(memory=memory)
+
+
+class Ascent:
+    """A ladder whose rounds are taken in `parts`, with other work between them; see sweeps for the reason.
+
+    The steps of its rungs stay in memory meanwhile.
+    """
+
+    def __init__(self, ladder: Ladder, device: torch.device, rounds: int | None, parts: int = 1) -> None:
+        self.ladder, self.device, self.rounds, self.left = ladder, device, rounds, parts
+        self._race = _Race(ladder.title, ladder.rungs, ladder.tolerance, device, rounds, parts)
+
+    def part(self) -> None:
+        self._race.take()
+        self.left -= 1
+
+    def finish(self, *, memory: bool = True) -> Climb:
+        """Take the parts that are left, then all removals and, if asked for, peak memory."""
+        while self.left:
+            self.part()
+        ladder, device, race = self.ladder, self.device, self._race
+        race.end()
+        first, before = ladder.rungs[0].name, ladder.rungs[0].name
+        result = Climb([], losses=race.losses, seconds=race.seconds)
+        for rung in ladder.rungs:
+            row = race.row(f"ladder {ladder.title}", rung.name, {first: first, "before": before})
+            row.extra["gain_error"] = race.error(before, rung.name)
+            result.rows.append(row)
+            if rung.kind == "step":
+                result.product *= row.ratio_vs["before"]
+                result.total, before = row.ratio_vs[first], rung.name
+        if ladder.removals:
+            full, title = ladder.full(), f"{ladder.title}, one removed"
+            race = _Race(title, [full, *ladder.removals], ladder.tolerance, device, self.rounds)
+            race.take()
+            race.end()
+            for rung in (full, *ladder.removals):
+                result.removed.append(race.row(f"removal {ladder.title}", rung.name, {full.name: full.name}))
+        if memory:
+            for row, peak in zip(result.rows, peak_memory(ladder.rungs, device), strict=True):
+                row.extra["peak_memory_bytes"] = peak
+        return result
 
 
 def late_loss(losses: Mapping[str, Sequence[float]], name: str, rounds: int) -> float:
@@ -173,48 +191,70 @@ class _Trait:
     dtype: torch.dtype
     tokens: float
     flops: float
-    ceilings: Ceilings
 
-    def row(
-        self, subject: str, name: str, seconds: list[float], against: Mapping[str, list[float]],
-        device: torch.device,
-    ) -> Row:  # fmt: skip
-        limit = self.ceilings.gemm(self.dtype)
+
+class _Race:
+    """Steps that take turns, one of `parts` of the rounds at a time; rows can be had when they are gone."""
+
+    def __init__(
+        self, title: str, rungs: Sequence[Rung], tolerance: float, device: torch.device,
+        rounds: int | None, parts: int = 1,
+    ) -> None:  # fmt: skip
+        self.device, self.rounds, self.parts = device, rounds, parts
+        self.steps: dict[str, Step] = {}
+        expected = math.nan
+        for rung in track(rungs, description=title, console=Console(stderr=True), transient=True):
+            step = rung.make()
+            loss = step.evaluate()
+            expected = loss if not self.steps else expected
+            if not abs(loss - expected) <= tolerance * abs(expected):
+                raise WrongResult(
+                    f"{title}, {rung.name}: loss {loss} of the initial weights where {rungs[0].name} has "
+                    f"{expected}, nothing was timed"
+                )
+            for _ in range(WARM_UP_ELSEWHERE if rung.elsewhere else WARM_UP):
+                step()
+            self.steps[rung.name] = step
+        self.traits = {
+            name: _Trait(step.shape, step.dtype, step.tokens, step.flops) for name, step in self.steps.items()
+        }
+        self.ceilings = Ceilings(device, [step.dtype for step in self.steps.values()], ["gemm"])
+        self.generator = random.Random(0)
+        self.seconds: dict[str, list[float]] = {name: [] for name in self.steps}
+        self.losses: dict[str, list[float]] = {}
+        self.ends = [0]
+        """How many rounds had been taken at the end of each part."""
+
+    def take(self) -> None:
+        taken = interleave(self.steps, self.ceilings, self.rounds, generator=self.generator, parts=self.parts)
+        for name, times in taken.items():
+            self.seconds[name] += times
+        self.ends.append(len(self.seconds[name]))
+
+    def end(self) -> None:
+        self.losses = {name: [float(loss) for loss in step.losses] for name, step in self.steps.items()}
+        self.steps.clear()
+        gc.collect()
+
+    def error(self, base: str, name: str) -> float:
+        """Standard error of the median ratio, relative: that of all rounds, or that by the parts' range."""
+        ratios = [a / b for a, b in zip(self.seconds[base], self.seconds[name], strict=True)]
+        parts = [statistics.median(ratios[begin:end]) for begin, end in itertools.pairwise(self.ends)]
+        return max(relative_error(ratios), error_of_median(parts))
+
+    def row(self, subject: str, name: str, against: Mapping[str, str]) -> Row:
+        """`against` has the steps to compare with under the names of their ratios, the first one's error
+        being that of the row."""
+        trait, seconds = self.traits[name], self.seconds[name]
+        others = {label: self.seconds[other] for label, other in against.items()}
+        limit = self.ceilings.gemm(trait.dtype)
         row = make_row(
-            subject, name, self.shape, self.dtype, device, seconds, limit, self.flops, against=against
+            subject, name, trait.shape, trait.dtype, self.device, seconds, limit, trait.flops, against=others
         )
-        row.extra["tokens_per_second"] = self.tokens / statistics.median(seconds)
+        row.extra["ratio_error"] = self.error(next(iter(against.values())), name)
+        row.extra["tokens_per_second"] = trait.tokens / statistics.median(seconds)
+        row.extra["loss"] = late_loss(self.losses, name, len(seconds))
         return row
-
-
-def _rounds(
-    title: str, rungs: Sequence[Rung], tolerance: float, device: torch.device, rounds: int | None
-) -> tuple[dict[str, list[float]], dict[str, list[float]], dict[str, _Trait]]:
-    """Losses and seconds by rung, and what their rows need; the steps are gone afterwards."""
-    steps: dict[str, Step] = {}
-    expected = math.nan
-    for rung in track(rungs, description=title, console=Console(stderr=True), transient=True):
-        step = rung.make()
-        loss = step.evaluate()
-        expected = loss if not steps else expected
-        if not abs(loss - expected) <= tolerance * abs(expected):
-            raise WrongResult(
-                f"{title}, {rung.name}: loss {loss} of the initial weights where {rungs[0].name} has "
-                f"{expected}, nothing was timed"
-            )
-        for _ in range(WARM_UP_ELSEWHERE if rung.elsewhere else WARM_UP):
-            step()
-        steps[rung.name] = step
-    ceilings = Ceilings(device, [step.dtype for step in steps.values()], ["gemm"])
-    seconds = interleave(steps, ceilings, rounds)
-    losses = {name: [float(loss) for loss in step.losses] for name, step in steps.items()}
-    traits = {
-        name: _Trait(step.shape, step.dtype, step.tokens, step.flops, ceilings)
-        for name, step in steps.items()
-    }
-    steps.clear()
-    gc.collect()
-    return losses, seconds, traits
 
 
 def peak_memory(rungs: Sequence[Rung], device: torch.device) -> list[float]:

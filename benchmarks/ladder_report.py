@@ -12,29 +12,34 @@ from rich.table import Table
 
 from benchmarks import gpt_ladder, harness, llama_rungs
 from benchmarks.harness import Row
-from benchmarks.ladder import Climb, Ladder, Request, climb, sections
+from benchmarks.ladder import Ascent, Climb, Ladder, Request, sections
 from benchmarks.train import Profile, profile, report_profile
-from gpt.cli import UserError
 
 LADDERS: dict[str, Callable[[Request, Path], Ladder]] = {"gpt": gpt_ladder.build, "llama": llama_rungs.build}
 """By model: (request, a folder that is removed afterwards) -> its ladder."""
 UNEXPLAINED, ACCOUNTED = 0.10, 0.95
 
 
-def measure(
-    model: str, request: Request, rounds: int | None, *, memory: bool = True
-) -> tuple[list[Row], dict[str, Any]]:
-    """Rows of a model's ladder, its removals among them, and the section of the JSON that goes with them."""
-    if model not in LADDERS:
-        raise UserError(f"there is no ladder of {model!r}; choose one of: {', '.join(LADDERS)}")
-    with tempfile.TemporaryDirectory() as folder:
-        ladder = LADDERS[model](request, Path(folder))
-        result = climb(ladder, request.device, rounds, memory=memory)
-        found = profile(ladder.full().build(), request.device)
-    report(ladder, result, found)
-    return [*result.rows, *result.removed], sections(ladder, result) | {
-        "profile": {"step_ms": found.step_ms, "accounted": found.accounted(), "ops": found.ops}
-    }
+class Measurement:
+    """A model's ladder whose rounds are taken in `parts`, with other work between them."""
+
+    def __init__(self, model: str, request: Request, rounds: int | None, parts: int = 1) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self._ladder = LADDERS[model](request, Path(self._folder.name))
+        self._ascent = Ascent(self._ladder, request.device, rounds, parts)
+
+    def part(self) -> None:
+        self._ascent.part()
+
+    def finish(self) -> tuple[list[Row], dict[str, Any]]:
+        """Rows of the ladder, its removals among them, and the section of the JSON that goes with them."""
+        with self._folder:
+            result = self._ascent.finish()
+            found = profile(self._ladder.full().build(), self._ascent.device)
+        report(self._ladder, result, found)
+        return [*result.rows, *result.removed], sections(self._ladder, result) | {
+            "profile": {"step_ms": found.step_ms, "accounted": found.accounted(), "ops": found.ops}
+        }
 
 
 def report(ladder: Ladder, result: Climb, found: Profile) -> None:

@@ -60,6 +60,8 @@ def test_rounds_fill_the_time_for_them(clock, seconds, rounds) -> None:
     found = harness.interleave({"a": clock.taking(seconds)}, ceilings, None)
     assert found["a"] == pytest.approx([seconds] * rounds, rel=1e-3)
     assert len(harness.interleave({"a": clock.taking(seconds)}, ceilings, 5)["a"]) == 5
+    parts = [harness.interleave({"a": clock.taking(seconds)}, ceilings, None, parts=3)["a"] for _ in "abc"]
+    assert [len(part) for part in parts] == [{9: 3, 4: 2, 3: 1}[rounds]] * 3
 
 
 def test_errors_of_few_ratios_are_not_too_small() -> None:

@@ -11,7 +11,8 @@ import torch
 from benchmarks import gpt_ladder, ladder, train
 from benchmarks.gpt_ladder import KERNELS, MasterAdamW, Place, Setting, ops_of
 from benchmarks.harness import WrongResult
-from benchmarks.ladder import Ladder, Rung, climb
+from benchmarks.ladder import Ascent, Ladder, Rung, climb
+from benchmarks.sweeps import error_of_median
 from gpt.config import PRESETS
 from gpt.ops import PLAIN, load_ops
 
@@ -53,6 +54,26 @@ def test_gains_multiply_to_the_whole_and_branches_are_left_out(clock) -> None:
     assert [row.ratio_vs["b"] for row in result.removed] == pytest.approx([1, 1 / 3], rel=1e-3)
     assert result.rows[3].extra["tokens_per_second"] == pytest.approx(10, rel=1e-3)
     assert len(result.losses["a"]) == ladder.WARM_UP + 3
+
+
+def test_rounds_in_parts_count_what_changes_between_them(clock) -> None:
+    """A rung that has become slower minutes later: the middle ratio, and an error that tells."""
+    pace = {"ours": 0.1}
+
+    def ours() -> None:
+        clock.now += pace["ours"]
+
+    rungs = [rung(clock, "plain", 0.6), Rung("ours", lambda: FakeStep(ours)), rung(clock, "same", 0.6)]
+    ascent = Ascent(Ladder("x", rungs), CPU, 9, parts=3)
+    for pace["ours"] in (0.1, 0.2, 0.3):
+        ascent.part()
+    rows = ascent.finish(memory=False).rows
+    assert rows[1].ratio_vs["plain"] == pytest.approx(3.0, rel=1e-3)
+    error = error_of_median([6.0, 3.0, 2.0])
+    assert rows[1].extra["ratio_error"] == pytest.approx(error, rel=1e-3)
+    assert rows[1].extra["gain_error"] == pytest.approx(error, rel=1e-3)
+    assert rows[2].ratio_vs["plain"] == pytest.approx(1.0, rel=1e-3)
+    assert rows[2].extra["ratio_error"] < 1e-3
 
 
 def test_losses_are_of_steps_that_all_have_taken() -> None:

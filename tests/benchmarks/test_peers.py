@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import peers
+from benchmarks import peers, tokenizer
 from gpt.cli import UserError
 from gpt.config import PRESETS, ModelConfig
 from gpt.model import GPT
@@ -64,3 +64,12 @@ def test_llmc_steps_are_read_without_the_first(tmp_path: Path) -> None:
 def test_a_checkout_that_is_not_built_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="build it with make train_gpt2"):
         peers.measure_llmc(tmp_path, CPU, 1)
+
+
+def test_a_peer_of_few_rounds_is_compared_with_all_of_ours() -> None:
+    """Ours has one slow round, the first: alone it would be half the ratio."""
+    own = [2.0, 1.0, 1.0, 1.0, 1.0]
+    few = tokenizer.row("cold", "slow", [10.0], own, 10**6, 1e-3)
+    assert few.ratio_vs["tapelm"] == pytest.approx(0.1) and few.extra["ratio_error"] == pytest.approx(0.1)
+    paired = tokenizer.row("cold", "fast", [4.0, 2.0, 2.0, 2.0, 2.0], own, 10**6, 1e-3)
+    assert paired.ratio_vs["tapelm"] == 0.5 and paired.extra["ratio_error"] == 0.0
