@@ -38,6 +38,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm_forward(const Tensor& x_, co
                            .C = x.size(-1),
                            .eps = static_cast<float>(eps),
                            .far = is_far(y, x.size(-1)),
+                           .cold = are_cold(2 * x.nbytes()),
                            .dropout = dropout};
     for_rows(x, [&](int64_t begin, int64_t end) {
       if (bias)
@@ -78,6 +79,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm_backward(const Tensor& grad_
                             .dropped = dropout.active ? dx.mutable_data_ptr<T>() : nullptr,
                             .C = C,
                             .far = is_far(dresidual, C) && (!dropout.active || is_far(dx, C)),
+                            .cold = are_cold((grad_r ? 3 : 2) * r.nbytes()),
                             .dropout = dropout};
     sums.for_chunks_of_rows([&](int64_t begin, int64_t end, float* partial) {
       if (mean)

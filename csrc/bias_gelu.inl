@@ -5,9 +5,13 @@
 constexpr float kTwoRootTwoOverPi = 1.5957691216057308f, kCubic = 0.044715f;
 
 // Beyond 20 gelu is 0 or u: cut off there, +-inf does not become inf * 0. NaN stays.
+#if defined(TAPELM_AVX512)
+TAPELM_INLINE vf at_least_minus_20(vf u) { return (vf)_mm512_max_ps((__m512)broadcast(-20.0f), (__m512)u); }
+TAPELM_INLINE vf at_most_20(vf u) { return (vf)_mm512_min_ps((__m512)broadcast(20.0f), (__m512)u); }
+#else
 TAPELM_INLINE vf at_least_minus_20(vf u) { return u < -20.0f ? broadcast(-20.0f) : u; }
-
 TAPELM_INLINE vf at_most_20(vf u) { return u > 20.0f ? broadcast(20.0f) : u; }
+#endif
 TAPELM_INLINE Pack at_most_20(const Pack& u) { return each([](vf x) { return at_most_20(x); }, u); }
 TAPELM_INLINE Pack at_least_minus_20(const Pack& u) { return each([](vf x) { return at_least_minus_20(x); }, u); }
 

@@ -91,6 +91,9 @@ inline bool is_far(const Tensor& t, int64_t piece) {
          reinterpret_cast<uintptr_t>(t.const_data_ptr()) % kLine == 0;
 }
 
+// Whether inputs of so many bytes lie in memory rather than in a cache, and are worth asking for early.
+inline bool are_cold(size_t bytes) { return bytes >= size_t{8} << 20; }
+
 // What this thread wrote past the caches becomes visible to the others before what it writes from here on.
 inline void finish_far_results() {
 #ifdef __SSE2__

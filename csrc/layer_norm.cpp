@@ -27,7 +27,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& x_, const Te
                            .rstd = rstd.mutable_data_ptr<float>(),
                            .C = x.size(-1),
                            .eps = static_cast<float>(eps),
-                           .far = is_far(y, x.size(-1))};
+                           .far = is_far(y, x.size(-1)),
+                           .cold = are_cold(x.nbytes())};
     for_rows(x, [&](int64_t begin, int64_t end) { TAPELM_DISPATCH(layer_norm_rows(a, begin, end)); });
   });
   return {y, mean, rstd};
@@ -52,7 +53,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_, cons
                             .rstd = rstd.const_data_ptr<float>(),
                             .dx = dx.mutable_data_ptr<T>(),
                             .C = C,
-                            .far = is_far(dx, C)};
+                            .far = is_far(dx, C),
+                            .cold = are_cold(2 * x.nbytes())};
     sums.for_chunks_of_rows([&](int64_t begin, int64_t end, float* partial) {
       TAPELM_DISPATCH(layer_norm_backward_rows(a, begin, end, partial, partial + C));
     });

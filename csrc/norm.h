@@ -14,7 +14,8 @@ struct NormForward {
   float *mean, *rstd;
   int64_t C;
   float eps;
-  bool far;  // y: see is_far
+  bool far;   // y: see is_far
+  bool cold;  // x and residual: see are_cold
   Dropout dropout;
 };
 
@@ -25,7 +26,8 @@ struct NormBackward {
   const float *mean, *rstd;
   T *dx, *dropped;
   int64_t C;
-  bool far;  // dx and dropped: see is_far
+  bool far;   // dx and dropped: see is_far
+  bool cold;  // grad, x and grad_r: see are_cold
   Dropout dropout;
 };
 

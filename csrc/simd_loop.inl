@@ -78,6 +78,21 @@ TAPELM_INLINE Pack get_pack(const T* p) {
 }
 template <typename T>
 TAPELM_INLINE void put_pack(T* p, const Pack& x, bool far) {
+#if defined(TAPELM_AVX512BF16)
+  if constexpr (std::is_same_v<T, c10::BFloat16>) {
+    const __m512i low = (__m512i)_mm512_cvtne2ps_pbh((__m512)x.v[1], (__m512)x.v[0]);
+    const __m512i high = (__m512i)_mm512_cvtne2ps_pbh((__m512)x.v[3], (__m512)x.v[2]);
+    __m512i* const to = reinterpret_cast<__m512i*>(p);
+    if (far) {
+      _mm512_stream_si512(to, low);
+      _mm512_stream_si512(to + 1, high);
+    } else {
+      _mm512_storeu_si512(to, low);
+      _mm512_storeu_si512(to + 1, high);
+    }
+    return;
+  }
+#endif
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) put(p + i * W, x.v[i], Whole{}, far);
 }
@@ -96,6 +111,13 @@ TAPELM_INLINE void for_vectors(int64_t C, Body body) {
   }
   for (; i + W <= C; i += W) body(i, Whole{}, 0);
   if (i < C) body(i, static_cast<int>(C - i), 0);
+}
+
+// Asks for what a later vector takes from p; s is as in for_vectors, and one in a line is enough.
+template <typename T>
+TAPELM_INLINE void ask_for(const T* p, int s) {
+  constexpr int in_line = std::max<int>(1, 64 / (W * sizeof(T)));
+  if (s % in_line == 0) __builtin_prefetch(p);
 }
 
 // body(i, n, s, kept) for the vectors of a row whose element i has index first + i in the random stream of a dropout;

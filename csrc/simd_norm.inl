@@ -25,7 +25,7 @@ TAPELM_INLINE void row_statistics(const T* x, int64_t C, float eps, float shift,
 }
 
 // Rows are taken in blocks, which are read twice, the second time from the cache; while the sums of one row become its
-// statistics the next one is read. A block is 8 KB of each tensor, so that the nearest cache also holds weights and
+// statistics the next one is read, and (COLD) while a block is read for the second time the next one is asked for. A block is 8 KB of each tensor, so that the nearest cache also holds weights and
 // sums, or one row; of several rows an even number, as the backward pass takes two at a time.
 template <typename T>
 int64_t rows_of_block(int64_t C) {
@@ -33,7 +33,7 @@ int64_t rows_of_block(int64_t C) {
   return rows > 1 ? rows / 2 * 2 : 1;
 }
 
-template <bool CENTRED, bool ADD, typename T>
+template <bool CENTRED, bool ADD, bool COLD, typename T>
 void norm_rows(const NormForward<T>& a, int64_t begin, int64_t end) {
   const int64_t C = a.C, block = rows_of_block<T>(C);
   for (int64_t first = begin; first < end; first += block) {
@@ -80,8 +80,11 @@ void norm_rows(const NormForward<T>& a, int64_t begin, int64_t end) {
     for (int64_t row = first; row < last; ++row) {
       const T* const from = (ADD ? a.r : a.x) + row * C;
       const float mean = means[row - first], rstd = rstds[row - first];
+      const int64_t next = std::min(row + block, end - 1) * C;
       const auto write = [&](auto far) __attribute__((always_inline)) {
-        for_vectors<1>(C, [&](int64_t i, auto n, int) __attribute__((always_inline)) {
+        for_vectors<2>(C, [&](int64_t i, auto n, int s) __attribute__((always_inline)) {
+          if constexpr (COLD) ask_for(a.x + next + i, s);
+          if constexpr (COLD && ADD) ask_for(a.residual + next + i, s);
           vf y = (get(from + i, n) - mean) * rstd * get(a.weight + i, n);
           if constexpr (CENTRED) y += get(a.bias + i, n);
           put(a.y + row * C + i, y, n, far);
@@ -95,9 +98,14 @@ void norm_rows(const NormForward<T>& a, int64_t begin, int64_t end) {
   }
 }
 
+template <bool CENTRED, bool ADD, typename T>
+void norm_rows(const NormForward<T>& a, int64_t begin, int64_t end) {
+  (a.cold ? norm_rows<CENTRED, ADD, true, T> : norm_rows<CENTRED, ADD, false, T>)(a, begin, end);
+}
+
 // d = rstd * (g w - mean(g w) - h mean(g w h)) + grad_r, the middle term only when CENTRED, is dx; `dropped` is d where
 // the dropout kept x. dweight and, when CENTRED, dbias are added to the float32 sums. Blocks of rows as above.
-template <bool CENTRED, bool ADD, typename T>
+template <bool CENTRED, bool ADD, bool COLD, typename T>
 void norm_backward_rows(const NormBackward<T>& a, int64_t begin, int64_t end, float* dweight, float* dbias) {
   const int64_t C = a.C, block = rows_of_block<T>(C);
   for (int64_t first = begin; first < end; first += block) {
@@ -105,9 +113,11 @@ void norm_backward_rows(const NormBackward<T>& a, int64_t begin, int64_t end, fl
     float means[kBlockRows], rstds[kBlockRows], of_g[kBlockRows], of_gh[kBlockRows];
     for (int64_t row = first; row < last; ++row) {
       const T *const grad = a.grad + row * C, *const x = a.x + row * C;
+      const T* const grad_r = a.grad_r ? a.grad_r + row * C : grad;
       const float mean = CENTRED ? a.mean[row] : 0.0f, rstd = a.rstd[row];
       vf sums[kSums] = {}, products[kSums] = {};
       for_vectors(C, [&](int64_t i, auto n, int s) __attribute__((always_inline)) {
+        if constexpr (COLD && ADD) ask_for(grad_r + i, s);
         const vf g = get(grad + i, n) * get(a.weight + i, n);
         products[s] += g * ((get(x + i, n) - mean) * rstd);
         if constexpr (CENTRED) sums[s] += g;
@@ -118,11 +128,15 @@ void norm_backward_rows(const NormBackward<T>& a, int64_t begin, int64_t end, fl
       of_gh[row - first] = sum(products) / static_cast<float>(C) * rstd;
     }
     // Of one or two rows, whose dweight and dbias are added to the sums together.
-    const auto derivatives = [&](int64_t row, auto rows, int64_t i, auto n) __attribute__((always_inline)) {
+    const auto derivatives = [&](int64_t row, auto rows, int64_t i, auto n, int s) __attribute__((always_inline)) {
       vf sum_gh = get(dweight + i, n), sum_g = {}, d = {};
       if constexpr (CENTRED) sum_g = get(dbias + i, n);
       for (int r = 0; r < rows; ++r) {
-        const int64_t at = (row + r) * C + i, k = row - first + r;
+        const int64_t at = (row + r) * C + i, k = row - first + r, next = std::min(row + r + block, end - 1) * C + i;
+        if constexpr (COLD) {
+          ask_for(a.grad + next, s);
+          ask_for(a.x + next, s);
+        }
         const vf g = get(a.grad + at, n), h = (get(a.x + at, n) - means[k]) * rstds[k];
         sum_gh += g * h;
         if constexpr (CENTRED) sum_g += g;
@@ -142,13 +156,19 @@ void norm_backward_rows(const NormBackward<T>& a, int64_t begin, int64_t end, fl
     if (ADD && a.dropout.active)
       for (; row < last; ++row)
         for_kept_vectors(C, a.dropout.seed, a.dropout.threshold, row * C,
-                           [&](int64_t i, auto n, int, Kept kept) __attribute__((always_inline)) {
-          const vf d = dropped(derivatives(row, one, i, n), kept, a.dropout.scale);
+                           [&](int64_t i, auto n, int s, Kept kept) __attribute__((always_inline)) {
+          const vf d = dropped(derivatives(row, one, i, n, s), kept, a.dropout.scale);
           put(a.dropped + row * C + i, d, n, a.far);
         });
     for (; row + 1 < last; row += 2)
-      for_vectors<1>(C, [&](int64_t i, auto n, int) __attribute__((always_inline)) { derivatives(row, two, i, n); });
+      for_vectors<2>(C, [&](int64_t i, auto n, int s) __attribute__((always_inline)) { derivatives(row, two, i, n, s); });
     if (row < last)
-      for_vectors<1>(C, [&](int64_t i, auto n, int) __attribute__((always_inline)) { derivatives(row, one, i, n); });
+      for_vectors<2>(C, [&](int64_t i, auto n, int s) __attribute__((always_inline)) { derivatives(row, one, i, n, s); });
   }
+}
+
+template <bool CENTRED, bool ADD, typename T>
+void norm_backward_rows(const NormBackward<T>& a, int64_t begin, int64_t end, float* dweight, float* dbias) {
+  (a.cold ? norm_backward_rows<CENTRED, ADD, true, T>
+          : norm_backward_rows<CENTRED, ADD, false, T>)(a, begin, end, dweight, dbias);
 }

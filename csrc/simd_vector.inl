@@ -46,10 +46,13 @@ TAPELM_INLINE vh narrow(vf x) {
 #endif
 }
 
-// The compiler's own conversion takes vectors apart and puts them together again.
+// The compiler's own conversion takes vectors apart and puts them together again. With AVX-512 one permutation brings
+// each half to the upper one of its lane and zeros to the lower.
 TAPELM_INLINE vf widen(vh bits) {
 #if defined(TAPELM_AVX512)
-  return as_float((vu)_mm512_cvtepu16_epi32((__m256i)bits) << 16);
+  const __m512i upper = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7, 0, 6, 0, 5, 0, 4, 0, 3, 0,
+                                         2, 0, 1, 0, 0, 0);
+  return (vf)_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, upper, _mm512_castsi256_si512((__m256i)bits));
 #elif defined(TAPELM_AVX2)
   return as_float((vu)_mm256_cvtepu16_epi32((__m128i)bits) << 16);
 #else
