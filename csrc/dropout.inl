@@ -1,12 +1,14 @@
 #include "simd_loop.inl"
 
-// Elements [begin, end) of a contiguous tensor.
+// Elements [begin, end) of a contiguous tensor. What lies a page behind is asked for, as the CPU's own asking ahead falls
+// behind here; whether that is inside the tensor does not matter.
 template <typename T>
 void dropout_range(const T* x, T* y, uint64_t seed, uint32_t threshold, float scale, int64_t begin, int64_t end,
                    bool far) {
   x += begin;
   y += begin;
-  const auto body = [&](int64_t i, auto n, int, Kept kept) __attribute__((always_inline)) {
+  const auto body = [&](int64_t i, auto n, int s, Kept kept) __attribute__((always_inline)) {
+    ask_for(x + i + 4096 / sizeof(T), s);
     put(y + i, dropped(get(x + i, n), kept, scale), n, far);
   };
   for_kept_vectors(end - begin, seed, threshold, begin, body);
