@@ -76,25 +76,27 @@ template <typename T>
 TAPELM_INLINE Pack get_pack(const T* p) {
   return {{load(p), load(p + W), load(p + 2 * W), load(p + 3 * W)}};
 }
+// Two vectors: of bfloat16 one rounding and one whole line, where the CPU has the instruction.
 template <typename T>
-TAPELM_INLINE void put_pack(T* p, const Pack& x, bool far) {
+TAPELM_INLINE void put_two(T* p, vf first, vf second, bool far) {
 #if defined(TAPELM_AVX512BF16)
   if constexpr (std::is_same_v<T, c10::BFloat16>) {
-    const __m512i low = (__m512i)_mm512_cvtne2ps_pbh((__m512)x.v[1], (__m512)x.v[0]);
-    const __m512i high = (__m512i)_mm512_cvtne2ps_pbh((__m512)x.v[3], (__m512)x.v[2]);
-    __m512i* const to = reinterpret_cast<__m512i*>(p);
-    if (far) {
-      _mm512_stream_si512(to, low);
-      _mm512_stream_si512(to + 1, high);
-    } else {
-      _mm512_storeu_si512(to, low);
-      _mm512_storeu_si512(to + 1, high);
-    }
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+    if (far)
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(p), both);
+    else
+      _mm512_storeu_si512(p, both);
     return;
   }
 #endif
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) put(p + i * W, x.v[i], Whole{}, far);
+  put(p, first, Whole{}, far);
+  put(p + W, second, Whole{}, far);
+}
+
+template <typename T>
+TAPELM_INLINE void put_pack(T* p, const Pack& x, bool far) {
+  put_two(p, x.v[0], x.v[1], far);
+  put_two(p + 2 * W, x.v[2], x.v[3], far);
 }
 
 // Independent sums, which hide the latency of addition.
@@ -111,6 +113,19 @@ TAPELM_INLINE void for_vectors(int64_t C, Body body) {
   }
   for (; i + W <= C; i += W) body(i, Whole{}, 0);
   if (i < C) body(i, static_cast<int>(C - i), 0);
+}
+
+// The vectors value(i, n, s) of a row of C results; s is as in for_vectors<2>.
+template <typename T, typename Value>
+TAPELM_INLINE void put_row(T* to, int64_t C, bool far, Value value) {
+  int64_t i = 0;
+  for (; i + 2 * W <= C; i += 2 * W) {
+    const vf first = value(i, Whole{}, 0), second = value(i + W, Whole{}, 1);
+    put_two(to + i, first, second, far);
+  }
+  for_vectors<1>(C - i, [&](int64_t at, auto n, int) __attribute__((always_inline)) {
+    put(to + i + at, value(i + at, n, 0), n, far);
+  });
 }
 
 // Asks for what a later vector takes from p; s is as in for_vectors, and one in a line is enough.

@@ -81,19 +81,16 @@ void norm_rows(const NormForward<T>& a, int64_t begin, int64_t end) {
       const T* const from = (ADD ? a.r : a.x) + row * C;
       const float mean = means[row - first], rstd = rstds[row - first];
       const int64_t next = std::min(row + block, end - 1) * C;
-      const auto write = [&](auto far) __attribute__((always_inline)) {
-        for_vectors<2>(C, [&](int64_t i, auto n, int s) __attribute__((always_inline)) {
-          if constexpr (COLD) ask_for(a.x + next + i, s);
-          if constexpr (COLD && ADD) ask_for(a.residual + next + i, s);
-          vf y = (get(from + i, n) - mean) * rstd * get(a.weight + i, n);
-          if constexpr (CENTRED) y += get(a.bias + i, n);
-          put(a.y + row * C + i, y, n, far);
-        });
+      const auto value = [&](int64_t i, auto n, int s) __attribute__((always_inline)) {
+        if constexpr (COLD) ask_for(a.x + next + i, s);
+        if constexpr (COLD && ADD) ask_for(a.residual + next + i, s);
+        const vf y = (get(from + i, n) - mean) * rstd * get(a.weight + i, n);
+        return CENTRED ? y + get(a.bias + i, n) : y;
       };
       if (a.far)
-        write(std::true_type{});
+        put_row(a.y + row * C, C, true, value);
       else
-        write(std::false_type{});
+        put_row(a.y + row * C, C, false, value);
     }
   }
 }
@@ -127,9 +124,9 @@ void norm_backward_rows(const NormBackward<T>& a, int64_t begin, int64_t end, fl
       of_g[row - first] = CENTRED ? sum(sums) / static_cast<float>(C) * rstd : 0.0f;
       of_gh[row - first] = sum(products) / static_cast<float>(C) * rstd;
     }
-    // Of one or two rows, whose dweight and dbias are added to the sums together.
-    const auto derivatives = [&](int64_t row, auto rows, int64_t i, auto n, int s) __attribute__((always_inline)) {
-      vf sum_gh = get(dweight + i, n), sum_g = {}, d = {};
+    // d of one or two rows, whose dweight and dbias are added to the sums together.
+    const auto derive = [&](int64_t row, auto rows, int64_t i, auto n, int s, vf (&d)[2]) __attribute__((always_inline)) {
+      vf sum_gh = get(dweight + i, n), sum_g = {};
       if constexpr (CENTRED) sum_g = get(dbias + i, n);
       for (int r = 0; r < rows; ++r) {
         const int64_t at = (row + r) * C + i, k = row - first + r, next = std::min(row + r + block, end - 1) * C + i;
@@ -140,15 +137,26 @@ void norm_backward_rows(const NormBackward<T>& a, int64_t begin, int64_t end, fl
         const vf g = get(a.grad + at, n), h = (get(a.x + at, n) - means[k]) * rstds[k];
         sum_gh += g * h;
         if constexpr (CENTRED) sum_g += g;
-        d = g * get(a.weight + i, n) * rstds[k] - h * of_gh[k];
-        if constexpr (CENTRED) d -= of_g[k];
+        d[r] = g * get(a.weight + i, n) * rstds[k] - h * of_gh[k];
+        if constexpr (CENTRED) d[r] -= of_g[k];
         if constexpr (ADD)
-          if (a.grad_r != nullptr) d += get(a.grad_r + at, n);
-        put(a.dx + at, d, n, a.far);
+          if (a.grad_r != nullptr) d[r] += get(a.grad_r + at, n);
       }
       put(dweight + i, sum_gh, n);
       if constexpr (CENTRED) put(dbias + i, sum_g, n);
-      return d;
+    };
+    const auto write = [&](int64_t row, auto rows) __attribute__((always_inline)) {
+      vf d[2], next[2];
+      int64_t i = 0;
+      for (; i + 2 * W <= C; i += 2 * W) {
+        derive(row, rows, i, Whole{}, 0, d);
+        derive(row, rows, i + W, Whole{}, 1, next);
+        for (int r = 0; r < rows; ++r) put_two(a.dx + (row + r) * C + i, d[r], next[r], a.far);
+      }
+      for_vectors<1>(C - i, [&](int64_t at, auto n, int) __attribute__((always_inline)) {
+        derive(row, rows, i + at, n, 0, d);
+        for (int r = 0; r < rows; ++r) put(a.dx + (row + r) * C + i + at, d[r], n, a.far);
+      });
     };
     const std::integral_constant<int, 1> one;
     const std::integral_constant<int, 2> two;
@@ -157,13 +165,13 @@ void norm_backward_rows(const NormBackward<T>& a, int64_t begin, int64_t end, fl
       for (; row < last; ++row)
         for_kept_vectors(C, a.dropout.seed, a.dropout.threshold, row * C,
                            [&](int64_t i, auto n, int s, Kept kept) __attribute__((always_inline)) {
-          const vf d = dropped(derivatives(row, one, i, n, s), kept, a.dropout.scale);
-          put(a.dropped + row * C + i, d, n, a.far);
+          vf d[2];
+          derive(row, one, i, n, s, d);
+          put(a.dx + row * C + i, d[0], n, a.far);
+          put(a.dropped + row * C + i, dropped(d[0], kept, a.dropout.scale), n, a.far);
         });
-    for (; row + 1 < last; row += 2)
-      for_vectors<2>(C, [&](int64_t i, auto n, int s) __attribute__((always_inline)) { derivatives(row, two, i, n, s); });
-    if (row < last)
-      for_vectors<2>(C, [&](int64_t i, auto n, int s) __attribute__((always_inline)) { derivatives(row, one, i, n, s); });
+    for (; row + 1 < last; row += 2) write(row, two);
+    if (row < last) write(row, one);
   }
 }
 
