@@ -101,8 +101,8 @@ class Options:
     profile: bool = False
     """train: print what each op of the optimized step costs instead."""
     rounds: int | None = None
-    """None takes 9; 5 for peers, scaling and all, 3 for its tokenizer. For ladders, also in all: as many as
-    begin within 36 seconds, from 3 to 9."""
+    """None takes 9; 5 for peers, scaling and the ops and peers of all. For ladders, also in all: as many as
+    begin within 36 seconds, from 3 to 9. What is taken in three parts takes so many at the least."""
     device: str = "auto"
     threads: int = 0
     """CPU threads; 0 takes PyTorch's default."""
@@ -157,6 +157,7 @@ USES = {
     "peers": ("static",),
     "tutorial": ("static",),
     "seconds": ("static", "tune"),
+    "threads": ("ops", "train", "ladder", "loader", "scaling", "peers", "llama", "all"),
 }
 """Subjects that an option is for."""
 
@@ -179,6 +180,7 @@ def run(options: Options) -> int:
     if rounds < 1 or (options.batch_size is not None and options.batch_size < 1):
         raise UserError("--rounds and --batch-size must be at least 1")
     set_threads(options.threads)
+    kept_memory.stock_up()
     device = pick_device(options.device)
     if options.subject == "ladder" and options.out is not None:
         raise UserError("--out means nothing to the ladder of gpt: use --json FILE")
@@ -201,6 +203,7 @@ def run(options: Options) -> int:
     swept = sweeps.Sweeps([], device, rounds)
     rows: list[harness.Row] = []
     printed: list[harness.Row] = []  # in tables of their own
+    unfinished: list[harness.Row] = []  # of a ladder of which parts are still to come
     seconds: dict[str, float] = {}
     sections: dict[str, Any] = {"seconds": seconds}
     started = time.monotonic()
@@ -210,7 +213,8 @@ def run(options: Options) -> int:
         lately = time.monotonic() - started - sum(seconds.values())
         seconds[part] = seconds.get(part, 0.0) + lately
         if path is not None:
-            harness.write_results(path, device, [*swept.rows(), *rows, *printed], **sections)
+            results = [*swept.rows(), *rows, *printed, *unfinished]
+            harness.write_results(path, device, results, **sections)
 
     def add_ladder(measurement: ladder_report.Measurement) -> None:
         climbed, section = measurement.finish()
@@ -238,9 +242,10 @@ def run(options: Options) -> int:
         )
         parts = sweeps.SWEEPS if options.subject == "all" else 1  # which lie minutes apart, as those of ops
         gpt_ladder = ladder_report.Measurement("gpt", request, options.rounds, parts)
-        gpt_ladder.part()
+        unfinished = gpt_ladder.part()
         if options.subject == "ladder":
             add_ladder(gpt_ladder)
+            unfinished = []
         save("ladder of gpt")
     if options.subject == "all":
         try:
@@ -251,7 +256,7 @@ def run(options: Options) -> int:
         except UserError as error:
             print(f"skipped: ladder of llama: {error}")
         save("ladder of llama")
-        gpt_ladder.part()
+        unfinished = gpt_ladder.part()
         save("ladder of gpt")
         swept.sweep()
         save("ops")
@@ -273,6 +278,7 @@ def run(options: Options) -> int:
             save("tokenizer")
     if options.subject == "all":
         add_ladder(gpt_ladder)
+        unfinished = []
         save("ladder of gpt")
     if options.subject in ("loader", "all"):
         many = options.rounds or harness.ROUNDS

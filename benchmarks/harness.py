@@ -149,7 +149,8 @@ def take(
 def in_fresh_process(function: Callable[..., Any], *arguments: Any, modules: Sequence[str] = ()) -> Any:
     """What a picklable function gives in a process that has imported its module and `modules`, no more.
 
-    It is forked from one that only imports, as importing takes longer than most of what is timed here.
+    It is forked from one that only imports, as importing takes longer than most of what is timed here. There
+    is one such process: modules and environment are those of the first call.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", function.__module__, *modules])

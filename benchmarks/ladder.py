@@ -138,32 +138,39 @@ def climb(ladder: Ladder, device: torch.device, rounds: int | None, *, memory: b
 class Ascent:
     """A ladder whose rounds are taken in `parts`, with other work between them; see sweeps for the reason.
 
-    The steps of its rungs stay in memory meanwhile.
+    The steps of its rungs stay in memory meanwhile. Explicit `rounds` are the least in all.
     """
 
     def __init__(self, ladder: Ladder, device: torch.device, rounds: int | None, parts: int = 1) -> None:
-        self.ladder, self.device, self.rounds, self.left = ladder, device, rounds, parts
-        self._race = _Race(ladder.title, ladder.rungs, ladder.tolerance, device, rounds, parts)
+        self.ladder, self.device, self.rounds = ladder, device, rounds
+        self.left = parts if rounds is None else min(parts, rounds)
+        self._race = _Race(ladder.title, ladder.rungs, ladder.tolerance, device, rounds, self.left)
 
     def part(self) -> None:
         self._race.take()
         self.left -= 1
 
-    def finish(self, *, memory: bool = True) -> Climb:
-        """Take the parts that are left, then all removals and, if asked for, peak memory."""
-        while self.left:
-            self.part()
-        ladder, device, race = self.ladder, self.device, self._race
-        race.end()
-        first, before = ladder.rungs[0].name, ladder.rungs[0].name
-        result = Climb([], losses=race.losses, seconds=race.seconds)
-        for rung in ladder.rungs:
-            row = race.row(f"ladder {ladder.title}", rung.name, {first: first, "before": before})
+    def so_far(self) -> Climb:
+        """Of the parts that were taken, without removals and memory."""
+        race = self._race
+        first, before = self.ladder.rungs[0].name, self.ladder.rungs[0].name
+        result = Climb([], losses=race.losses(), seconds=race.seconds)
+        for rung in self.ladder.rungs:
+            row = race.row(f"ladder {self.ladder.title}", rung.name, {first: first, "before": before})
             row.extra["gain_error"] = race.error(before, rung.name)
             result.rows.append(row)
             if rung.kind == "step":
                 result.product *= row.ratio_vs["before"]
                 result.total, before = row.ratio_vs[first], rung.name
+        return result
+
+    def finish(self, *, memory: bool = True) -> Climb:
+        """Take the parts that are left, then all removals and, if asked for, peak memory."""
+        while self.left:
+            self.part()
+        ladder, device = self.ladder, self.device
+        self._race.end()
+        result = self.so_far()
         if ladder.removals:
             full, title = ladder.full(), f"{ladder.title}, one removed"
             race = _Race(title, [full, *ladder.removals], ladder.tolerance, device, self.rounds)
@@ -221,7 +228,7 @@ class _Race:
         self.ceilings = Ceilings(device, [step.dtype for step in self.steps.values()], ["gemm"])
         self.generator = random.Random(0)
         self.seconds: dict[str, list[float]] = {name: [] for name in self.steps}
-        self.losses: dict[str, list[float]] = {}
+        self._losses: dict[str, list[float]] = {}
         self.ends = [0]
         """How many rounds had been taken at the end of each part."""
 
@@ -231,8 +238,13 @@ class _Race:
             self.seconds[name] += times
         self.ends.append(len(self.seconds[name]))
 
+    def losses(self) -> dict[str, list[float]]:
+        if self.steps:
+            return {name: [float(loss) for loss in step.losses] for name, step in self.steps.items()}
+        return self._losses
+
     def end(self) -> None:
-        self.losses = {name: [float(loss) for loss in step.losses] for name, step in self.steps.items()}
+        self._losses = self.losses()
         self.steps.clear()
         gc.collect()
 
@@ -253,7 +265,7 @@ class _Race:
         )
         row.extra["ratio_error"] = self.error(next(iter(against.values())), name)
         row.extra["tokens_per_second"] = trait.tokens / statistics.median(seconds)
-        row.extra["loss"] = late_loss(self.losses, name, len(seconds))
+        row.extra["loss"] = late_loss(self.losses(), name, len(seconds))
         return row
 
 

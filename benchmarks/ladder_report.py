@@ -28,8 +28,10 @@ class Measurement:
         self._ladder = LADDERS[model](request, Path(self._folder.name))
         self._ascent = Ascent(self._ladder, request.device, rounds, parts)
 
-    def part(self) -> None:
+    def part(self) -> list[Row]:
+        """Take one more part; rows of all that were taken."""
         self._ascent.part()
+        return self._ascent.so_far().rows
 
     def finish(self) -> tuple[list[Row], dict[str, Any]]:
         """Rows of the ladder, its removals among them, and the section of the JSON that goes with them."""

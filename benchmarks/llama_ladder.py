@@ -24,6 +24,7 @@ from gpt.hardware import fingerprint
 from llama_lora import adapters as files
 from llama_lora.adapters import Recipe
 from llama_lora.backends import get_backend, open_tokenizer
+from llama_lora.dataset import find_split
 from llama_lora.generate import generate, load
 from llama_lora.results import pick_dtype
 
@@ -61,6 +62,8 @@ SWEEPS = (
 
 def run(model: Path, data: Path, out: Path, steps: int, *, sweeps: bool, json_path: Path | None) -> int:
     """Take all rungs that are not done in `out`, print the table and write it as JSON."""
+    for split in ("train", "val"):
+        find_split(data, split)
     device, console = torch.device("cpu" if not torch.cuda.is_available() else "cuda"), Console(stderr=True)
     results = []
     for index, rung in enumerate((*RUNGS, *(SWEEPS if sweeps else ()))):

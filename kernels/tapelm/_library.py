@@ -67,26 +67,24 @@ def register_autograd(name: str, setup_context: Callable[..., None], backward: C
     torch.library.register_autograd(f"tapelm::{name}", backward, setup_context=setup_context, lib=LIBRARY)
 
 
-def check_tensors(op: str, **tensors: Tensor | None) -> None:
+def check_tensors(op: str, optional_bias: Tensor | None = None, /, **tensors: Tensor) -> None:
     """Raises unless all tensors are on one supported device and of one supported dtype.
 
     Raises:
-        TypeError: a dtype that the device's kernels do not compute in, or dtypes that differ.
+        TypeError: no tensor, a dtype that the device's kernels do not compute in, or dtypes that differ.
         ValueError: an unsupported device, or devices that differ.
     """
-    first = None
-    for tensor in tensors.values():  # a loop, as every call of every op comes here
-        if tensor is None:
-            continue
-        if first is None:
-            first, device, dtype = tensor, tensor.device, tensor.dtype
-        elif tensor.dtype != dtype or tensor.device != device:
+    named = tensors if optional_bias is None else {**tensors, "bias": optional_bias}
+    first_name, first = next(iter(named.items()))
+    for tensor in named.values():  # a loop, as every call of every op comes here
+        if not isinstance(tensor, Tensor) or tensor.dtype != first.dtype or tensor.device != first.device:
             break
     else:
-        if first is not None and dtype in SUPPORTED_DTYPES.get(_device_type(first), ()):
+        if first.dtype in SUPPORTED_DTYPES.get(_device_type(first), ()):
             return
-    named = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    first_name, first = next(iter(named.items()))
+    for name, tensor in named.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: {name} is of type {type(tensor).__name__}; it must be a Tensor.")
     device, dtype = first.device, first.dtype
     supported = SUPPORTED_DTYPES.get(device.type, ())
     if not supported:
@@ -106,21 +104,26 @@ def _device_type(tensor: Tensor) -> str:
 
 
 def check_probability(op: str, name: str, p: float) -> None:
-    """Raises ValueError unless 0 <= p < 1."""
+    """Raises TypeError for what is no number and ValueError unless 0 <= p < 1."""
+    if not isinstance(p, float | int):
+        raise TypeError(f"{op}: {name} is of type {type(p).__name__}; it must be a number in [0, 1).")
     if not 0.0 <= p < 1.0:
         raise ValueError(f"{op}: {name} is {p}; it must be in [0, 1).")
 
 
 def autocast_is_on(tensor: Tensor) -> bool:
-    """Whether autocast is on for the device of ``tensor``; it knows no meta device."""
+    """Whether autocast is on for the device of ``tensor``; it knows no meta device. What is no tensor is left
+    to ``check_tensors``."""
+    if not isinstance(tensor, Tensor):
+        return False
     device_type = _device_type(tensor)
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The tensors in autocast's dtype where autocast is on for their device, as torch's own matmuls do."""
-    first = tensors[0] if tensors[0] is not None else next(tensor for tensor in tensors if tensor is not None)
-    if not autocast_is_on(first):
+    first = tensors[0]
+    if first is None or not autocast_is_on(first):
         return tensors
     dtype = torch.get_autocast_dtype(_device_type(first))
     return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)

@@ -103,7 +103,7 @@ def _add_norm(
     if autocast_is_on(residual):
         x, weight = x.to(residual.dtype), weight.to(residual.dtype)
         bias = None if bias is None else bias.to(residual.dtype)
-    check_tensors(op, x=x, residual=residual, weight=weight, bias=bias)
+    check_tensors(op, bias, x=x, residual=residual, weight=weight)
     if x.dim() == 0:
         raise ValueError(f"{op}: x has no dimension to normalise; give it at least one.")
     if residual.shape != x.shape:
@@ -131,8 +131,8 @@ def add_layer_norm(
         x, residual: (..., N); float32 or bfloat16, on CUDA also float16.
         weight, bias: (N,). Under autocast x, weight and bias are cast to the dtype of ``residual``.
         eps: added to the variance; > 0.
-        dropout_p: probability in [0, 1) that an element of x is dropped; the mask follows
-            ``torch.manual_seed`` and is not stored.
+        dropout_p: probability in [0, 1) that an element of x is dropped, rounded as that of ``dropout``; the
+            mask follows ``torch.manual_seed`` and is not stored.
 
     Returns:
         (LayerNorm(r), r), both (..., N), contiguous, dtype of residual.
@@ -141,6 +141,10 @@ def add_layer_norm(
         TypeError: unsupported or differing dtypes.
         ValueError: wrong shapes, eps <= 0, dropout_p outside [0, 1), or devices differ.
     """
+    if bias is None:
+        raise TypeError(
+            "add_layer_norm: bias is None; pass zeros, or use add_rms_norm, which does not centre."
+        )
     return _add_norm("add_layer_norm", x, residual, weight, bias, eps, dropout_p)
 
 

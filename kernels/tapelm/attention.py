@@ -191,7 +191,8 @@ def attention(
         k, v: (B, Hkv, T, D) with Hq a multiple of Hkv. Under autocast q, k and v are cast to its dtype.
         causal: query t sees keys s <= t only.
         scale: factor on the scores; None is D**-0.5.
-        dropout_p: probability in [0, 1) of dropping each softmax weight, governed by ``torch.manual_seed``.
+        dropout_p: probability in [0, 1) of dropping each softmax weight, rounded as that of ``dropout``;
+            governed by ``torch.manual_seed``.
         document_ids: (B, T) int32 or None; a query sees keys of its own document only.
 
     Returns:

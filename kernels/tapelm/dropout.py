@@ -135,7 +135,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
 
     Args:
         x: any shape; float32 or bfloat16, on CUDA also float16.
-        p: probability in [0, 1), rounded to a multiple of 2**-16; 0 returns ``x`` itself.
+        p: probability in [0, 1), rounded to a multiple of 2**-16 below 1; 0 returns ``x`` itself.
 
     Returns:
         A contiguous tensor of x's shape and dtype. The mask follows ``torch.manual_seed`` and is not stored.

@@ -85,7 +85,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         ValueError: shapes that do not match, or devices that differ.
     """
     x, weight, bias = autocast(x, weight, bias)
-    check_tensors("linear", x=x, weight=weight, bias=bias)
+    check_tensors("linear", bias, x=x, weight=weight)
     shape = weight.shape
     if len(shape) != 2 or x.dim() == 0 or x.shape[-1] != shape[1]:
         raise ValueError(

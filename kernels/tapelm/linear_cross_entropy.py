@@ -248,7 +248,7 @@ def linear_cross_entropy(
         ValueError: shapes that do not match, or devices that differ.
     """
     hidden, weight, bias = autocast(hidden, weight, bias)
-    check_tensors("linear_cross_entropy", hidden=hidden, weight=weight, bias=bias)
+    check_tensors("linear_cross_entropy", bias, hidden=hidden, weight=weight)
     if targets.dtype != torch.int64:
         raise TypeError(f"linear_cross_entropy: targets are {targets.dtype}; pass targets.long().")
     if targets.device != hidden.device:

@@ -35,6 +35,30 @@ def test_ops_are_measured_with_memory_kept_unless_told_otherwise(
     assert machine["command"].startswith("python -m benchmarks ops --only dropout --quick")
 
 
+STOCKED = """
+import resource, torch
+from benchmarks import kept_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(48 << 20, dtype=torch.uint8)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+kept_memory.STOCK = 64 << 20
+kept_memory.stock_up()
+print(faults())
+"""
+
+
+@glibc
+@pytest.mark.parametrize("kept", [True, False])
+def test_what_grows_after_stocking_up_waits_for_no_pages(kept: bool) -> None:
+    """48 MB are 24 huge pages; as memory comes, nothing is stocked up."""
+    done = subprocess.run(
+        [sys.executable, "-c", STOCKED], check=True, capture_output=True, text=True, timeout=200,
+        env={**os.environ, VARIABLE: TUNABLES if kept else ""},
+    )  # fmt: skip
+    assert (int(done.stdout) < 5) is kept
+
+
 def test_given_back_is_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, TUNABLES)
     with pytest.raises(UserError), given_back():

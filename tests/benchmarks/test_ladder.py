@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import gpt_ladder, ladder, train
 from benchmarks.gpt_ladder import KERNELS, MasterAdamW, Place, Setting, ops_of
-from benchmarks.harness import WrongResult
+from benchmarks.harness import WrongResult, relative_error
 from benchmarks.ladder import Ascent, Ladder, Rung, climb
 from benchmarks.sweeps import error_of_median
 from gpt.config import PRESETS
@@ -63,17 +63,49 @@ def test_rounds_in_parts_count_what_changes_between_them(clock) -> None:
     def ours() -> None:
         clock.now += pace["ours"]
 
-    rungs = [rung(clock, "plain", 0.6), Rung("ours", lambda: FakeStep(ours)), rung(clock, "same", 0.6)]
+    rungs = [
+        rung(clock, "plain", 0.6),
+        Rung("ours", lambda: FakeStep(ours)),
+        Rung("twice", lambda: FakeStep(lambda: (ours(), ours()))),
+        rung(clock, "same", 0.6),
+    ]
     ascent = Ascent(Ladder("x", rungs), CPU, 9, parts=3)
-    for pace["ours"] in (0.1, 0.2, 0.3):
+    for count, pace["ours"] in enumerate((0.1, 0.2, 0.3), 1):
         ascent.part()
+        assert len(ascent.so_far().seconds["plain"]) == 3 * count
+    assert ascent.so_far().rows[1].ratio_vs["plain"] == pytest.approx(3.0, rel=1e-3)
     rows = ascent.finish(memory=False).rows
-    assert rows[1].ratio_vs["plain"] == pytest.approx(3.0, rel=1e-3)
     error = error_of_median([6.0, 3.0, 2.0])
-    assert rows[1].extra["ratio_error"] == pytest.approx(error, rel=1e-3)
+    assert rows[1].ratio_vs["plain"] == pytest.approx(3.0, rel=1e-3)
+    assert [rows[n].extra["ratio_error"] for n in (1, 2)] == pytest.approx([error, error], rel=1e-3)
     assert rows[1].extra["gain_error"] == pytest.approx(error, rel=1e-3)
-    assert rows[2].ratio_vs["plain"] == pytest.approx(1.0, rel=1e-3)
-    assert rows[2].extra["ratio_error"] < 1e-3
+    assert rows[2].extra["gain_error"] < 1e-3  # against the rung before, which became slower as it did
+    assert rows[3].ratio_vs["plain"] == pytest.approx(1.0, rel=1e-3)
+    assert rows[3].extra["ratio_error"] < 1e-3
+
+
+def test_rounds_of_one_part_have_the_error_of_their_spread(clock) -> None:
+    times = [0.1, 0.1, 0.12, 0.11, 0.09, 0.1, 0.1]
+    pending = iter(times)
+
+    def ours() -> None:
+        clock.now += next(pending)
+
+    ladder = Ladder("x", [rung(clock, "plain", 0.6), Rung("ours", lambda: FakeStep(ours))])
+    result = climb(ladder, CPU, 6, memory=False)
+    ratios = [0.6 / seconds for seconds in result.seconds["ours"]]
+    assert result.rows[1].extra["ratio_error"] == pytest.approx(relative_error(ratios), rel=1e-2)
+
+
+def test_parts_have_orders_of_their_own(clock) -> None:
+    taken: list[str] = []
+    rungs = [Rung(name, lambda name=name: FakeStep(lambda: taken.append(name))) for name in "abcdefgh"]
+    ascent = Ascent(Ladder("x", rungs), CPU, 2, parts=2)
+    taken.clear()
+    ascent.part()
+    ascent.part()
+    assert sorted(taken[:8]) == sorted(taken[8:]) and taken[:8] != taken[8:]
+    assert Ascent(Ladder("x", rungs), CPU, 1, parts=3).left == 1
 
 
 def test_losses_are_of_steps_that_all_have_taken() -> None:

@@ -71,5 +71,7 @@ def test_a_peer_of_few_rounds_is_compared_with_all_of_ours() -> None:
     own = [2.0, 1.0, 1.0, 1.0, 1.0]
     few = tokenizer.row("cold", "slow", [10.0], own, 10**6, 1e-3)
     assert few.ratio_vs["tapelm"] == pytest.approx(0.1) and few.extra["ratio_error"] == pytest.approx(0.1)
+    noisy = tokenizer.row("cold", "slow", [10.0], [1.0, 2.0, 1.5], 10**6, 1e-3)
+    assert noisy.extra["ratio_error"] > 0.3
     paired = tokenizer.row("cold", "fast", [4.0, 2.0, 2.0, 2.0, 2.0], own, 10**6, 1e-3)
     assert paired.ratio_vs["tapelm"] == 0.5 and paired.extra["ratio_error"] == 0.0

@@ -138,6 +138,10 @@ def test_autocast_casts_to_the_residual():
         (lambda x, r, w, b: (x, r, w, b, 0.0), ValueError, "eps"),
         (lambda x, r, w, b: (x, r, w, b, 1e-5, 1.0), ValueError, "dropout_p"),
         (lambda x, r, w, b: (x, r.to("meta"), w, b), ValueError, "residual is on meta"),
+        (lambda x, r, w, b: (x, r, w, None), TypeError, "bias is None; pass zeros, or use add_rms_norm"),
+        (lambda x, r, w, b: (x, None, w, b), TypeError, "residual is of type NoneType"),
+        (lambda x, r, w, b: (x, r, [1.0], b), TypeError, "weight is of type list"),
+        (lambda x, r, w, b: (x, r, w, b, 1e-5, "0.1"), TypeError, "dropout_p is of type str"),
     ],
 )
 def test_bad_arguments(change, error, match):

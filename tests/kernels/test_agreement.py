@@ -89,11 +89,13 @@ def test_masks_of_add_norm_are_equal() -> None:
             assert torch.equal(total != 0, expected), (run, shape)
 
 
-def test_masks_of_attention_are_equal() -> None:
-    """Uniform weights times the identity: the output is the dropped weights themselves."""
-    T, heads, seed = 41, 2, torch.tensor(2**40 + 77)
+@pytest.mark.parametrize(("T", "row"), [(41, 48), (48, 48), (7, 8)])
+def test_masks_of_attention_are_equal(T: int, row: int) -> None:
+    """Uniform weights times the identity: the output is the dropped weights themselves. A row of the stream
+    takes T rounded up to eight."""
+    heads, seed = 2, torch.tensor(2**40 + 77)
     q, v = torch.zeros(1, heads, T, 64), torch.eye(T, 64).expand(1, heads, T, 64)
-    index = torch.arange(heads * T)[:, None] * 48 + torch.arange(T)  # a row takes 41 rounded up to eight
+    index = torch.arange(heads * T)[:, None] * row + torch.arange(T)
     expected = keep_reference(index, 0.3, seed).view(heads, T, T)
     for run in (directly, on_triton):
         out = run("attention_forward", q, q, v, False, 1.0, 0.3, seed, None)[0]

@@ -100,6 +100,12 @@ def test_bad_probability(p):
         tapelm.dropout(torch.randn(3), p)
 
 
+@pytest.mark.parametrize("x", [None, [1.0]])
+def test_no_tensor(x):
+    with pytest.raises(TypeError, match="x is of type"):
+        tapelm.dropout(x, 0.5)
+
+
 def test_bad_dtype():
     with pytest.raises(TypeError, match=r"x is torch\.float64"):
         tapelm.dropout(torch.randn(3).double(), 0.5)
