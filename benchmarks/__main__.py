@@ -180,7 +180,6 @@ def run(options: Options) -> int:
     if rounds < 1 or (options.batch_size is not None and options.batch_size < 1):
         raise UserError("--rounds and --batch-size must be at least 1")
     set_threads(options.threads)
-    kept_memory.stock_up()
     device = pick_device(options.device)
     if options.subject == "ladder" and options.out is not None:
         raise UserError("--out means nothing to the ladder of gpt: use --json FILE")

@@ -47,6 +47,8 @@ def restart() -> None:
 def stock_up() -> None:
     """Touch a quarter of the memory that is free, at most STOCK, and free it, which the C library keeps.
 
+    Before rounds are taken, where memory is kept; else nothing is done.
+
     What it finds no place for among freed blocks is then not waited for either: PyTorch's dropout of 100 MB
     takes more memory in some of its first dozens of calls, and such a call takes three times as long.
     """

@@ -28,7 +28,7 @@ from rich.progress import track
 from benchmarks.ceilings import Ceilings
 from benchmarks.elsewhere import Elsewhere
 from benchmarks.harness import Row, WrongResult, interleave, make_row, relative_error
-from benchmarks.kept_memory import given_back
+from benchmarks.kept_memory import given_back, stock_up
 from benchmarks.sweeps import error_of_median
 from gpt.hardware import peak_memory_bytes, set_threads
 
@@ -233,6 +233,7 @@ class _Race:
         """How many rounds had been taken at the end of each part."""
 
     def take(self) -> None:
+        stock_up()
         taken = interleave(self.steps, self.ceilings, self.rounds, generator=self.generator, parts=self.parts)
         for name, times in taken.items():
             self.seconds[name] += times

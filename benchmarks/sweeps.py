@@ -31,6 +31,7 @@ from benchmarks.harness import (
     make_row,
     take,
 )
+from benchmarks.kept_memory import stock_up
 from gpt.hardware import device_name
 
 SWEEPS = 3
@@ -117,6 +118,7 @@ class Sweeps:
         if self.left == 0:
             return
         self.left -= 1
+        stock_up()  # what other work has taken meanwhile is gone from the stock
         skipped, console = 0, Console(stderr=True)
         ceilings: dict[tuple[str, torch.dtype | None], Ceilings] = {}
         for index, build in enumerate(
