@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.harness import Case, Row, WrongResult, is_usable, measure
+from benchmarks.kept_memory import stock_up
 from gpt.cli import UserError
 from gpt.hardware import fingerprint
 
@@ -186,6 +187,7 @@ def check(
 
     What looks slower or is noisy is measured up to twice again, so that one disturbance is no finding.
     """
+    stock_up()
     rows, least = known or committed(fingerprint(device))
     found, wrong, new = [], [], []
     for build in builds:

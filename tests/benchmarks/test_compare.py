@@ -105,7 +105,7 @@ def test_committed_rows_are_those_of_this_kind_of_machine(tmp_path: Path) -> Non
 
 def test_what_is_committed_can_be_read() -> None:
     """Among them results of other programs, which have rows of their own or none."""
-    machine = json.loads((RESULTS / "amd-epyc-zen5-2cores-all-2026-11-29.json").read_text())["machine"]
+    machine = json.loads((RESULTS / "amd-epyc-zen5-2cores-all-2026-11-30.json").read_text())["machine"]
     assert len(committed(machine)[0]) > 100
 
 
