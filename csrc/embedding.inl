@@ -12,7 +12,7 @@ void embedding_rows(const Id* ids, const T* tokens, const T* positions, T* y, in
     };
     if (dropout.active)
       for_kept_vectors(C, dropout.seed, dropout.threshold, row * C,
-                         [&](int64_t i, auto n, int, Kept kept) __attribute__((always_inline)) {
+                       [&](int64_t i, auto n, int, Kept kept) __attribute__((always_inline)) {
         put(out + i, dropped(sum(i, n), kept, dropout.scale), n, far);
       });
     else
@@ -37,7 +37,7 @@ void embedding_sum(const T* grad, const int64_t* rows, int64_t count, int64_t C,
     };
     if (dropout.active)
       for_kept_vectors(C, dropout.seed, dropout.threshold, row * C,
-                         [&](int64_t i, auto n, int, Kept kept) __attribute__((always_inline)) {
+                       [&](int64_t i, auto n, int, Kept kept) __attribute__((always_inline)) {
         add(i, n, dropped(get(grad + row * C + i, n), kept, dropout.scale));
       });
     else

@@ -25,8 +25,9 @@ TAPELM_INLINE void row_statistics(const T* x, int64_t C, float eps, float shift,
 }
 
 // Rows are taken in blocks, which are read twice, the second time from the cache; while the sums of one row become its
-// statistics the next one is read, and (COLD) while a block is read for the second time the next one is asked for. A block is 8 KB of each tensor, so that the nearest cache also holds weights and
-// sums, or one row; of several rows an even number, as the backward pass takes two at a time.
+// statistics the next one is read, and (COLD) while a block is read for the second time the next one is asked for. A
+// block is 8 KB of each tensor, so that the nearest cache also holds weights and sums, or one row; of several rows an
+// even number, as the backward pass takes two at a time.
 template <typename T>
 int64_t rows_of_block(int64_t C) {
   const int64_t rows = std::clamp<int64_t>(8192 / (std::max<int64_t>(C, 1) * sizeof(T)), 1, kBlockRows);
@@ -54,7 +55,7 @@ void norm_rows(const NormForward<T>& a, int64_t begin, int64_t end) {
         T* const total = a.r + row * C;
         if (a.dropout.active) {
           for_kept_vectors(C, a.dropout.seed, a.dropout.threshold, row * C,
-                             [&](int64_t i, auto n, int s, Kept kept) __attribute__((always_inline)) {
+                           [&](int64_t i, auto n, int s, Kept kept) __attribute__((always_inline)) {
             const vf x = dropped(get(in + i, n), kept, a.dropout.scale);
             const vf v = rounded<T>(get(base + i, n, shift) + x);
             put(total + i, v, n);
@@ -164,7 +165,7 @@ void norm_backward_rows(const NormBackward<T>& a, int64_t begin, int64_t end, fl
     if (ADD && a.dropout.active)
       for (; row < last; ++row)
         for_kept_vectors(C, a.dropout.seed, a.dropout.threshold, row * C,
-                           [&](int64_t i, auto n, int s, Kept kept) __attribute__((always_inline)) {
+                         [&](int64_t i, auto n, int s, Kept kept) __attribute__((always_inline)) {
           vf d[2];
           derive(row, one, i, n, s, d);
           put(a.dx + row * C + i, d[0], n, a.far);
