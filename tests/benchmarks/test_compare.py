@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -131,13 +131,26 @@ def test_check_finds_slow_and_wrong_kernels(clock, capsys, seconds, value, statu
 
 
 def test_one_disturbance_is_no_finding(clock) -> None:
-    assert compare.check([lambda: _disturbed(clock)], CPU, 1, ([row(2.0)], LEAST)) == 0
+    calls = iter(range(100))
+    assert compare.check([lambda: _disturbed(clock, calls)], CPU, 1, ([row(2.0)], LEAST)) == 0
+    assert next(calls) > 4  # taken again
 
 
-def _disturbed(clock) -> Case:
+def test_variants_that_move_on_are_compared_from_the_start_in_every_attempt(clock, capsys) -> None:
+    """As optimizers, which are called unequally often in rounds."""
+
+    def build() -> Case:
+        case, total = synthetic(clock, 1.5), torch.zeros(1)
+        case.variants["tapelm"] = lambda: [(clock.taking(1.5)(), total.add_(1))[1].clone()]
+        return case
+
+    assert compare.check([build], CPU, 3, ([row(2.0)], LEAST)) == 1
+    assert "0 cases wrong, 1 ratios slower" in capsys.readouterr().out
+
+
+def _disturbed(clock, calls: Iterator[int]) -> Case:
     case = synthetic(clock, 1.0)
     slow = clock.taking(5.0, [torch.ones(1)])
-    calls = iter(range(100))
     fine = case.variants["tapelm"]
     # Call 0 is the comparison, 1 the first timing, which something else disturbs.
     case.variants["tapelm"] = lambda: slow() if next(calls) == 1 else fine()
