@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.machinery import EXTENSION_SUFFIXES
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +76,18 @@ def check_tensors(op: str, optional_bias: Tensor | None = None, /, **tensors: Te
         ValueError: an unsupported device, or devices that differ.
     """
     named = tensors if optional_bias is None else {**tensors, "bias": optional_bias}
-    first_name, first = next(iter(named.items()))
+    first = None
     for tensor in named.values():  # a loop, as every call of every op comes here
-        if not isinstance(tensor, Tensor) or tensor.dtype != first.dtype or tensor.device != first.device:
+        if not isinstance(tensor, Tensor):
+            break
+        if first is None:
+            first, device, dtype = tensor, tensor.device, tensor.dtype
+        elif tensor.dtype != dtype or tensor.device != device:
             break
     else:
-        if first.dtype in SUPPORTED_DTYPES.get(_device_type(first), ()):
+        if first is not None and dtype in SUPPORTED_DTYPES.get(_device_type(first), ()):
             return
+    first_name, first = next(iter(named.items()))
     for name, tensor in named.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name} is of type {type(tensor).__name__}; it must be a Tensor.")
@@ -105,7 +111,7 @@ def _device_type(tensor: Tensor) -> str:
 
 def check_probability(op: str, name: str, p: float) -> None:
     """Raises TypeError for what is no number and ValueError unless 0 <= p < 1."""
-    if not isinstance(p, float | int):
+    if not isinstance(p, Real):
         raise TypeError(f"{op}: {name} is of type {type(p).__name__}; it must be a number in [0, 1).")
     if not 0.0 <= p < 1.0:
         raise ValueError(f"{op}: {name} is {p}; it must be in [0, 1).")

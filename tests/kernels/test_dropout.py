@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -98,6 +99,10 @@ def test_compiles():
 def test_bad_probability(p):
     with pytest.raises(ValueError, match="p is"):
         tapelm.dropout(torch.randn(3), p)
+
+
+def test_a_probability_may_be_a_scalar_of_numpy():
+    assert tapelm.dropout(torch.randn(3), np.float32(0.5)).shape == (3,)
 
 
 @pytest.mark.parametrize("x", [None, [1.0]])
