@@ -7,9 +7,11 @@ void dropout_range(const T* x, T* y, uint64_t seed, uint32_t threshold, float sc
                    bool far) {
   x += begin;
   y += begin;
-  const auto body = [&](int64_t i, auto n, int s, Kept kept) __attribute__((always_inline)) {
-    ask_for(x + i + 4096 / sizeof(T), s);
-    put(y + i, dropped(get(x + i, n), kept, scale), n, far);
-  };
-  for_kept_vectors(end - begin, seed, threshold, begin, body);
+  for_kept_twos(
+      end - begin, seed, threshold, begin,
+      [&](int64_t i, auto n, int s, Kept kept) __attribute__((always_inline)) {
+        ask_for(x + i + 4096 / sizeof(T), s);
+        return dropped(get(x + i, n), kept, scale);
+      },
+      [&](int64_t i, auto n, const auto& v, int, const Kept*) __attribute__((always_inline)) { put(y + i, v, n, far); });
 }

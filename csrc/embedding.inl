@@ -11,12 +11,14 @@ void embedding_rows(const Id* ids, const T* tokens, const T* positions, T* y, in
       return get(token + i, n) + get(position + i, n);
     };
     if (dropout.active)
-      for_kept_vectors(C, dropout.seed, dropout.threshold, row * C,
-                       [&](int64_t i, auto n, int, Kept kept) __attribute__((always_inline)) {
-        put(out + i, dropped(sum(i, n), kept, dropout.scale), n, far);
-      });
+      for_kept_twos(
+          C, dropout.seed, dropout.threshold, row * C,
+          [&](int64_t i, auto n, int, Kept kept) __attribute__((always_inline)) {
+            return dropped(sum(i, n), kept, dropout.scale);
+          },
+          [&](int64_t i, auto n, const auto& v, int, const Kept*) __attribute__((always_inline)) { put(out + i, v, n, far); });
     else
-      for_vectors<2>(C, [&](int64_t i, auto n, int) __attribute__((always_inline)) { put(out + i, sum(i, n), n, far); });
+      put_row(out, C, far, [&](int64_t i, auto n, int) __attribute__((always_inline)) { return sum(i, n); });
   }
 }
 
@@ -28,21 +30,26 @@ void embedding_sum(const T* grad, const int64_t* rows, int64_t count, int64_t C,
     for_vectors(C, [&](int64_t i, auto n, int) __attribute__((always_inline)) { put(out + i, vf{}, n, far); });
   for (int64_t k = 0; k < count; ++k) {
     const int64_t row = rows[k];
-    const auto add = [&](int64_t i, auto n, vf g) __attribute__((always_inline)) {
-      const vf total = k == 0 ? g : get(sums + i, n) + g;
+    const auto added = [&](int64_t i, auto n, vf g) __attribute__((always_inline)) {
+      return k == 0 ? g : get(sums + i, n) + g;
+    };
+    const auto write = [&](int64_t i, auto n, const auto& total, int, const Kept* = nullptr) __attribute__((always_inline)) {
       if (k + 1 < count)
-        put(sums + i, total, n);
+        put(sums + i, total, n, false);
       else
         put(out + i, total, n, far);
     };
     if (dropout.active)
-      for_kept_vectors(C, dropout.seed, dropout.threshold, row * C,
-                       [&](int64_t i, auto n, int, Kept kept) __attribute__((always_inline)) {
-        add(i, n, dropped(get(grad + row * C + i, n), kept, dropout.scale));
-      });
+      for_kept_twos(
+          C, dropout.seed, dropout.threshold, row * C,
+          [&](int64_t i, auto n, int, Kept kept) __attribute__((always_inline)) {
+            return added(i, n, dropped(get(grad + row * C + i, n), kept, dropout.scale));
+          },
+          write);
     else
-      for_vectors<2>(C, [&](int64_t i, auto n, int) __attribute__((always_inline)) {
-        add(i, n, get(grad + row * C + i, n));
-      });
+      for_twos(
+          C,
+          [&](int64_t i, auto n, int) __attribute__((always_inline)) { return added(i, n, get(grad + row * C + i, n)); },
+          write);
   }
 }

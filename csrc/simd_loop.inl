@@ -76,27 +76,44 @@ template <typename T>
 TAPELM_INLINE Pack get_pack(const T* p) {
   return {{load(p), load(p + W), load(p + 2 * W), load(p + 3 * W)}};
 }
-// Two vectors: of bfloat16 one rounding and one whole line, where the CPU has the instruction.
+
+// Two vectors that follow one another: of bfloat16 one rounding and one whole line, where the CPU has the instruction.
+struct Two { vf first, second; };
+
+#if defined(TAPELM_AVX512BF16)
+TAPELM_INLINE __m512i narrow(const Two& x) { return (__m512i)_mm512_cvtne2ps_pbh((__m512)x.second, (__m512)x.first); }
+#endif
+
 template <typename T>
-TAPELM_INLINE void put_two(T* p, vf first, vf second, bool far) {
+TAPELM_INLINE void put(T* p, const Two& x, Whole, bool far) {
 #if defined(TAPELM_AVX512BF16)
   if constexpr (std::is_same_v<T, c10::BFloat16>) {
-    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
     if (far)
-      _mm512_stream_si512(reinterpret_cast<__m512i*>(p), both);
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(p), narrow(x));
     else
-      _mm512_storeu_si512(p, both);
+      _mm512_storeu_si512(p, narrow(x));
     return;
   }
 #endif
-  put(p, first, Whole{}, far);
-  put(p + W, second, Whole{}, far);
+  put(p, x.first, Whole{}, far);
+  put(p + W, x.second, Whole{}, far);
+}
+
+template <typename T>
+TAPELM_INLINE Two rounded(const Two& x) {
+#if defined(TAPELM_AVX512BF16)
+  if constexpr (std::is_same_v<T, c10::BFloat16>) {
+    const __m512i both = narrow(x);
+    return {widen((vh)_mm512_castsi512_si256(both)), widen((vh)_mm512_extracti64x4_epi64(both, 1))};
+  }
+#endif
+  return {rounded<T>(x.first), rounded<T>(x.second)};
 }
 
 template <typename T>
 TAPELM_INLINE void put_pack(T* p, const Pack& x, bool far) {
-  put_two(p, x.v[0], x.v[1], far);
-  put_two(p + 2 * W, x.v[2], x.v[3], far);
+  put(p, Two{x.v[0], x.v[1]}, Whole{}, far);
+  put(p + 2 * W, Two{x.v[2], x.v[3]}, Whole{}, far);
 }
 
 // Independent sums, which hide the latency of addition.
@@ -115,17 +132,31 @@ TAPELM_INLINE void for_vectors(int64_t C, Body body) {
   if (i < C) body(i, static_cast<int>(C - i), 0);
 }
 
-// The vectors value(i, n, s) of a row of C results; s is as in for_vectors<2>.
-template <typename T, typename Value>
-TAPELM_INLINE void put_row(T* to, int64_t C, bool far, Value value) {
+// take(i, n, v, s) for v = value(i, n, s), the vectors at i of a row of C elements; where there are two they are taken as
+// a Two, of s and s + 1.
+template <typename Value, typename Take>
+TAPELM_INLINE void for_twos(int64_t C, Value value, Take take) {
+  const auto two = [&](int64_t i, int s) __attribute__((always_inline)) {
+    take(i, Whole{}, Two{value(i, Whole{}, s), value(i + W, Whole{}, s + 1)}, s);
+  };
   int64_t i = 0;
-  for (; i + 2 * W <= C; i += 2 * W) {
-    const vf first = value(i, Whole{}, 0), second = value(i + W, Whole{}, 1);
-    put_two(to + i, first, second, far);
+  for (; i + kSums * W <= C; i += kSums * W) {
+    two(i, 0);
+    two(i + 2 * W, 2);
+  }
+  if (i + 2 * W <= C) {
+    two(i, 0);
+    i += 2 * W;
   }
   for_vectors<1>(C - i, [&](int64_t at, auto n, int) __attribute__((always_inline)) {
-    put(to + i + at, value(i + at, n, 0), n, far);
+    take(i + at, n, value(i + at, n, 0), 0);
   });
+}
+
+// The vectors value(i, n, s) of a row of C results.
+template <typename T, typename Value>
+TAPELM_INLINE void put_row(T* to, int64_t C, bool far, Value value) {
+  for_twos(C, value, [&](int64_t i, auto n, const auto& v, int) __attribute__((always_inline)) { put(to + i, v, n, far); });
 }
 
 // Asks for what a later vector takes from p; s is as in for_vectors, and one in a line is enough.
@@ -135,15 +166,19 @@ TAPELM_INLINE void ask_for(const T* p, int s) {
   if (s % in_line == 0) __builtin_prefetch(p);
 }
 
-// body(i, n, s, kept) for the vectors of a row whose element i has index first + i in the random stream of a dropout;
-// s as in for_vectors. Eight elements share a counter of Philox.
-template <typename Body>
-TAPELM_INLINE void for_kept_vectors(int64_t C, uint64_t seed, uint32_t threshold, int64_t first, Body body) {
+// take(i, n, v, s, kept) for v = value(i, n, s, kept[0]) as in for_twos, of a row whose element i has index first + i in
+// the random stream of a dropout; kept[0] and, of a Two, kept[1] are what it keeps. Eight elements share a counter of
+// Philox.
+template <typename Value, typename Take>
+TAPELM_INLINE void for_kept_twos(int64_t C, uint64_t seed, uint32_t threshold, int64_t first, Value value, Take take) {
   const auto draw = [&](int64_t i, Kept kept[4]) __attribute__((always_inline)) {
     vu words[2];
     philox(seed, static_cast<uint64_t>(first + i) / 8, words);
     kept_lanes(words[0], threshold, kept);
     kept_lanes(words[1], threshold, kept + 2);
+  };
+  const auto one = [&](int64_t i, auto n, Kept kept) __attribute__((always_inline)) {
+    take(i, n, value(i, n, 0, kept), 0, &kept);
   };
   Kept kept[4];
   int64_t i = 0;
@@ -151,20 +186,23 @@ TAPELM_INLINE void for_kept_vectors(int64_t C, uint64_t seed, uint32_t threshold
     // The row begins among the eight elements of a counter: those up to the next one.
     draw(0, kept);
     i = std::min<int64_t>(C, 8 - before);
-    body(int64_t{0}, static_cast<int>(i), 0, shifted(kept[0], before));
+    one(0, static_cast<int>(i), shifted(kept[0], before));
   }
   for (; i + kSums * W <= C; i += kSums * W) {
     draw(i, kept);
-#pragma GCC unroll 4
-    for (int s = 0; s < kSums; ++s) body(i + s * W, Whole{}, s, kept[s]);
+#pragma GCC unroll 2
+    for (int s = 0; s < kSums; s += 2) {
+      const Two v{value(i + s * W, Whole{}, s, kept[s]), value(i + (s + 1) * W, Whole{}, s + 1, kept[s + 1])};
+      take(i + s * W, Whole{}, v, s, kept + s);
+    }
   }
   if (i == C) return;
   draw(i, kept);
   for (int s = 0; s < kSums && i < C; ++s, i += W) {
     if (i + W <= C)
-      body(i, Whole{}, 0, kept[s]);
+      one(i, Whole{}, kept[s]);
     else
-      body(i, static_cast<int>(C - i), 0, kept[s]);
+      one(i, static_cast<int>(C - i), kept[s]);
   }
 }
 

@@ -1,16 +1,32 @@
 // Rows of LayerNorm (CENTRED) and RMSNorm, of x or (ADD) of r = residual + dropout(x); included by the norms' .inl.
 #include "simd_loop.inl"
 
-// mean and (variance + eps)^-1/2 of a row, from the sums of x - shift and of its square: one reading of the row unless
-// the mean is so far from shift that the difference of the two would lose more than four bits.
+// Sums over a row of its distances from shift and of their squares.
+template <bool CENTRED>
+struct RowSums {
+  float shift;
+  vf distances[kSums] = {}, squares[kSums] = {};
+
+  TAPELM_INLINE void add(vf v, int s) {
+    const vf d = v - shift;
+    if constexpr (CENTRED) distances[s] += d;
+    squares[s] += d * d;
+  }
+  TAPELM_INLINE void add(const Two& v, int s) {
+    add(v.first, s);
+    add(v.second, s + 1);
+  }
+};
+
+// mean and (variance + eps)^-1/2 of a row from its sums: one reading of the row unless the mean is so far from shift that
+// the difference of the two would lose more than four bits.
 template <bool CENTRED, typename T>
-TAPELM_INLINE void row_statistics(const T* x, int64_t C, float eps, float shift, const vf (&sums)[kSums],
-                                  const vf (&squares)[kSums], float& mean, float& rstd) {
-  float square = sum(squares) / static_cast<float>(C);
+TAPELM_INLINE void row_statistics(const T* x, int64_t C, float eps, const RowSums<CENTRED>& sums, float& mean, float& rstd) {
+  float square = sum(sums.squares) / static_cast<float>(C);
   mean = 0.0f;
   if constexpr (CENTRED) {
-    const float distance = sum(sums) / static_cast<float>(C);
-    mean = shift + distance;
+    const float distance = sum(sums.distances) / static_cast<float>(C);
+    mean = sums.shift + distance;
     square -= distance * distance;
     if (square * 16.0f < distance * distance) {
       vf deviations[kSums] = {};
@@ -25,9 +41,9 @@ TAPELM_INLINE void row_statistics(const T* x, int64_t C, float eps, float shift,
 }
 
 // Rows are taken in blocks, which are read twice, the second time from the cache; while the sums of one row become its
-// statistics the next one is read, and (COLD) while a block is read for the second time the next one is asked for. A
-// block is 8 KB of each tensor, so that the nearest cache also holds weights and sums, or one row; of several rows an
-// even number, as the backward pass takes two at a time.
+// statistics the next one is read, and (COLD) the next block is asked for, one tensor in each reading. A block is
+// 8 KB of each tensor, so that the nearest cache also holds weights and sums, or one row; of several rows an even number,
+// as the backward pass takes two at a time.
 template <typename T>
 int64_t rows_of_block(int64_t C) {
   const int64_t rows = std::clamp<int64_t>(8192 / (std::max<int64_t>(C, 1) * sizeof(T)), 1, kBlockRows);
@@ -43,38 +59,38 @@ void norm_rows(const NormForward<T>& a, int64_t begin, int64_t end) {
     for (int64_t row = first; row < last; ++row) {
       const T* const in = a.x + row * C;
       const float shift = CENTRED && C > 0 ? static_cast<float>((ADD ? a.residual : a.x)[row * C]) : 0.0f;
-      vf sums[kSums] = {}, squares[kSums] = {};
-      const auto add = [&](vf v, int s) __attribute__((always_inline)) {
-        const vf d = v - shift;
-        if constexpr (CENTRED) sums[s] += d;
-        squares[s] += d * d;
-      };
+      RowSums<CENTRED> sums{shift};
+      const int64_t next = (std::min(row + block, end - 1) - row) * C;
       if constexpr (ADD) {
         // The statistics are those of r as it is rounded when stored. Lanes beyond the row hold shift.
         const T* const base = a.residual + row * C;
         T* const total = a.r + row * C;
-        if (a.dropout.active) {
-          for_kept_vectors(C, a.dropout.seed, a.dropout.threshold, row * C,
-                           [&](int64_t i, auto n, int s, Kept kept) __attribute__((always_inline)) {
-            const vf x = dropped(get(in + i, n), kept, a.dropout.scale);
-            const vf v = rounded<T>(get(base + i, n, shift) + x);
-            put(total + i, v, n);
-            add(v, s);
-          });
-        } else {
-          for_vectors(C, [&](int64_t i, auto n, int s) __attribute__((always_inline)) {
-            const vf v = rounded<T>(get(base + i, n, shift) + get(in + i, n));
-            put(total + i, v, n);
-            add(v, s);
-          });
-        }
+        const auto added = [&](int64_t i, auto n, int s, vf x) __attribute__((always_inline)) {
+          if constexpr (COLD) ask_for(in + next + i, s);
+          return get(base + i, n, shift) + x;
+        };
+        const auto write = [&](int64_t i, auto n, const auto& v, int s, const Kept* = nullptr) __attribute__((always_inline)) {
+          put(total + i, v, n, false);
+          sums.add(rounded<T>(v), s);
+        };
+        if (a.dropout.active)
+          for_kept_twos(
+              C, a.dropout.seed, a.dropout.threshold, row * C,
+              [&](int64_t i, auto n, int s, Kept kept) __attribute__((always_inline)) {
+                return added(i, n, s, dropped(get(in + i, n), kept, a.dropout.scale));
+              },
+              write);
+        else
+          for_twos(
+              C, [&](int64_t i, auto n, int s) __attribute__((always_inline)) { return added(i, n, s, get(in + i, n)); },
+              write);
       } else {
         for_vectors(C, [&](int64_t i, auto n, int s) __attribute__((always_inline)) {
-          add(get(in + i, n, shift), s);
+          sums.add(get(in + i, n, shift), s);
         });
       }
       float &mean = means[row - first], &rstd = rstds[row - first];
-      row_statistics<CENTRED>((ADD ? a.r : a.x) + row * C, C, a.eps, shift, sums, squares, mean, rstd);
+      row_statistics((ADD ? a.r : a.x) + row * C, C, a.eps, sums, mean, rstd);
       if constexpr (CENTRED) a.mean[row] = mean;
       a.rstd[row] = rstd;
     }
@@ -83,8 +99,7 @@ void norm_rows(const NormForward<T>& a, int64_t begin, int64_t end) {
       const float mean = means[row - first], rstd = rstds[row - first];
       const int64_t next = std::min(row + block, end - 1) * C;
       const auto value = [&](int64_t i, auto n, int s) __attribute__((always_inline)) {
-        if constexpr (COLD) ask_for(a.x + next + i, s);
-        if constexpr (COLD && ADD) ask_for(a.residual + next + i, s);
+        if constexpr (COLD) ask_for((ADD ? a.residual : a.x) + next + i, s);
         const vf y = (get(from + i, n) - mean) * rstd * get(a.weight + i, n);
         return CENTRED ? y + get(a.bias + i, n) : y;
       };
@@ -152,25 +167,35 @@ void norm_backward_rows(const NormBackward<T>& a, int64_t begin, int64_t end, fl
       for (; i + 2 * W <= C; i += 2 * W) {
         derive(row, rows, i, Whole{}, 0, d);
         derive(row, rows, i + W, Whole{}, 1, next);
-        for (int r = 0; r < rows; ++r) put_two(a.dx + (row + r) * C + i, d[r], next[r], a.far);
+        for (int r = 0; r < rows; ++r) put(a.dx + (row + r) * C + i, Two{d[r], next[r]}, Whole{}, a.far);
       }
       for_vectors<1>(C - i, [&](int64_t at, auto n, int) __attribute__((always_inline)) {
         derive(row, rows, i + at, n, 0, d);
         for (int r = 0; r < rows; ++r) put(a.dx + (row + r) * C + i + at, d[r], n, a.far);
       });
     };
+    const auto drop = [&](const auto& v, const Kept* kept) __attribute__((always_inline)) {
+      if constexpr (std::is_same_v<decltype(v), const Two&>)
+        return Two{dropped(v.first, kept[0], a.dropout.scale), dropped(v.second, kept[1], a.dropout.scale)};
+      else
+        return dropped(v, kept[0], a.dropout.scale);
+    };
     const std::integral_constant<int, 1> one;
     const std::integral_constant<int, 2> two;
     int64_t row = first;
     if (ADD && a.dropout.active)
       for (; row < last; ++row)
-        for_kept_vectors(C, a.dropout.seed, a.dropout.threshold, row * C,
-                         [&](int64_t i, auto n, int s, Kept kept) __attribute__((always_inline)) {
-          vf d[2];
-          derive(row, one, i, n, s, d);
-          put(a.dx + row * C + i, d[0], n, a.far);
-          put(a.dropped + row * C + i, dropped(d[0], kept, a.dropout.scale), n, a.far);
-        });
+        for_kept_twos(
+            C, a.dropout.seed, a.dropout.threshold, row * C,
+            [&](int64_t i, auto n, int s, Kept) __attribute__((always_inline)) {
+              vf d[2];
+              derive(row, one, i, n, s, d);
+              return d[0];
+            },
+            [&](int64_t i, auto n, const auto& v, int, const Kept* kept) __attribute__((always_inline)) {
+              put(a.dx + row * C + i, v, n, a.far);
+              put(a.dropped + row * C + i, drop(v, kept), n, a.far);
+            });
     for (; row + 1 < last; row += 2) write(row, two);
     if (row < last) write(row, one);
   }
