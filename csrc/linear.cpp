@@ -71,7 +71,10 @@ void matrix_product(Matrix<T> left, Matrix<T> right, int64_t M, int64_t N, int64
   const int64_t most = std::max(panel, kRightUnits / units / panel * panel);
   const int64_t width = K <= s.depth ? most : std::min(most, s.columns);
   const int64_t tiles = chunk_count(M, s.tile_rows), blocks = block_count(M, s);
-  const auto first_row = [&](int64_t block) { return std::min(M, block * tiles / blocks * s.tile_rows); };
+  // The blocks that have a tile more come first, so that the threads end together.
+  const auto first_row = [&](int64_t block) {
+    return std::min(M, (tiles / blocks * block + std::min(block, tiles % blocks)) * s.tile_rows);
+  };
   const Scratch packed(units * chunk_count(std::min(N, width), panel) * panel);
   for (int64_t n0 = 0; n0 < N; n0 += width) {
     const int64_t columns = std::min(width, N - n0), panels = chunk_count(columns, panel);
