@@ -3,6 +3,7 @@
 #include "simd_loop.inl"
 
 constexpr float kTwoRootTwoOverPi = 1.5957691216057308f, kCubic = 0.044715f;
+constexpr float kLog2 = -1.44269504088896341f * kTwoRootTwoOverPi;  // of e^-2z by its powers of u
 
 // Beyond 20 gelu is 0 or u: cut off there, +-inf does not become inf * 0. NaN stays.
 #if defined(TAPELM_AVX512)
@@ -12,29 +13,32 @@ TAPELM_INLINE vf at_most_20(vf u) { return (vf)_mm512_min_ps((__m512)broadcast(2
 TAPELM_INLINE vf at_least_minus_20(vf u) { return u < -20.0f ? broadcast(-20.0f) : u; }
 TAPELM_INLINE vf at_most_20(vf u) { return u > 20.0f ? broadcast(20.0f) : u; }
 #endif
-TAPELM_INLINE Pack at_most_20(const Pack& u) { return each([](vf x) { return at_most_20(x); }, u); }
-TAPELM_INLINE Pack at_least_minus_20(const Pack& u) { return each([](vf x) { return at_least_minus_20(x); }, u); }
+template <int N>
+TAPELM_INLINE Pack<N> at_most_20(const Pack<N>& u) { return each([](vf x) { return at_most_20(x); }, u); }
+template <int N>
+TAPELM_INLINE Pack<N> at_least_minus_20(const Pack<N>& u) { return each([](vf x) { return at_least_minus_20(x); }, u); }
 
 template <typename T, typename V>
 TAPELM_INLINE V gelu(V u) {
   const V v = at_least_minus_20(u);
-  return v * sigmoid<T>(v * (v * v * (kTwoRootTwoOverPi * kCubic) + kTwoRootTwoOverPi));
+  return v * logistic<T>(v * (v * v * (kLog2 * kCubic) + kLog2));
 }
 
 template <typename T, typename V>
 TAPELM_INLINE V gelu_derivative(V u) {
   const V v = at_most_20(at_least_minus_20(u)), square = v * v;
-  const V s = sigmoid<T>(v * (square * (kTwoRootTwoOverPi * kCubic) + kTwoRootTwoOverPi));
+  const V s = logistic<T>(v * (square * (kLog2 * kCubic) + kLog2));
   const V slope = v * (square * (3.0f * kTwoRootTwoOverPi * kCubic) + kTwoRootTwoOverPi);
   return s * (slope - s * slope) + s;
 }
 
 template <typename T>
 void bias_gelu_rows(const T* x, const T* bias, T* y, int64_t C, int64_t begin, int64_t end, bool far) {
+  constexpr int N = kPack<T>;
   for (int64_t row = begin; row < end; ++row) {
     int64_t first = 0;
-    for (; first + 4 * W <= C; first += 4 * W)
-      put_pack(y + row * C + first, gelu<T>(get_pack(x + row * C + first) + get_pack(bias + first)), far);
+    for (; first + N * W <= C; first += N * W)
+      put_pack(y + row * C + first, gelu<T>(get_pack<N>(x + row * C + first) + get_pack<N>(bias + first)), far);
     for_vectors<2>(C - first, [&](int64_t at, auto n, int) __attribute__((always_inline)) {
       const int64_t i = first + at;
       put(y + row * C + i, gelu<T>(get(x + row * C + i, n) + get(bias + i, n)), n, far);
@@ -46,13 +50,14 @@ void bias_gelu_rows(const T* x, const T* bias, T* y, int64_t C, int64_t begin, i
 template <typename T>
 void bias_gelu_backward_rows(const T* grad, const T* x, const T* bias, T* dx, float* dbias, int64_t C, int64_t begin,
                              int64_t end, bool far) {
+  constexpr int N = kPack<T>;
   for (int64_t row = begin; row < end; ++row) {
     int64_t first = 0;
-    for (; first + 4 * W <= C; first += 4 * W) {
-      const auto u = get_pack(x + row * C + first) + get_pack(bias + first);
-      const auto d = get_pack(grad + row * C + first) * gelu_derivative<T>(u);
+    for (; first + N * W <= C; first += N * W) {
+      const auto u = get_pack<N>(x + row * C + first) + get_pack<N>(bias + first);
+      const auto d = get_pack<N>(grad + row * C + first) * gelu_derivative<T>(u);
       put_pack(dx + row * C + first, d, far);
-      put_pack(dbias + first, get_pack(dbias + first) + d, false);
+      put_pack(dbias + first, get_pack<N>(dbias + first) + d, false);
     }
     for_vectors<2>(C - first, [&](int64_t offset, auto n, int) __attribute__((always_inline)) {
       const int64_t i = first + offset, at = row * C + i;

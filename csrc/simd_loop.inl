@@ -43,38 +43,57 @@ TAPELM_INLINE void put(T* p, vf x, Whole, bool far) {
 template <typename T>
 TAPELM_INLINE void put(T* p, vf x, int n, bool) { store_part(p, x, n); }
 
-// Four vectors that are worked on in turns: the chain of operations of one alone fills the CPU's queue with what waits.
-struct Pack { vf v[4]; };
+// N vectors that are worked on in turns: the chain of operations of one alone fills the CPU's queue with what waits.
+template <int N>
+struct Pack { vf v[N]; };
 
-template <typename F, typename... More>
-TAPELM_INLINE Pack each(F f, const Pack& first, const More&... more) {
-  return {{f(first.v[0], more.v[0]...), f(first.v[1], more.v[1]...), f(first.v[2], more.v[2]...),
-           f(first.v[3], more.v[3]...)}};
+// How many, for data of type T: in float32 memory is what is waited for, which likes fewer lines at a time.
+template <typename T>
+constexpr int kPack = MR == 12 && sizeof(T) == 2 ? 8 : 4;
+
+template <int N, typename F, typename... More>
+TAPELM_INLINE Pack<N> each(F f, const Pack<N>& first, const More&... more) {
+  Pack<N> result;
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) result.v[i] = f(first.v[i], more.v[i]...);
+  return result;
 }
 
-TAPELM_INLINE Pack operator+(const Pack& a, const Pack& b) { return each([](vf x, vf y) { return x + y; }, a, b); }
-TAPELM_INLINE Pack operator-(const Pack& a, const Pack& b) { return each([](vf x, vf y) { return x - y; }, a, b); }
-TAPELM_INLINE Pack operator*(const Pack& a, const Pack& b) { return each([](vf x, vf y) { return x * y; }, a, b); }
-TAPELM_INLINE Pack operator+(const Pack& a, float b) { return each([=](vf x) { return x + b; }, a); }
-TAPELM_INLINE Pack operator*(const Pack& a, float b) { return each([=](vf x) { return x * b; }, a); }
+template <int N>
+TAPELM_INLINE Pack<N> operator+(const Pack<N>& a, const Pack<N>& b) { return each([](vf x, vf y) { return x + y; }, a, b); }
+template <int N>
+TAPELM_INLINE Pack<N> operator-(const Pack<N>& a, const Pack<N>& b) { return each([](vf x, vf y) { return x - y; }, a, b); }
+template <int N>
+TAPELM_INLINE Pack<N> operator*(const Pack<N>& a, const Pack<N>& b) { return each([](vf x, vf y) { return x * y; }, a, b); }
+template <int N>
+TAPELM_INLINE Pack<N> operator+(const Pack<N>& a, float b) { return each([=](vf x) { return x + b; }, a); }
+template <int N>
+TAPELM_INLINE Pack<N> operator*(const Pack<N>& a, float b) { return each([=](vf x) { return x * b; }, a); }
 
 #if defined(TAPELM_AVX512)
-TAPELM_INLINE Pack remainder(const Pack& x) { return each([](vf v) { return remainder(v); }, x); }
-TAPELM_INLINE Pack times_power(const Pack& x, const Pack& k) { return each([](vf v, vf n) { return times_power(v, n); }, x, k); }
-TAPELM_INLINE Pack reciprocal(const Pack& x) { return each([](vf v) { return reciprocal(v); }, x); }
-#endif
-
-template <typename T>
-TAPELM_INLINE Pack sigmoid(const Pack& x) {
-#if defined(TAPELM_AVX512)
-  if constexpr (std::is_same_v<T, c10::BFloat16>) return quick_sigmoid(x);
-#endif
-  return each([](vf v) { return sigmoid<T>(v); }, x);
+template <int N>
+TAPELM_INLINE Pack<N> fraction(const Pack<N>& x) { return each([](vf v) { return fraction(v); }, x); }
+template <int N>
+TAPELM_INLINE Pack<N> times_power(const Pack<N>& x, const Pack<N>& n) {
+  return each([](vf v, vf k) { return times_power(v, k); }, x, n);
 }
+template <int N>
+TAPELM_INLINE Pack<N> reciprocal(const Pack<N>& x) { return each([](vf v) { return reciprocal(v); }, x); }
+template <int N>
+TAPELM_INLINE Pack<N> reciprocal(const Pack<N>& d, const Pack<N>& t) {
+  return each([](vf v, vf u) { return reciprocal(v, u); }, d, t);
+}
+#else
+template <typename T, int N>
+TAPELM_INLINE Pack<N> logistic(const Pack<N>& t) { return each([](vf v) { return logistic<T>(v); }, t); }
+#endif
 
-template <typename T>
-TAPELM_INLINE Pack get_pack(const T* p) {
-  return {{load(p), load(p + W), load(p + 2 * W), load(p + 3 * W)}};
+template <int N, typename T>
+TAPELM_INLINE Pack<N> get_pack(const T* p) {
+  Pack<N> result;
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) result.v[i] = load(p + i * W);
+  return result;
 }
 
 // Two vectors that follow one another: of bfloat16 one rounding and one whole line, where the CPU has the instruction.
@@ -110,10 +129,10 @@ TAPELM_INLINE Two rounded(const Two& x) {
   return {rounded<T>(x.first), rounded<T>(x.second)};
 }
 
-template <typename T>
-TAPELM_INLINE void put_pack(T* p, const Pack& x, bool far) {
-  put(p, Two{x.v[0], x.v[1]}, Whole{}, far);
-  put(p + 2 * W, Two{x.v[2], x.v[3]}, Whole{}, far);
+template <typename T, int N>
+TAPELM_INLINE void put_pack(T* p, const Pack<N>& x, bool far) {
+#pragma GCC unroll 4
+  for (int i = 0; i < N; i += 2) put(p + i * W, Two{x.v[i], x.v[i + 1]}, Whole{}, far);
 }
 
 // Independent sums, which hide the latency of addition.

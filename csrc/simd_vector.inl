@@ -157,61 +157,59 @@ TAPELM_INLINE vf exp(vf x) {
 #endif
 }
 
-#if defined(TAPELM_AVX512)
-TAPELM_INLINE vf remainder(vf x) { return (vf)_mm512_reduce_ps((__m512)x, _MM_FROUND_NO_EXC); }  // of an integer
-TAPELM_INLINE vf times_power(vf x, vf k) { return (vf)_mm512_scalef_ps((__m512)x, (__m512)k); }  // x 2^k
-TAPELM_INLINE vf reciprocal(vf x) { return (vf)_mm512_rcp14_ps((__m512)x); }                     // to 14 bits
-
-// To 2^-12. 2^t = 2^k 2^f with |f| <= 1/2 and a cubic in f. V is vf or a Pack of them.
+// 2^r by its polynomial for 0 <= r <= 1. V is vf or, as in all that is made of them, a Pack of vectors.
 template <typename V>
-TAPELM_INLINE V quick_sigmoid(V x) {
-  const V t = x * -1.44269504088896341f, f = remainder(t);
-  const V p = ((f * 0.05500893f + 0.24221097f) * f + 0.69328293f) * f + 1.0f;
-  return reciprocal(times_power(p, t - f) + 1.0f);
-}
-#endif
-
-// 1 / (1 + e^-x) for results of type T: to 3 ulp, or, where AVX-512 can be quicker and T is bfloat16, to 2^-12. A NaN
-// stays one.
-template <typename T>
-TAPELM_INLINE vf sigmoid(vf x) {
-#if defined(TAPELM_AVX512)
-  if constexpr (std::is_same_v<T, c10::BFloat16>) return quick_sigmoid(x);
-  // One Newton step from 14 bits is as exact as the division. Below -87 the step would meet inf * 0: the result is 0.
-  const vf d = 1.0f + exp(-x);
-  const vf y = reciprocal(d);
-  const __mmask16 kept = _mm512_cmp_ps_mask((__m512)x, (__m512)broadcast(-87.0f), _CMP_NLT_UQ);
-  return (vf)_mm512_maskz_fmadd_ps(kept, (__m512)y, (__m512)(1.0f - d * y), (__m512)y);
-#else
-  return 1.0f / (1.0f + exp(-x));
-#endif
+TAPELM_INLINE V power_of_fraction(V r) {
+  const V p = ((r * 1.8775766948238015e-3f + 8.989340625703335e-3f) * r + 5.582631751894951e-2f) * r;
+  return ((p + 2.4015361070632935e-1f) * r + 6.931530833244324e-1f) * r + 1.0f;
 }
 
 // 2^x to 3 ulp: x = n + r with n = floor(x), a degree-5 polynomial in r, n added to the exponent. Below -126 the result
 // may be 0 (a denormal in exact arithmetic), from 128 on it is inf; NaN propagates.
-TAPELM_INLINE vf exp2(vf x) {
 #if defined(TAPELM_AVX512)
-  const vf r = (vf)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+TAPELM_INLINE vf fraction(vf x) {
+  return (vf)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+}
+TAPELM_INLINE vf times_power(vf x, vf n) { return (vf)_mm512_scalef_ps((__m512)x, (__m512)n); }  // x 2^floor(n)
+
+template <typename V>
+TAPELM_INLINE V exp2(V x) { return times_power(power_of_fraction(fraction(x)), x); }
 #else
+TAPELM_INLINE vf exp2(vf x) {
   const vf low = broadcast(-126.0f), high = broadcast(128.0f);
   const vf clamped = x < low ? low : (x > high ? high : x);
   const vf magic = broadcast(12582912.0f);  // 1.5 * 2^23, as in exp; r may be 1 instead of 0
   const vf shifted = (clamped - 0.5f) + magic;
-  const vf r = clamped - (shifted - magic);
-#endif
-  vf p = r * 1.8775766948238015e-3f + 8.989340625703335e-3f;
-  p = p * r + 5.582631751894951e-2f;
-  p = p * r + 2.4015361070632935e-1f;
-  p = p * r + 6.931530833244324e-1f;
-  p = p * r + 1.0f;
-#if defined(TAPELM_AVX512)
-  return (vf)_mm512_scalef_ps((__m512)p, (__m512)x);
-#else
+  const vf p = power_of_fraction(clamped - (shifted - magic));
   const vi n = (vi)shifted - (vi)magic, half = n >> 1;
   const vf y = p * (vf)((half + 127) << 23) * (vf)((n - half + 127) << 23);
   return x < low ? vf{} : y;
-#endif
 }
+#endif
+
+// 1 / (1 + 2^t), the sigmoid of -t ln 2, for results of type T: to a few ulp, or, where AVX-512 can be quicker and T is
+// bfloat16, to 2^-12. A NaN stays one.
+#if defined(TAPELM_AVX512)
+TAPELM_INLINE vf reciprocal(vf x) { return (vf)_mm512_rcp14_ps((__m512)x); }  // to 14 bits
+
+// 1 / d from 14 bits by a Newton step, which is as exact as the division. Where t, of d = 1 + 2^t, is so large that the
+// step might meet inf * 0 the result is 0.
+TAPELM_INLINE vf reciprocal(vf d, vf t) {
+  const vf y = reciprocal(d);
+  const __mmask16 kept = _mm512_cmp_ps_mask((__m512)t, (__m512)broadcast(126.0f), _CMP_NGT_UQ);
+  return (vf)_mm512_maskz_fmadd_ps(kept, (__m512)y, (__m512)(1.0f - d * y), (__m512)y);
+}
+
+template <typename T, typename V>
+TAPELM_INLINE V logistic(V t) {
+  if constexpr (!std::is_same_v<T, c10::BFloat16>) return reciprocal(exp2(t) + 1.0f, t);
+  const V r = fraction(t);
+  return reciprocal(times_power(((r * 0.07706693f + 0.22764517f) * r + 0.69511672f) * r + 1.0f, t) + 1.0f);
+}
+#else
+template <typename T>
+TAPELM_INLINE vf logistic(vf t) { return 1.0f / (1.0f + exp2(t)); }
+#endif
 
 // Low 32 bits of each 64-bit lane of a, times m, as 64 bits.
 TAPELM_INLINE vl multiply_wide(vl a, uint32_t m) {

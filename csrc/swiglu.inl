@@ -1,5 +1,8 @@
 #include "simd_loop.inl"
 
+template <typename T>
+TAPELM_INLINE vf sigmoid(vf x) { return logistic<T>(x * -1.44269504088896341f); }
+
 // `count` elements of y = gate * sigmoid(gate) * up.
 template <typename T>
 void swiglu_range(const T* gate, const T* up, T* y, int64_t count, bool far) {
