@@ -247,13 +247,7 @@ def run(options: Options) -> int:
             unfinished = []
         save("ladder of gpt")
     if options.subject == "all":
-        try:
-            request = Request("", llama_rungs.BATCH_SIZE, device, base=fetched(options.base))
-            add_ladder(ladder_report.Measurement("llama", request, options.rounds))
-        except harness.WrongResult:
-            raise
-        except UserError as error:
-            print(f"skipped: ladder of llama: {error}")
+        try_llama_ladder(options.base, device, options.rounds, add_ladder)
         save("ladder of llama")
         unfinished = gpt_ladder.part()
         save("ladder of gpt")
@@ -312,6 +306,19 @@ def alone(measure: Callable[..., list[harness.Row]], *arguments: Any) -> list[ha
         ) as pool,
     ):
         return pool.submit(measure, *arguments).result()
+
+
+def try_llama_ladder(
+    base: Path, device: torch.device, rounds: int | None, add: Callable[[ladder_report.Measurement], None]
+) -> None:
+    """Says why where it cannot be measured; that it computes something wrong is an error all the same."""
+    try:
+        request = Request("", llama_rungs.BATCH_SIZE, device, base=fetched(base))
+        add(ladder_report.Measurement("llama", request, rounds))
+    except harness.WrongResult:
+        raise
+    except UserError as error:
+        print(f"skipped: ladder of llama: {error}")
 
 
 def fetched(base: Path) -> Path:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import harness, sweeps
-from benchmarks.__main__ import main
+from benchmarks.__main__ import main, try_llama_ladder
 from benchmarks.ceilings import Ceilings, Probe
 from benchmarks.harness import Case, WrongResult, close
 from gpt.cli import UserError
@@ -224,3 +224,20 @@ def test_what_would_be_ignored_is_refused(
         main(arguments)
     assert told in str(error.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_all_goes_on_without_the_llama_ladder_but_not_if_it_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failing(error: UserError) -> None:
+        def add(measurement: object) -> None:
+            raise error
+
+        try_llama_ladder(Path("base"), CPU, None, add)
+
+    monkeypatch.setattr("benchmarks.__main__.fetched", lambda base: base)
+    monkeypatch.setattr("benchmarks.ladder_report.Measurement", lambda *arguments: None)
+    failing(UserError("no base"))
+    assert "skipped: ladder of llama: no base" in capsys.readouterr().out
+    with pytest.raises(WrongResult):
+        failing(WrongResult("another loss"))
