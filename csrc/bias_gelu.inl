@@ -3,7 +3,7 @@
 #include "simd_loop.inl"
 
 constexpr float kTwoRootTwoOverPi = 1.5957691216057308f, kCubic = 0.044715f;
-constexpr float kLog2 = -1.44269504088896341f * kTwoRootTwoOverPi;  // of e^-2z by its powers of u
+constexpr float kMinusLog2 = -1.44269504088896341f * kTwoRootTwoOverPi;  // -2 z log2 e = kMinusLog2 (u + kCubic u^3)
 
 // Beyond 20 gelu is 0 or u: cut off there, +-inf does not become inf * 0. NaN stays.
 #if defined(TAPELM_AVX512)
@@ -21,13 +21,13 @@ TAPELM_INLINE Pack<N> at_least_minus_20(const Pack<N>& u) { return each([](vf x)
 template <typename T, typename V>
 TAPELM_INLINE V gelu(V u) {
   const V v = at_least_minus_20(u);
-  return v * logistic<T>(v * (v * v * (kLog2 * kCubic) + kLog2));
+  return v * logistic<T>(v * (v * v * (kMinusLog2 * kCubic) + kMinusLog2));
 }
 
 template <typename T, typename V>
 TAPELM_INLINE V gelu_derivative(V u) {
   const V v = at_most_20(at_least_minus_20(u)), square = v * v;
-  const V s = logistic<T>(v * (square * (kLog2 * kCubic) + kLog2));
+  const V s = logistic<T>(v * (square * (kMinusLog2 * kCubic) + kMinusLog2));
   const V slope = v * (square * (3.0f * kTwoRootTwoOverPi * kCubic) + kTwoRootTwoOverPi);
   return s * (slope - s * slope) + s;
 }

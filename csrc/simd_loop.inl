@@ -47,7 +47,8 @@ TAPELM_INLINE void put(T* p, vf x, int n, bool) { store_part(p, x, n); }
 template <int N>
 struct Pack { vf v[N]; };
 
-// How many, for data of type T: in float32 memory is what is waited for, which likes fewer lines at a time.
+// How many, for data of type T, where AVX-512 has registers for them (12 rows of a tile): in float32 memory is what is
+// waited for, which likes fewer lines at a time.
 template <typename T>
 constexpr int kPack = MR == 12 && sizeof(T) == 2 ? 8 : 4;
 
@@ -185,9 +186,9 @@ TAPELM_INLINE void ask_for(const T* p, int s) {
   if (s % in_line == 0) __builtin_prefetch(p);
 }
 
-// take(i, n, v, s, kept) for v = value(i, n, s, kept[0]) as in for_twos, of a row whose element i has index first + i in
-// the random stream of a dropout; kept[0] and, of a Two, kept[1] are what it keeps. Eight elements share a counter of
-// Philox.
+// take(i, n, v, s, kept) as in for_twos, of a row whose element i has index first + i in the random stream of a dropout;
+// kept[0] and, of a Two, kept[1] are what it keeps of the vectors, and each is the last argument of its value. Eight
+// elements share a counter of Philox.
 template <typename Value, typename Take>
 TAPELM_INLINE void for_kept_twos(int64_t C, uint64_t seed, uint32_t threshold, int64_t first, Value value, Take take) {
   const auto draw = [&](int64_t i, Kept kept[4]) __attribute__((always_inline)) {

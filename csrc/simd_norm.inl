@@ -41,9 +41,9 @@ TAPELM_INLINE void row_statistics(const T* x, int64_t C, float eps, const RowSum
 }
 
 // Rows are taken in blocks, which are read twice, the second time from the cache; while the sums of one row become its
-// statistics the next one is read, and (COLD) the next block is asked for, one tensor in each reading. A block is
-// 8 KB of each tensor, so that the nearest cache also holds weights and sums, or one row; of several rows an even number,
-// as the backward pass takes two at a time.
+// statistics the next one is read, and (COLD) the next block is asked for: of the forward of add + norm one tensor in each
+// reading, else all in the second. A block is 8 KB of each tensor, so that the nearest cache also holds weights and
+// sums, or one row; of several rows an even number, as the backward pass takes two at a time.
 template <typename T>
 int64_t rows_of_block(int64_t C) {
   const int64_t rows = std::clamp<int64_t>(8192 / (std::max<int64_t>(C, 1) * sizeof(T)), 1, kBlockRows);
@@ -117,7 +117,8 @@ void norm_rows(const NormForward<T>& a, int64_t begin, int64_t end) {
 }
 
 // d = rstd * (g w - mean(g w) - h mean(g w h)) + grad_r, the middle term only when CENTRED, is dx; `dropped` is d where
-// the dropout kept x. dweight and, when CENTRED, dbias are added to the float32 sums. Blocks of rows as above.
+// the dropout kept x. dweight and, when CENTRED, dbias are added to the float32 sums. Blocks of rows as above; grad_r is
+// asked for while its own block is read for the first time.
 template <bool CENTRED, bool ADD, bool COLD, typename T>
 void norm_backward_rows(const NormBackward<T>& a, int64_t begin, int64_t end, float* dweight, float* dbias) {
   const int64_t C = a.C, block = rows_of_block<T>(C);

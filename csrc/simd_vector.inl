@@ -187,8 +187,8 @@ TAPELM_INLINE vf exp2(vf x) {
 }
 #endif
 
-// 1 / (1 + 2^t), the sigmoid of -t ln 2, for results of type T: to a few ulp, or, where AVX-512 can be quicker and T is
-// bfloat16, to 2^-12. A NaN stays one.
+// 1 / (1 + 2^t), the sigmoid of -t ln 2, for results of type T: to 4 ulp of this t, or, where AVX-512 can be quicker and
+// T is bfloat16, to 2^-12. A NaN stays one.
 #if defined(TAPELM_AVX512)
 TAPELM_INLINE vf reciprocal(vf x) { return (vf)_mm512_rcp14_ps((__m512)x); }  // to 14 bits
 

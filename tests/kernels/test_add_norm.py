@@ -26,7 +26,9 @@ def reference(x, residual, weight, bias, p):
 
 
 # Widths that are no multiple of eight begin a row inside a counter of the random stream.
-@pytest.mark.parametrize("shape", [(1, 3), (5, 33), (2, 3, 64), (70, 26), (3, 2100), (5, 8200), (4, 8199)])
+@pytest.mark.parametrize(
+    "shape", [(4, 3), (9, 5), (5, 33), (2, 3, 64), (70, 26), (3, 2100), (5, 8200), (4, 8199)]
+)
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 def test_values_and_gradients(shape, p, norm, dtype, device, check):

@@ -20,6 +20,28 @@ def test_far_from_zero(dtype, device):
     assert torch.equal(x.grad, (x > 0).to(dtype))
 
 
+@pytest.mark.parametrize("columns", [1, 16, 160])  # parts of vectors, vectors, and several in turns
+def test_at_infinity(columns: int) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.tensor([-torch.inf, -1e30, 1e30, torch.inf], dtype=dtype)[:, None].repeat(1, columns)
+        y = torch.ops.tapelm.bias_gelu_forward(x, torch.zeros_like(x[0]))
+        dx, _ = torch.ops.tapelm.bias_gelu_backward(torch.ones_like(x), x, torch.zeros_like(x[0]))
+        assert torch.equal(y, x.clamp(min=0))
+        assert torch.equal(dx, (x > 0).to(dtype))
+
+
+def test_relative_errors_near_zero_and_below() -> None:
+    """Which tolerances of the whole tensor hide; rounding 2 z, the exponent, costs as many ulp as it is large."""
+    for dtype, unit in ((torch.float32, 2**-23), (torch.bfloat16, 2**-8 + 2**-12)):
+        x = torch.linspace(-8, 8, 200_001).to(dtype)
+        u = x.double()
+        exponent = 2 * (2 / torch.pi) ** 0.5 * (u + 0.044715 * u**3)
+        exact = u * torch.sigmoid(exponent)
+        y = torch.ops.tapelm.bias_gelu_forward(x[None], torch.zeros_like(x))[0].double()
+        most = unit * (3 + 1.5 * exponent.abs()) if dtype == torch.float32 else unit + 2**-22 * exponent.abs()
+        assert ((y - exact).abs() <= most * exact.abs()).all()
+
+
 @pytest.mark.parametrize("shape", [(0, 8), (4, 0)])
 def test_zero_size(shape, dtype, device):
     x = torch.zeros(shape, dtype=dtype, device=device, requires_grad=True)
