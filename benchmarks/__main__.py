@@ -70,7 +70,7 @@ class Options:
         tyro.conf.Positional,
     ]  # fmt: skip
     files: tyro.conf.Positional[tuple[Path, ...]] = ()
-    """compare: two results. models: run directories."""
+    """compare: two results. models: run directories. plan: one of scaling, or none for the newest committed."""
     llmc: Path | None = None
     """peers: a checkout of llm.c with its train_gpt2 built."""
     json: Path | None = None
@@ -81,7 +81,7 @@ class Options:
     preset: str = "seed"
     """Preset of the training step."""
     batch_size: int | None = None
-    """Windows in a training step; None takes 16, for the ladder 4."""
+    """Windows in a training step; None takes 16, for the ladder 4, for plan the preset's."""
     model: Literal["gpt", "llama"] = "gpt"
     """ladder: whose."""
     data: Path | None = None
@@ -122,6 +122,7 @@ class Options:
     gpu: str = "H100"
     """plan: A100, A10G, L40S, H100, B200 or MI300X."""
     gpus: int = 1
+    """plan: how many."""
     dollars: float | None = None
     """plan: of an hour of one GPU."""
     tokens: float = 1e10
@@ -150,7 +151,8 @@ USES = {
     "no_compiled": ("ladder", "peers", "all"),
     "only": ("ops", "tune", "all"),
     "text": ("tokenizer", "loader", "all"),
-    "files": ("compare", "models"),
+    "files": ("compare", "models", "plan"),
+    "preset": ("train", "ladder", "loader", "plan", "peers", "all"),
     "llmc": ("peers",),
     "check": ("static", "ops"),
     "quick": ("ops",),
@@ -170,7 +172,7 @@ def refuse_ignored(options: Options) -> None:
     """Raise UserError for an option that the subject would not look at."""
     for name, subjects in USES.items():
         if getattr(options, name) != getattr(Options, name) and options.subject not in subjects:
-            flag = "--" + name.replace("_", "-")
+            flag = "--" + name.replace("_", "-") if name != "files" else "a file"
             raise UserError(f"{flag} means nothing to {options.subject}, only to: {', '.join(subjects)}")
 
 
@@ -349,8 +351,16 @@ def main(arguments: list[str]) -> int:
     if options.subject == "models":
         return models.run(options.files, options.out)
     if options.subject == "plan":
+        if len(options.files) > 1:
+            raise UserError("plan takes one file of python -m benchmarks scaling")
         return planner.run(
-            options.preset, options.batch_size, options.gpu, options.gpus, options.dollars, options.tokens
+            next(iter(options.files), None),
+            options.preset,
+            options.batch_size,
+            options.gpu,
+            options.gpus,
+            options.dollars,
+            options.tokens,
         )
     if options.subject == "compare":
         return compare.run(options.files)

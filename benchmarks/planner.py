@@ -8,21 +8,24 @@ measured steps (`python -m benchmarks scaling`) and tested on shapes that were n
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.compare import RESULTS, read
+from benchmarks.compare import RESULTS, Results, read
 from benchmarks.train import VOCAB_SIZE, settings
 from gpt.cli import UserError
 from gpt.config import PRESETS, ModelConfig
 from tapelm.roofline import DEVICES, Device
 
 PARTS = ("products", "attention", "activations", "parameters", "constant")
+LEAST = (1.0, 1.0, 1.0, 1.0, 0.0)
+"""Of a part's multiple: nothing is faster than its ceiling."""
 OPTIMIZER_BYTES = 30
 """Moved for each parameter: gradient twice, moments and master read and written, the bf16 copy written."""
 STATE_BYTES = 16
@@ -75,20 +78,22 @@ def parts(model: ModelConfig, batch_size: int, rates: Device) -> list[float]:
 
 
 def fit(points: Sequence[Point]) -> list[float]:
-    """Multiples of PARTS, none negative, with the least squares of relative errors.
+    """Multiples of PARTS, none below LEAST, with the least squares of relative errors.
 
-    A part that comes out negative is dropped and the rest fitted again.
+    A part that comes out below is held there and the rest fitted again.
     """
     rows = [[part / p.seconds for part in parts(p.model, p.batch_size, p.rates)] for p in points]
+    left = [1.0 - math.fsum(least * part for least, part in zip(LEAST, row, strict=True)) for row in rows]
     kept = list(range(len(PARTS)))
     while kept:
         system = torch.tensor([[row[i] for i in kept] for row in rows], dtype=torch.float64)
-        solution = torch.linalg.lstsq(system, torch.ones(len(rows), 1, dtype=torch.float64), driver="gelsd")
-        values = solution.solution.flatten().tolist()
+        aim = torch.tensor(left, dtype=torch.float64)[:, None]
+        values = torch.linalg.lstsq(system, aim, driver="gelsd").solution.flatten().tolist()
         if min(values) >= 0:
-            return [values[kept.index(i)] if i in kept else 0.0 for i in range(len(PARTS))]
+            more = dict(zip(kept, values, strict=True))
+            return [least + more.get(i, 0.0) for i, least in enumerate(LEAST)]
         kept.remove(kept[values.index(min(values))])
-    raise UserError("the measured steps fit no roofline: measure them again on a quieter machine")
+    return list(LEAST)
 
 
 def predict(model: ModelConfig, batch_size: int, rates: Device, multiples: Sequence[float]) -> float:
@@ -145,18 +150,33 @@ def plan(preset: str, batch_size: int, gpu: str, gpus: int, multiples: Sequence[
     return Plan(floor + exchanged, max(floor, seconds) + exchanged, memory_bytes(model, batch_size), tokens)
 
 
-def fitted() -> tuple[list[float], dict[str, Any], str]:
-    """Multiples and errors of the newest committed measurement, and where it comes from."""
-    files = sorted(RESULTS.glob("*scaling*.json"))
+def fitted(path: Path | None) -> tuple[list[list[float]], dict[str, Any], Results]:
+    """Multiples of all points and without each curve, the section "plan", and the results they are from.
+
+    path: a file of `benchmarks scaling`, None for the newest committed one.
+    """
+    files = sorted(RESULTS.glob("*scaling*.json")) if path is None else [path]
     if not files:
-        raise UserError(f"no measured steps in {RESULTS}: run python -m benchmarks scaling --json FILE there")
-    newest = max((read(path) for path in files), key=lambda results: results.machine["date"])
-    section = newest.content["plan"]
-    return [section["multiples"][name] for name in PARTS], section, newest.path.name
+        raise UserError(f"no measured steps in {RESULTS}: name a file of python -m benchmarks scaling --json")
+    newest = max((read(file) for file in files), key=lambda results: results.machine.get("date", ""))
+    try:
+        section = newest.content["plan"]
+        fits = [section["multiples"], *section["multiples_without"].values()]
+        return [[fit[name] for name in PARTS] for fit in fits], section, newest
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{newest.path} holds no plan: measure with python -m benchmarks scaling --json {newest.path}"
+        ) from error
 
 
 def run(
-    preset: str, batch_size: int | None, gpu: str, gpus: int, dollars: float | None, tokens: float
+    path: Path | None,
+    preset: str,
+    batch_size: int | None,
+    gpu: str,
+    gpus: int,
+    dollars: float | None,
+    tokens: float,
 ) -> int:
     """`benchmarks plan`: prints the plan, with what its figures are worth."""
     if batch_size is not None and batch_size < 1:
@@ -165,27 +185,38 @@ def run(
         raise UserError(f"--tokens must be a number above 0, got {tokens:g}")
     if dollars is not None and not 0 <= dollars < math.inf:
         raise UserError(f"--dollars must be a number of at least 0, got {dollars:g}")
-    multiples, section, source = fitted()
+    fits, section, source = fitted(path)
     settings(preset, 1)  # refuses an unknown preset
     size = batch_size or PRESETS[preset].get("batch_size", 16)
-    found = plan(preset, size, gpu, gpus, multiples)
+    plans = [plan(preset, size, gpu, gpus, multiples) for multiples in fits]
+    found, took = plans[0], sorted(each.seconds for each in plans)
     table = Table(title=f"{preset} on {gpus} x {gpu}, {size} windows a pass and GPU")
     for column in ("", "at the ceiling", "as measured steps were"):
         table.add_column(column, justify="right" if column else "left")
-    both = (found.floor_seconds, found.seconds)
-    table.add_row("optimizer step", *(f"{1e3 * s:.1f} ms" for s in both))
-    table.add_row("tokens/s", *(f"{found.tokens / s:,.0f}" for s in both))
-    hours = [tokens / found.tokens * s / 3600 for s in both]
-    table.add_row(f"{tokens:.2g} tokens", *(f"{each:,.2f} h" for each in hours))
+
+    def add(name: str, unit: str, of_seconds: Callable[[float], float]) -> None:
+        low, high = sorted((of_seconds(took[0]), of_seconds(took[-1])))
+        table.add_row(
+            name, unit.format(of_seconds(found.floor_seconds)), f"{unit.format(low)} to {unit.format(high)}"
+        )
+
+    add("optimizer step", "{:.1f} ms", lambda s: 1e3 * s)
+    add("tokens/s", "{:,.0f}", lambda s: found.tokens / s)
+    add(f"{tokens:.2g} tokens", "{:,.2f} h", lambda s: tokens / found.tokens * s / 3600)
     if dollars is not None:
-        table.add_row(f"at ${dollars:g} a GPU hour", *(f"${each * gpus * dollars:,.0f}" for each in hours))
+        add(
+            f"at ${dollars:g} a GPU hour",
+            "${:,.0f}",
+            lambda s: tokens / found.tokens * s / 3600 * gpus * dollars,
+        )
     table.add_row("memory of a GPU", *2 * [f"{found.memory / 1e9:.1f} GB"])
     Console(width=None if Console().is_terminal else 110).print(table)
     worst = max(map(abs, section["held_out_errors"].values()))
     print(
-        f"Multiples of the roofline from {source}: steps of that CPU, of shapes it was not fitted to, were "
-        f"predicted within {100 * worst:.0f}%. No GPU's step has been measured: the second column supposes "
-        f"that our kernels come as near to a {gpu}'s ceilings (datasheet) as to that CPU's. Gradients are "
-        "exchanged without overlap."
+        f"Multiples of the roofline from {source.path.name}: steps on {source.machine.get('device')}, of shapes "
+        f"it was not fitted to, were predicted within {100 * worst:.0f}%. That says nothing of a GPU, on which no "
+        "step has been measured: the last column supposes that our kernels come as near to a "
+        f"{gpu}'s ceilings (datasheet) as to that machine's, and has the range of the fits without one or "
+        "another curve of shapes. Gradients are exchanged without overlap."
     )
     return 0

@@ -58,6 +58,12 @@ def shapes() -> dict[str, list[Shape]]:
     }
 
 
+def _shapes_without(left_out: str) -> list[Shape]:
+    """Those of all curves but one."""
+    curves = [curve for key, curve in shapes().items() if key != left_out]
+    return list({name_of(shape): shape for curve in curves for shape in curve}.values())
+
+
 def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
     """Slope of log(seconds) over log(sizes) by least squares."""
     x, y = [math.log(size) for size in sizes], [math.log(second) for second in seconds]
@@ -100,6 +106,9 @@ def measure(device: torch.device, rounds: int) -> tuple[list[Row], dict[str, Any
     fitted_on = [_point(shape, medians, rates) for shape in wanted.values() if shape not in HELD_OUT]
     tested_on = [_point(shape, medians, rates) for shape in HELD_OUT]
     multiples = planner.fit(fitted_on)
+    without = {
+        key: planner.fit([_point(shape, medians, rates) for shape in _shapes_without(key)]) for key in CURVES
+    }
     steps.clear()
     gc.collect()
     exponents = {
@@ -111,6 +120,9 @@ def measure(device: torch.device, rounds: int) -> tuple[list[Row], dict[str, Any
         exponents["threads"] = thread_exponent
     section = {
         "multiples": dict(zip(planner.PARTS, multiples, strict=True)),
+        "multiples_without": {
+            key: dict(zip(planner.PARTS, fit, strict=True)) for key, fit in without.items()
+        },
         "exponents": exponents,
         "fit_errors": planner.errors(fitted_on, multiples),
         "held_out_errors": dict(

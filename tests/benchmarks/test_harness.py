@@ -210,9 +210,11 @@ def test_results_name_machine_and_command(clock, tmp_path: Path) -> None:
         (["ops", "--profile"], "--profile means nothing to ops, only to: train"),
         (["train", "--profile", "--json", "x.json"], "leave out --json"),
         (["ops", "--check", "--json", "x.json"], "leave out --json"),
-        (["ops", "a.json"], "--files means nothing to ops"),
+        (["ops", "a.json"], "a file means nothing to ops"),
         (["all", "--text", "no/such.txt"], "--text: there is no no/such.txt"),
         (["ladder", "--model", "bert"], "bert"),
+        (["scaling", "--preset", "gpt2"], "--preset means nothing to scaling"),
+        (["plan", "a.json", "b.json"], "plan takes one file"),
         (["compare", "a.json"], "compare takes two files"),
     ],
 )

@@ -45,10 +45,11 @@ def test_the_fit_recovers_what_made_the_points_on_shapes_it_has_not_seen() -> No
     assert max(map(abs, planner.errors(points(scaling.HELD_OUT), multiples))) < 1e-6
 
 
-def test_no_multiple_is_negative() -> None:
-    """Times that fall with the vocabulary would want one."""
-    made = [Point(p.model, p.batch_size, p.seconds / p.model.vocab_size, RATES) for p in points(CURVE_SHAPES)]
-    assert min(planner.fit(made)) >= 0
+def test_nothing_is_faster_than_its_ceiling() -> None:
+    """Times that fall with the vocabulary would want negative multiples, short ones multiples below 1."""
+    for share in (lambda p: 1 / p.model.vocab_size, lambda p: 0.2):
+        made = [Point(p.model, p.batch_size, p.seconds * share(p), RATES) for p in points(CURVE_SHAPES)]
+        assert all(m >= least for m, least in zip(planner.fit(made), planner.LEAST, strict=True))
 
 
 def test_held_out_shapes_are_on_no_curve() -> None:
@@ -77,14 +78,27 @@ def test_more_gpus_take_no_shorter_steps_and_more_tokens() -> None:
 def test_the_command_states_its_error(tmp_path: Path, monkeypatch, capsys) -> None:
     section = {
         "multiples": dict(zip(PARTS, MULTIPLES, strict=True)),
+        "multiples_without": {"n_embd": dict.fromkeys(PARTS, 9.0)},
         "held_out_errors": {"a": -0.2, "b": 0.1},
     }
     write_results(tmp_path / "x-scaling.json", torch.device("cpu"), [], plan=section)
-    monkeypatch.setattr(planner, "RESULTS", tmp_path)
-    assert planner.run("gpt2", None, "H100", 64, 2.0, 1e9) == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert "gpt2 on 64 x H100, 8 windows" in said and "predicted within 20%" in said
-    assert "No GPU's step has been measured" in said and "at $2 a GPU hour" in said
+    low, high = (planner.plan("gpt2", 8, "H100", 64, m).seconds for m in (MULTIPLES, [9.0] * len(PARTS)))
+    assert low < high
+    for path in (None, tmp_path / "x-scaling.json"):
+        monkeypatch.setattr(planner, "RESULTS", tmp_path if path is None else tmp_path / "none")
+        assert planner.run(path, "gpt2", None, "H100", 64, 2.0, 1e9) == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert "gpt2 on 64 x H100, 8 windows" in said and "predicted within 20%" in said
+        assert "no step has been measured" in said and "at $2 a GPU hour" in said
+        assert f"{1e3 * low:.1f} ms to {1e3 * high:.1f} ms" in said
+
+
+@pytest.mark.parametrize("plan", [None, {}, {"multiples": {"products": 1.0}, "multiples_without": {}}])
+def test_a_file_without_a_plan_is_named(plan: object, tmp_path: Path) -> None:
+    path = tmp_path / "other.json"
+    write_results(path, torch.device("cpu"), [], **({} if plan is None else {"plan": plan}))
+    with pytest.raises(UserError, match=r"other\.json holds no plan"):
+        planner.fitted(path)
 
 
 @pytest.mark.parametrize(
@@ -109,13 +123,13 @@ def test_numbers_that_plan_nothing_are_refused(
     batch_size: int | None, dollars: float | None, tokens: float, told: str
 ) -> None:
     with pytest.raises(UserError, match=told):
-        planner.run("gpt2", batch_size, "H100", 8, dollars, tokens)
+        planner.run(None, "gpt2", batch_size, "H100", 8, dollars, tokens)
 
 
 def test_without_measured_steps_there_is_no_plan(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(planner, "RESULTS", tmp_path)
-    with pytest.raises(UserError, match="run python -m benchmarks scaling"):
-        planner.fitted()
+    with pytest.raises(UserError, match="python -m benchmarks scaling"):
+        planner.fitted(None)
 
 
 def test_committed_measurements_are_within_a_quarter() -> None:

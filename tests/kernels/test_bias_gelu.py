@@ -31,7 +31,7 @@ def test_at_infinity(columns: int) -> None:
 
 
 def test_relative_errors_near_zero_and_below() -> None:
-    """Which tolerances of the whole tensor hide; rounding 2 z, the exponent, costs as many ulp as it is large."""
+    """Tolerances of the whole tensor hide them; rounding 2 z, the exponent, costs ulp as it is large."""
     for dtype, unit in ((torch.float32, 2**-23), (torch.bfloat16, 2**-8 + 2**-12)):
         x = torch.linspace(-8, 8, 200_001).to(dtype)
         u = x.double()

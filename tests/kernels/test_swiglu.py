@@ -26,7 +26,7 @@ def test_extreme_gates(dtype, device):
 
 
 def test_relative_errors_of_every_gate() -> None:
-    """Where gates are far below zero an error of the sigmoid is hidden from tolerances of the whole tensor."""
+    """Far below zero an error of the sigmoid is hidden from tolerances of the whole tensor."""
     for dtype, most in ((torch.float32, 2**-21), (torch.bfloat16, 2**-8 + 2**-12)):
         gate = torch.linspace(-80, 20, 200_001).to(dtype)
         wide = gate.double().requires_grad_()
