@@ -70,7 +70,7 @@ class Options:
         tyro.conf.Positional,
     ]  # fmt: skip
     files: tyro.conf.Positional[tuple[Path, ...]] = ()
-    """compare: two results. models: run directories. plan: one of scaling, or none for the newest committed."""
+    """compare: two results. models: run directories. plan: one of scaling, else the newest committed."""
     llmc: Path | None = None
     """peers: a checkout of llm.c with its train_gpt2 built."""
     json: Path | None = None

@@ -213,9 +213,9 @@ def run(
     Console(width=None if Console().is_terminal else 110).print(table)
     worst = max(map(abs, section["held_out_errors"].values()))
     print(
-        f"Multiples of the roofline from {source.path.name}: steps on {source.machine.get('device')}, of shapes "
-        f"it was not fitted to, were predicted within {100 * worst:.0f}%. That says nothing of a GPU, on which no "
-        "step has been measured: the last column supposes that our kernels come as near to a "
+        f"Multiples of the roofline from {source.path.name}: steps on {source.machine.get('device')}, of "
+        f"shapes it was not fitted to, were predicted within {100 * worst:.0f}%. That says nothing of a GPU, "
+        "on which no step has been measured: the last column supposes that our kernels come as near to a "
         f"{gpu}'s ceilings (datasheet) as to that machine's, and has the range of the fits without one or "
         "another curve of shapes. Gradients are exchanged without overlap."
     )
