@@ -11,6 +11,7 @@ rows. Everything is streamed; of very many 13-grams an even share, chosen by has
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -44,28 +45,51 @@ def check(directory: Path, dates: SplitDates | None) -> dict[str, Any]:
     if (directory / TAPE).is_file() and dates is not None:
         return check_tape(directory, dates)
     _check_documents(directory, dates)
+    found: dict[str, Any] = {"gram_tokens": GRAM}
+    for held_out in compare(directory):
+        found["share_compared"] = 1 / held_out.stride
+        found[held_out.split] = {
+            "grams": int(held_out.seen.size),
+            "seen_in_train": int(held_out.seen.sum()),
+            "highest_overlap": round(float(held_out.overlaps.max(initial=0.0)), 4),
+        }
+        repeats = held_out.repeats()
+        if repeats.size:
+            worst = int(held_out.overlaps.argmax())
+            raise DataError(
+                f"leak: {directory / 'documents' / f'{held_out.split}.jsonl'}, line {worst + 1}: "
+                f"{held_out.overlaps[worst]:.0%} of the document's {GRAM}-grams are in train"
+            )
+    return found
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Of 1 / `stride` of a split's 13-grams which train has, and the share of each of its documents."""
+
+    split: str
+    stride: int
+    seen: np.ndarray
+    overlaps: np.ndarray
+
+    def repeats(self) -> np.ndarray:
+        """Numbers of the documents most of which train has."""
+        return np.flatnonzero(self.overlaps > MOST_OVERLAP)
+
+
+def compare(directory: Path) -> Iterator[HeldOut]:
+    """The held-out splits of a directory with a tokenizer and shards, one after the other."""
     tokenizer = Tokenizer.load(directory / "tokenizer.json")
     end_of_text = tokenizer.special_tokens[END_OF_TEXT]
     held_out = [split for split in SPLITS if split != "train"]
     tokens = sum(array.size for split in held_out for array in token_arrays(directory / split))
     stride = max(1, -(-tokens // MOST_GRAMS))
-    found: dict[str, Any] = {"gram_tokens": GRAM, "share_compared": 1 / stride}
     for split in held_out:
         grams, documents = _grams(directory / split, end_of_text, stride)
         seen = _seen_in_train(directory / "train", end_of_text, stride, grams)
-        overlaps = _overlaps(seen, documents, max(FEWEST_SAMPLED, FEWEST_GRAMS // stride))
-        found[split] = {
-            "grams": int(grams.size),
-            "seen_in_train": int(seen.sum()),
-            "highest_overlap": round(float(overlaps.max(initial=0.0)), 4),
-        }
-        worst = int(overlaps.argmax()) if overlaps.size else 0
-        if overlaps.size and overlaps[worst] > MOST_OVERLAP:
-            raise DataError(
-                f"leak: {directory / 'documents' / f'{split}.jsonl'}, line {worst + 1}: "
-                f"{overlaps[worst]:.0%} of the document's {GRAM}-grams are in train"
-            )
-    return found
+        yield HeldOut(
+            split, stride, seen, _overlaps(seen, documents, max(FEWEST_SAMPLED, FEWEST_GRAMS // stride))
+        )
 
 
 def _check_documents(directory: Path, dates: SplitDates | None) -> None:

@@ -110,7 +110,7 @@ def _build(config: Config, corpus: Corpus, staging: Path, progress: Progress) ->
         except DataError as error:
             raise DataError("; ".join((str(error), *problems.warnings()))) from error
         check_sources(config, counts)
-        write_tokens(config, staging, counts, progress)
+        write_tokens(config, staging, counts, problems, progress)
         if "news" in config.source:
             news.write_plain(staging / "documents" / "train.jsonl", staging / "finance_corpus.txt")
         card.check_sizes(counts, config.min_block, encoded=True)

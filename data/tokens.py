@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from hashlib import blake2b
@@ -12,9 +13,11 @@ from pathlib import Path
 import numpy as np
 from rich.progress import Progress
 
+from data import leaks
 from data.card import Counts
 from data.config import Config
-from data.documents import END_OF_TEXT, SPLITS, Document, read_jsonl
+from data.documents import END_OF_TEXT, SPLITS, Document, read_jsonl, write_jsonl
+from data.problems import Problems
 from tapelm import Tokenizer, write_shards
 
 ENCODE_BATCH = 256
@@ -22,8 +25,14 @@ ENCODE_BATCH = 256
 TOKENIZER_BYTES = 256_000_000
 
 
-def write_tokens(config: Config, staging: Path, counts: Counts, progress: Progress) -> None:
-    """Write tokenizer.json and the shards of every split; tokens go into the tallies of `counts`."""
+def write_tokens(
+    config: Config, staging: Path, counts: Counts, problems: Problems, progress: Progress
+) -> None:
+    """Write tokenizer.json and the shards of every split; tokens go into the tallies of `counts`.
+
+    Held-out documents of which train has most are left out: boilerplate, and parts of one text that a hash
+    has put into several splits.
+    """
     task = progress.add_task("tokenizer", total=None)
     train = staging / "documents" / "train.jsonl"
     share = min(1.0, TOKENIZER_BYTES / max(1, counts.total("train", "bytes")))
@@ -37,12 +46,47 @@ def write_tokens(config: Config, staging: Path, counts: Counts, progress: Progre
         documents = read_jsonl(staging / "documents" / f"{split}.jsonl")
         if split == "train" and weights:
             documents = repeated(staging / "documents" / "train.jsonl", weights)
-        write_shards(
-            _encode(tokenizer, documents, split, counts, partial(progress.advance, task)),
-            staging / split,
-            vocab_size=tokenizer.vocab_size,
-            end_of_text=tokenizer.special_tokens[END_OF_TEXT],
-        )
+        _write_split(tokenizer, documents, staging, split, counts, partial(progress.advance, task))
+    for held_out in list(leaks.compare(staging)):
+        if repeats := set(held_out.repeats().tolist()):
+            _leave_out(repeats, tokenizer, staging, held_out.split, counts, problems)
+
+
+def _write_split(
+    tokenizer: Tokenizer,
+    documents: Iterator[Document],
+    staging: Path,
+    split: str,
+    counts: Counts,
+    advance: Callable[[int], None],
+) -> None:
+    write_shards(
+        _encode(tokenizer, documents, split, counts, advance),
+        staging / split,
+        vocab_size=tokenizer.vocab_size,
+        end_of_text=tokenizer.special_tokens[END_OF_TEXT],
+    )
+
+
+def _leave_out(
+    numbers: set[int], tokenizer: Tokenizer, staging: Path, split: str, counts: Counts, problems: Problems
+) -> None:
+    """Write a held-out split again without the documents of these numbers, as training has seen them."""
+    path = staging / "documents" / f"{split}.jsonl"
+    counts.tallies[split] = {}
+
+    def kept() -> Iterator[Document]:
+        for number, document in enumerate(read_jsonl(path)):
+            if number in numbers:
+                problems.drop(document.source, "mostly in train")
+                counts.undated -= document.available_at is None
+            else:
+                counts.tally(split, document.source).add(len(document.text.encode()), document.available_at)
+                yield document
+
+    write_jsonl(path, kept())
+    shutil.rmtree(staging / split)
+    _write_split(tokenizer, read_jsonl(path), staging, split, counts, lambda _: None)
 
 
 def repeated(path: Path, weights: Mapping[str, float]) -> Iterator[Document]:

@@ -162,3 +162,28 @@ def test_prepare_drops_the_later_copy_and_the_program_checks(tmp_path, capsys):
         leaks.main([str(tmp_path)])
     with pytest.raises(UserError, match="usage"):
         leaks.main([])
+
+
+def test_what_is_mostly_in_train_is_left_out_and_counted(tmp_path):
+    """Two texts of train in one: no copy of either, but nothing that a model has not seen."""
+    everything = {split: documents(split, 60) for split in ("train", "val", "test")}
+    day = date(2015, 7, 7)
+    text = " ".join(document.text for document in everything["train"][:2])
+    everything["val"].append(Document(text, "news", day, day, "planted"))
+    source = tmp_path / "news.jsonl"
+    with open(source, "w", encoding="utf-8") as file:
+        for document in (document for split in everything.values() for document in split):
+            file.write(document.to_json() + "\n")
+    out = tmp_path / "out"
+    config = Config(
+        source=("files",), input=(str(source),), out=out, vocab_size=300, min_block=64,
+        validation_from=DATES.validation_from, test_from=DATES.test_from,
+    )  # fmt: skip
+    made = prepare(config)
+    assert made["dropped_documents"]["news"]["mostly in train"] == 1
+    kept = list(read_jsonl(out / "documents" / "val.jsonl"))
+    assert len(kept) == made["splits"]["val"]["news"]["documents"] == 60
+    assert "planted" not in {document.id for document in kept}
+    encoded = Tokenizer.load(out / "tokenizer.json").encode_batch([document.text for document in kept])
+    assert made["splits"]["val"]["news"]["tokens"] == sum(len(ids) + 1 for ids in encoded)
+    assert leaks.main([str(out)]) == 0
