@@ -32,38 +32,26 @@ TAPELM_INLINE V gelu_derivative(V u) {
   return s * (slope - s * slope) + s;
 }
 
+// Asking ahead is no gain in the backward pass.
 template <typename T>
 void bias_gelu_rows(const T* x, const T* bias, T* y, int64_t C, int64_t begin, int64_t end, bool far) {
-  constexpr int N = kPack<T>;
-  for (int64_t row = begin; row < end; ++row) {
-    int64_t first = 0;
-    for (; first + N * W <= C; first += N * W)
-      put_pack(y + row * C + first, gelu<T>(get_pack<N>(x + row * C + first) + get_pack<N>(bias + first)), far);
-    for_vectors<2>(C - first, [&](int64_t at, auto n, int) __attribute__((always_inline)) {
-      const int64_t i = first + at;
-      put(y + row * C + i, gelu<T>(get(x + row * C + i, n) + get(bias + i, n)), n, far);
+  for (int64_t row = begin; row < end; ++row)
+    for_packs<T>(C, [&](int64_t i, auto n) __attribute__((always_inline)) {
+      const int64_t at = row * C + i;
+      ask_for_pack(x + at + kPage<T>, n);
+      put(y + at, gelu<T>(get(x + at, n) + get(bias + i, n)), n, far);
     });
-  }
 }
 
 // dbias of these rows is added to a float32 sum of C.
 template <typename T>
 void bias_gelu_backward_rows(const T* grad, const T* x, const T* bias, T* dx, float* dbias, int64_t C, int64_t begin,
                              int64_t end, bool far) {
-  constexpr int N = kPack<T>;
-  for (int64_t row = begin; row < end; ++row) {
-    int64_t first = 0;
-    for (; first + N * W <= C; first += N * W) {
-      const auto u = get_pack<N>(x + row * C + first) + get_pack<N>(bias + first);
-      const auto d = get_pack<N>(grad + row * C + first) * gelu_derivative<T>(u);
-      put_pack(dx + row * C + first, d, far);
-      put_pack(dbias + first, get_pack<N>(dbias + first) + d, false);
-    }
-    for_vectors<2>(C - first, [&](int64_t offset, auto n, int) __attribute__((always_inline)) {
-      const int64_t i = first + offset, at = row * C + i;
-      const vf d = get(grad + at, n) * gelu_derivative<T>(get(x + at, n) + get(bias + i, n));
+  for (int64_t row = begin; row < end; ++row)
+    for_packs<T>(C, [&](int64_t i, auto n) __attribute__((always_inline)) {
+      const int64_t at = row * C + i;
+      const auto d = get(grad + at, n) * gelu_derivative<T>(get(x + at, n) + get(bias + i, n));
       put(dx + at, d, n, far);
       put(dbias + i, get(dbias + i, n) + d, n);
     });
-  }
 }

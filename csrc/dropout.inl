@@ -1,7 +1,6 @@
 #include "simd_loop.inl"
 
-// Elements [begin, end) of a contiguous tensor. What lies a page behind is asked for, as the CPU's own asking ahead falls
-// behind here; whether that is inside the tensor does not matter.
+// Elements [begin, end) of a contiguous tensor.
 template <typename T>
 void dropout_range(const T* x, T* y, uint64_t seed, uint32_t threshold, float scale, int64_t begin, int64_t end,
                    bool far) {
@@ -10,7 +9,7 @@ void dropout_range(const T* x, T* y, uint64_t seed, uint32_t threshold, float sc
   for_kept_twos(
       end - begin, seed, threshold, begin,
       [&](int64_t i, auto n, int s, Kept kept) __attribute__((always_inline)) {
-        ask_for(x + i + 4096 / sizeof(T), s);
+        ask_for(x + i + kPage<T>, s);
         return dropped(get(x + i, n), kept, scale);
       },
       [&](int64_t i, auto n, const auto& v, int, const Kept*) __attribute__((always_inline)) { put(y + i, v, n, far); });

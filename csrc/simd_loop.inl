@@ -89,8 +89,12 @@ template <typename T, int N>
 TAPELM_INLINE Pack<N> logistic(const Pack<N>& t) { return each([](vf v) { return logistic<T>(v); }, t); }
 #endif
 
-template <int N, typename T>
-TAPELM_INLINE Pack<N> get_pack(const T* p) {
+// As Whole: all of the N vectors.
+template <int N>
+struct WholePack {};
+
+template <typename T, int N>
+TAPELM_INLINE Pack<N> get(const T* p, WholePack<N>) {
   Pack<N> result;
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i) result.v[i] = load(p + i * W);
@@ -131,7 +135,7 @@ TAPELM_INLINE Two rounded(const Two& x) {
 }
 
 template <typename T, int N>
-TAPELM_INLINE void put_pack(T* p, const Pack<N>& x, bool far) {
+TAPELM_INLINE void put(T* p, const Pack<N>& x, WholePack<N>, bool far = false) {
 #pragma GCC unroll 4
   for (int i = 0; i < N; i += 2) put(p + i * W, Two{x.v[i], x.v[i + 1]}, Whole{}, far);
 }
@@ -150,6 +154,15 @@ TAPELM_INLINE void for_vectors(int64_t C, Body body) {
   }
   for (; i + W <= C; i += W) body(i, Whole{}, 0);
   if (i < C) body(i, static_cast<int>(C - i), 0);
+}
+
+// body(i, n) for all of a row of C elements of type T: packs, then vectors.
+template <typename T, typename Body>
+TAPELM_INLINE void for_packs(int64_t C, Body body) {
+  constexpr int N = kPack<T>;
+  int64_t first = 0;
+  for (; first + N * W <= C; first += N * W) body(first, WholePack<N>{});
+  for_vectors<2>(C - first, [&](int64_t i, auto n, int) __attribute__((always_inline)) { body(first + i, n); });
 }
 
 // take(i, n, v, s) for v = value(i, n, s), the vectors at i of a row of C elements; where there are two they are taken as
@@ -179,12 +192,26 @@ TAPELM_INLINE void put_row(T* to, int64_t C, bool far, Value value) {
   for_twos(C, value, [&](int64_t i, auto n, const auto& v, int) __attribute__((always_inline)) { put(to + i, v, n, far); });
 }
 
+// Elements of a page, as far as loops over long inputs ask ahead, of which the CPU's own asking ahead falls short; whether
+// what lies there belongs to the tensor does not matter.
+template <typename T>
+constexpr int64_t kPage = 4096 / sizeof(T);
+
 // Asks for what a later vector takes from p; s is as in for_vectors, and one in a line is enough.
 template <typename T>
 TAPELM_INLINE void ask_for(const T* p, int s) {
   constexpr int in_line = std::max<int>(1, 64 / (W * sizeof(T)));
   if (s % in_line == 0) __builtin_prefetch(p);
 }
+
+// Asks for a later pack, where this is one.
+template <typename T, int N>
+TAPELM_INLINE void ask_for_pack(const T* p, WholePack<N>) {
+#pragma GCC unroll 8
+  for (int i = 0; i < N * W; i += 64 / sizeof(T)) __builtin_prefetch(p + i);
+}
+template <typename T, typename Part>
+TAPELM_INLINE void ask_for_pack(const T*, Part) {}
 
 // take(i, n, v, s, kept) as in for_twos, of a row whose element i has index first + i in the random stream of a dropout;
 // kept[0] and, of a Two, kept[1] are what it keeps of the vectors, and each is the last argument of its value. Eight
