@@ -120,11 +120,9 @@ def changes(before: Iterable[Row], now: Iterable[Row], least: float = LEAST) -> 
     return found
 
 
-def run(paths: Sequence[Path]) -> int:
+def run(before: Path, now: Path) -> int:
     """`benchmarks compare A.json B.json`: prints the changes; 1 when something became slower."""
-    if len(paths) != 2:
-        raise UserError("compare takes two files: python -m benchmarks compare A.json B.json")
-    a, b = (read(path) for path in paths)
+    a, b = read(before), read(now)
     refuse_other_machine(a, b)
     found = changes(a.rows, b.rows)
     if not found:

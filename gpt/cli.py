@@ -66,7 +66,8 @@ def parse_options(
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(kind, args=arguments, prog=prog, default=default, description=description)
+            given = {} if default is None else {"default": default}
+            return tyro.cli(kind, args=arguments, prog=prog, description=description, **given)
     except SystemExit as ended:
         if not ended.code:
             raise

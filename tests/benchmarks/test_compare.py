@@ -69,15 +69,15 @@ def results(path: Path, rows: list[Row], **machine: Any) -> Path:
 
 def test_compare_tells_faster_from_slower_by_its_status(tmp_path: Path, capsys) -> None:
     a, b = results(tmp_path / "a.json", [row(2.0)]), results(tmp_path / "b.json", [row(1.0)])
-    assert compare.run([a, b]) == 1 and "SLOWER" in capsys.readouterr().out
-    assert compare.run([b, a]) == 0 and "faster" in capsys.readouterr().out
+    assert compare.run(a, b) == 1 and "SLOWER" in capsys.readouterr().out
+    assert compare.run(b, a) == 0 and "faster" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("machine", [{"cpu_model": "other"}, {"threads": 64}, {"cpu_capability": "AVX9"}])
 def test_other_machines_are_refused(tmp_path: Path, machine: dict[str, Any]) -> None:
     a, b = results(tmp_path / "a.json", [row(2.0)]), results(tmp_path / "b.json", [row(2.0)], **machine)
     with pytest.raises(UserError, match=f"different machines: {next(iter(machine))}"):
-        compare.run([a, b])
+        compare.run(a, b)
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"machine": {}, "rows": [{"a": 1}]}'])

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from benchmarks import harness, sweeps
-from benchmarks.__main__ import main, try_llama_ladder
+from benchmarks.__main__ import main
 from benchmarks.ceilings import Ceilings, Probe
+from benchmarks.commands.everything import try_llama_ladder
 from benchmarks.harness import Case, WrongResult, close
 from gpt.cli import UserError
 
@@ -206,16 +207,22 @@ def test_results_name_machine_and_command(clock, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["static", "--json", "x.json"], "--json means nothing to static, only to: ops"),
-        (["ops", "--profile"], "--profile means nothing to ops, only to: train"),
+        (["static", "--json", "x.json"], "Unrecognized options: --json"),
+        (["ops", "--profile"], "--profile; for all options: python -m benchmarks ops --help"),
         (["train", "--profile", "--json", "x.json"], "leave out --json"),
         (["ops", "--check", "--json", "x.json"], "leave out --json"),
-        (["ops", "a.json"], "a file means nothing to ops"),
+        (["ops", "a.json"], "Unrecognized options: a.json"),
         (["all", "--text", "no/such.txt"], "--text: there is no no/such.txt"),
         (["ladder", "--model", "bert"], "bert"),
-        (["scaling", "--preset", "gpt2"], "--preset means nothing to scaling"),
-        (["plan", "a.json", "b.json"], "plan takes one file"),
-        (["compare", "a.json"], "compare takes two files"),
+        (["ladder", "--out", "x"], "--out means nothing to the ladder of gpt"),
+        (["ladder", "--model", "llama", "--rounds", "3"], "--rounds means nothing to the ladder of llama"),
+        (["train", "--rounds", "0"], "--rounds must be at least 1, got 0"),
+        (["all", "--out", "x", "--json", "x.json"], "leave out --json"),
+        (["opss"], "Available subcommands: ops, train"),
+        ([], "Expected one of {ops, train"),
+        (["scaling", "--preset", "gpt2"], "Unrecognized options: --preset"),
+        (["plan", "a.json", "b.json"], "Unrecognized options: b.json"),
+        (["compare", "a.json"], "Missing from python -m benchmarks compare: PATH now"),
     ],
 )
 def test_what_would_be_ignored_is_refused(
@@ -237,7 +244,7 @@ def test_all_goes_on_without_the_llama_ladder_but_not_if_it_is_wrong(
 
         try_llama_ladder(Path("base"), CPU, None, add)
 
-    monkeypatch.setattr("benchmarks.__main__.fetched", lambda base: base)
+    monkeypatch.setattr("benchmarks.commands.everything.fetched", lambda base: base)
     monkeypatch.setattr("benchmarks.ladder_report.Measurement", lambda *arguments: None)
     failing(UserError("no base"))
     assert "skipped: ladder of llama: no base" in capsys.readouterr().out

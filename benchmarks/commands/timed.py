@@ -1,0 +1,233 @@
+"""Subjects that are timed."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import tyro
+
+from benchmarks import compare, harness, kept_memory, loader, ops, peers, scaling, sweeps, tokenizer, train
+from benchmarks.harness import Case, Row
+from gpt.cli import UserError, prepare_output
+from gpt.hardware import pick_device, set_threads
+
+Flag = tyro.conf.FlagCreatePairsOff[bool]
+SMOLLM2 = Path("runs/smollm2")
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Options of whatever is timed."""
+
+    name: ClassVar[str]
+    json: Path | None = None
+    """Write the rows here as JSON."""
+    rounds: int = harness.ROUNDS
+    """Rounds in which all variants are taken in turn."""
+    threads: int = 0
+    """CPU threads; 0 takes PyTorch's default."""
+
+    def begin(self) -> torch.device:
+        """Before anything is measured: refuses what cannot be, sets the threads."""
+        for name in ("rounds", "batch_size"):
+            value = getattr(self, name, None)
+            if value is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        text = getattr(self, "text", None)
+        if text is not None and not text.exists():
+            raise UserError(f"--text: there is no {text}")
+        if self.json is not None:
+            prepare_output(self.json)
+        set_threads(self.threads)
+        return pick_device(getattr(self, "device", "cpu"))
+
+    def finish(
+        self, rows: Sequence[Row], device: torch.device, printed: Sequence[Row] = (), **sections: Any
+    ) -> int:
+        """Prints the rows, and writes them and those that have been `printed`."""
+        harness.report(f"python -m benchmarks {self.name}", rows, device)
+        if self.json is not None:
+            harness.write_results(self.json, device, [*rows, *printed], **sections)
+        return 0
+
+
+@dataclass(frozen=True)
+class Measuring(Timed):
+    """On a CPU or a GPU."""
+
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class Ops(Measuring):
+    """Every kernel against PyTorch, forward and backward."""
+
+    name: ClassVar[str] = "ops"
+    only: str = ""
+    """Only those whose name contains this."""
+    check: Flag = False
+    """Fail when a kernel is wrong, or slower than the committed ratios by more than the noise."""
+    quick: Flag = False
+    """One shape of each."""
+
+    def run(self) -> int:
+        if self.check and self.json is not None:
+            raise UserError("--check compares and writes no rows: leave out --json")
+        device = self.begin()
+        cases = cases_of(device, self.only, quick=self.quick)
+        if self.check:
+            return compare.check(cases, device, self.rounds)
+        return self.finish(sweeps.measure_all(cases, device, self.rounds), device)
+
+
+def cases_of(device: torch.device, only: str, *, quick: bool = False) -> list[Callable[[], Case]]:
+    """Of the ops whose name contains `only`."""
+    cases = [case for name, case in ops.cases(device, quick=quick) if only in name]
+    if not cases:
+        raise UserError(f"no op is called {only!r}; there are: {', '.join(ops.NAMES)}")
+    return cases
+
+
+@dataclass(frozen=True)
+class Train(Measuring):
+    """A whole training step, plain against optimized."""
+
+    name: ClassVar[str] = "train"
+    preset: str = "seed"
+    batch_size: int = 16
+    """Windows in a step."""
+    compiled: Flag = False
+    """Also time the plain model through torch.compile, where it runs in bf16."""
+    profile: Flag = False
+    """Print what each op of the optimized step costs instead."""
+
+    def run(self) -> int:
+        if self.profile and self.json is not None:
+            raise UserError("--profile prints a table and writes no rows: leave out --json")
+        device = self.begin()
+        if self.profile:
+            step = train.Step(self.preset, "optimized", self.batch_size, device)
+            train.report_profile(train.profile(step, device), f"{step.label}, {step.shape}")
+            return 0
+        rows = train.measure(self.preset, self.batch_size, device, self.rounds, compiled=self.compiled)
+        return self.finish(rows, device)
+
+
+@dataclass(frozen=True)
+class Tokenizer(Timed):
+    """Encoding and training a tokenizer, against its peers."""
+
+    name: ClassVar[str] = "tokenizer"
+    text: Path | None = None
+    """A .txt or .jsonl(.gz) file, or a directory of them."""
+
+    def run(self) -> int:
+        device = self.begin()
+        return self.finish(alone(tokenizer.measure, self.text, self.rounds), device)
+
+
+@dataclass(frozen=True)
+class Loader(Timed):
+    """Batches per second against DataLoader, opening, files to shards."""
+
+    name: ClassVar[str] = "loader"
+    preset: str = "seed"
+    """Of the training step whose batches are taken."""
+    batch_size: int = 16
+    """Windows in a batch."""
+    text: Path | None = None
+    """A .txt or .jsonl(.gz) file, or a directory of them, to encode; without one, made-up words."""
+
+    def run(self) -> int:
+        device = self.begin()
+        rows = alone(loader.measure_all, self.rounds, self.preset, self.batch_size, self.text)
+        return self.finish(rows, device)
+
+
+def alone(measure: Callable[..., list[Row]], *arguments: Any) -> list[Row]:
+    """What `measure` gives in a process of its own, where memory is as the C library has it."""
+    with (
+        kept_memory.given_back(),
+        ProcessPoolExecutor(
+            1,
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=set_threads,
+            initargs=(torch.get_num_threads(),),
+        ) as pool,
+    ):
+        return pool.submit(measure, *arguments).result()
+
+
+@dataclass(frozen=True)
+class Llama(Measuring):
+    """Fine-tuning steps and decoding, against peft, bitsandbytes and transformers."""
+
+    name: ClassVar[str] = "llama"
+    base: Path = SMOLLM2
+    """A local Llama model; SmolLM2-135M is fetched there if there is none."""
+    batch_size: int = 16
+    """Windows in a step."""
+    unsloth: Path | None = None
+    """The Python of an environment in which Unsloth is installed, to time its steps as well."""
+
+    def run(self) -> int:
+        from benchmarks import llama
+
+        device = self.begin()
+        if self.unsloth is None:
+            print("skipped: Unsloth: name the Python of an environment that has it with --unsloth")
+        rows = llama.measure(fetched(self.base), self.batch_size, device, self.rounds, self.unsloth)
+        return self.finish(rows, device)
+
+
+@dataclass(frozen=True)
+class Peers(Measuring):
+    """The training step of nanoGPT, transformers and llm.c beside ours."""
+
+    name: ClassVar[str] = "peers"
+    rounds: int = 5
+    preset: str = "seed"
+    batch_size: int = 4
+    """Windows in a step."""
+    no_compiled: Flag = False
+    """Leave out torch.compile, which takes a minute to compile."""
+    llmc: Path | None = None
+    """A checkout of llm.c with its train_gpt2 built."""
+
+    def run(self) -> int:
+        device = self.begin()
+        rows, skipped = peers.measure(
+            self.preset, self.batch_size, device, self.rounds, compiled=not self.no_compiled, llmc=self.llmc
+        )
+        print("".join(f"skipped: {line}\n" for line in skipped), end="")
+        return self.finish(rows, device, skipped_peers=skipped)
+
+
+@dataclass(frozen=True)
+class Scaling(Measuring):
+    """What a step costs over batch, sequence, width, depth, vocabulary and threads; fits the planner."""
+
+    name: ClassVar[str] = "scaling"
+    rounds: int = 5
+
+    def run(self) -> int:
+        device = self.begin()
+        rows, plan = scaling.measure(device, self.rounds)
+        return self.finish([], device, rows, plan=plan)
+
+
+def fetched(base: Path) -> Path:
+    """`base`, filled with SmolLM2-135M where there is nothing yet."""
+    from llama_lora.fetch import fetch
+
+    if (base / "config.json").is_file():
+        return base
+    if base.exists() and (not base.is_dir() or any(base.iterdir())):
+        raise UserError(f"--base: {base} is no Llama model, which is a directory with config.json")
+    return fetch(base)
