@@ -128,6 +128,8 @@ class Plan:
     floor_seconds: float
     seconds: float
     memory: float
+    state: float
+    """Of the memory, what does not go with the batch."""
     tokens: int
 
 
@@ -147,7 +149,23 @@ def plan(preset: str, batch_size: int, gpu: str, gpus: int, multiples: Sequence[
     floor = math.fsum(work)
     seconds = math.fsum(m * part for m, part in zip(multiples, work, strict=True))
     tokens = gpus * passes * batch_size * model.block_size
-    return Plan(floor + exchanged, max(floor, seconds) + exchanged, memory_bytes(model, batch_size), tokens)
+    memory, state = memory_bytes(model, batch_size), memory_bytes(model, 0)
+    return Plan(floor + exchanged, max(floor, seconds) + exchanged, memory, state, tokens)
+
+
+def too_large(found: Plan, batch_size: int, gpu: str) -> str:
+    """Why the memory of a plan is not there, and what would change that; "" where it fits."""
+    room, activations = DEVICES[GPUS[gpu]].memory, found.memory - found.state
+    if found.memory <= room:
+        return ""
+    largest = int((room - found.state) / activations * batch_size)
+    return (
+        f"Does not fit: {gpu} has {room / 1e9:.0f} GB (datasheet), and more GPUs do not help, as each holds "
+        f"all of this. Parameters with gradients and optimizer take {found.state / 1e9:.1f} GB, activations "
+        f"{activations / 1e9:.1f}: "
+        + (f"--batch-size {largest} is the most that fits" if largest > 0 else "no batch fits")
+        + ". Activation checkpointing keeps fewer activations for more time; this plan is without."
+    )
 
 
 def fitted(path: Path | None) -> tuple[list[list[float]], dict[str, Any], Results]:
@@ -209,9 +227,14 @@ def run(
             "${:,.0f}",
             lambda s: tokens / found.tokens * s / 3600 * gpus * dollars,
         )
-    table.add_row("memory of a GPU", *2 * [f"{found.memory / 1e9:.1f} GB"])
+    warning = too_large(found, size, gpu)
+    table.add_row(
+        "memory of a GPU", *2 * [f"{found.memory / 1e9:.1f} GB" + (", does not fit" if warning else "")]
+    )
     Console(width=None if Console().is_terminal else 110).print(table)
     worst = max(map(abs, section["held_out_errors"].values()))
+    if warning:
+        print(warning)
     print(
         f"Multiples of the roofline from {source.path.name}: steps on {source.machine.get('device')}, of "
         f"shapes it was not fitted to, were predicted within {100 * worst:.0f}%. That says nothing of a GPU, "

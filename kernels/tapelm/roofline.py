@@ -36,23 +36,25 @@ class Work:
 class Device:
     """Datasheet ceilings: bytes per second; dense flops per second in half precision and in TensorFloat-32.
 
-    On AMD the float32 figure is that of the float32 matrix instructions.
+    On AMD the float32 figure is that of the float32 matrix instructions. ``memory`` is in bytes, without end
+    where nothing says how much there is.
     """
 
     name: str
     bandwidth: float
     half_flops: float
     float32_flops: float
+    memory: float = math.inf
 
 
 # The device that each compilation target stands for.
 DEVICES = {
-    "sm_80": Device("A100 SXM 80GB", 2.039e12, 312e12, 156e12),
-    "sm_86": Device("A10G", 0.600e12, 70e12, 35e12),
-    "sm_89": Device("L40S", 0.864e12, 362e12, 183e12),
-    "sm_90": Device("H100 SXM", 3.35e12, 989e12, 495e12),
-    "sm_100": Device("B200", 8.0e12, 2250e12, 1100e12),
-    "gfx942": Device("MI300X", 5.3e12, 1307e12, 163e12),
+    "sm_80": Device("A100 SXM 80GB", 2.039e12, 312e12, 156e12, 80e9),
+    "sm_86": Device("A10G", 0.600e12, 70e12, 35e12, 24e9),
+    "sm_89": Device("L40S", 0.864e12, 362e12, 183e12, 48e9),
+    "sm_90": Device("H100 SXM", 3.35e12, 989e12, 495e12, 80e9),
+    "sm_100": Device("B200", 8.0e12, 2250e12, 1100e12, 180e9),
+    "gfx942": Device("MI300X", 5.3e12, 1307e12, 163e12, 192e9),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -75,13 +76,31 @@ def test_more_gpus_take_no_shorter_steps_and_more_tokens() -> None:
     assert 124e6 * planner.STATE_BYTES < one.memory < 80e9
 
 
+SECTION = {
+    "multiples": dict(zip(PARTS, MULTIPLES, strict=True)),
+    "multiples_without": {"n_embd": dict.fromkeys(PARTS, 9.0)},
+    "held_out_errors": {"a": -0.2, "b": 0.1},
+}
+
+
+@pytest.mark.parametrize("gpu", planner.GPUS)
+def test_memory_that_a_gpu_has_not_is_said_with_what_would_fit(gpu: str, tmp_path: Path, capsys) -> None:
+    path = tmp_path / "x.json"
+    write_results(path, torch.device("cpu"), [], plan=SECTION)
+    planner.run(path, "gpt2", 1000, gpu, 64, None, 1e9)
+    said = " ".join(capsys.readouterr().out.split())
+    memory = planner.plan("gpt2", 1000, gpu, 64, MULTIPLES).memory
+    assert memory > planner.DEVICES[planner.GPUS[gpu]].memory
+    assert f"{memory / 1e9:.1f} GB, does not fit" in said and f"Does not fit: {gpu} has " in said
+    largest = int(re.findall(r"--batch-size (\d+) is the most", said)[0])
+    for size, fits in ((largest, True), (largest + 1, False)):
+        planner.run(path, "gpt2", size, gpu, 1, None, 1e9)
+        assert ("fit:" not in capsys.readouterr().out) is fits
+    assert "no batch fits" in planner.too_large(planner.Plan(1.0, 1.0, 3e12, 2e12, 9), 2, gpu)
+
+
 def test_the_command_states_its_error(tmp_path: Path, monkeypatch, capsys) -> None:
-    section = {
-        "multiples": dict(zip(PARTS, MULTIPLES, strict=True)),
-        "multiples_without": {"n_embd": dict.fromkeys(PARTS, 9.0)},
-        "held_out_errors": {"a": -0.2, "b": 0.1},
-    }
-    write_results(tmp_path / "x-scaling.json", torch.device("cpu"), [], plan=section)
+    write_results(tmp_path / "x-scaling.json", torch.device("cpu"), [], plan=SECTION)
     low, high = (planner.plan("gpt2", 8, "H100", 64, m).seconds for m in (MULTIPLES, [9.0] * len(PARTS)))
     assert low < high
     for path in (None, tmp_path / "x-scaling.json"):
