@@ -1,7 +1,8 @@
 """Cost of a step over batch, sequence, width, depth, vocabulary and threads, and the planner's fit.
 
-All shapes are timed in interleaved rounds. An exponent is the slope of log(seconds) over log(size). The
-planner is fitted to the curves' points and tested on HELD_OUT, which differ from them in everything at once.
+All shapes are timed in interleaved rounds. An exponent is the slope of log(seconds) over log(size), and its
+error how far the times are from a power, or the rounds from one another where that is more. The planner is
+fitted to the curves' points and tested on HELD_OUT, which differ from them in everything at once.
 """
 
 from __future__ import annotations
@@ -9,14 +10,16 @@ from __future__ import annotations
 import gc
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import track
 
 from benchmarks import planner
 from benchmarks.ceilings import Ceilings, timed
-from benchmarks.harness import Row, make_row
+from benchmarks.harness import Row, make_row, relative_error
 from benchmarks.planner import Point
 from benchmarks.train import Step
 from gpt.config import ModelConfig
@@ -41,6 +44,10 @@ HELD_OUT: tuple[Shape, ...] = (
     {"batch_size": 4, "block_size": 256, "n_embd": 512, "n_layer": 6, "n_head": 8, "vocab_size": 10000},
 )
 WARM_UP = 2
+ERROR = (
+    "the larger of two standard errors: of the fit's residuals, which two sizes do not have and three hardly "
+    "have, and of the rounds' own exponents"
+)
 
 
 def name_of(shape: Shape) -> str:
@@ -72,6 +79,27 @@ def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
     return above / math.fsum((a - x_mean) ** 2 for a in x)
 
 
+def power(sizes: Sequence[float], rounds: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """The exponent of the medians of each size's `rounds`, and its standard error, see ERROR.
+
+    A round's exponent counts as the ratio of times that it makes of the whole range: see relative_error.
+    """
+    medians = [statistics.median(seconds) for seconds in rounds]
+    found = exponent(sizes, medians)
+    x = [math.log(size) for size in sizes]
+    off = [math.log(median) - found * a for a, median in zip(x, medians, strict=True)]
+    spread, misfit = (sum((a - statistics.fmean(each)) ** 2 for a in each) for each in (x, off))
+    span = max(sizes) / min(sizes)
+    ratios = [span ** exponent(sizes, seconds) for seconds in zip(*rounds, strict=True)]
+    of_fit = math.sqrt(misfit / max(1, len(x) - 2) / spread)
+    return found, max(of_fit, relative_error(ratios) / math.log(span))
+
+
+def tracked(work: Sequence[Any], description: str) -> Iterable[Any]:
+    """With a bar that is drawn between what is timed, not meanwhile."""
+    return track(work, description, console=Console(stderr=True), transient=True, auto_refresh=False)
+
+
 def build(shape: Shape, device: torch.device) -> Step:
     rest = {key: value for key, value in shape.items() if key != "batch_size"}
     return Step("demo", "optimized", shape["batch_size"], device, sizes=rest)
@@ -81,17 +109,19 @@ def measure(device: torch.device, rounds: int) -> tuple[list[Row], dict[str, Any
     """Rows of all shapes and threads, and the section "plan" of the JSON."""
     wanted = {name_of(shape): shape for curve in shapes().values() for shape in curve}
     wanted |= {name_of(shape): shape for shape in HELD_OUT}
-    steps = {name: build(shape, device) for name, shape in wanted.items()}
-    for step in steps.values():
+    steps: dict[str, Step] = {}
+    for name, shape in tracked(list(wanted.items()), "warming up"):
+        steps[name] = build(shape, device)
         for _ in range(WARM_UP):
-            step()
+            steps[name]()
     dtype = next(iter(steps.values())).dtype
     ceilings = Ceilings(device, [dtype])
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, step in steps.items():
-            seconds[name].append(timed(step, device))
-        ceilings.round()
+    last = list(steps)[-1]
+    for name, step in tracked(list(steps.items()) * rounds, "all shapes"):
+        seconds[name].append(timed(step, device))
+        if name == last:
+            ceilings.round()
     limit = ceilings.gemm(dtype)
     base = name_of(BASE)
     rows = [
@@ -111,19 +141,19 @@ def measure(device: torch.device, rounds: int) -> tuple[list[Row], dict[str, Any
     }
     steps.clear()
     gc.collect()
-    exponents = {
-        key: exponent(CURVES[key], [medians[name_of(shape)] for shape in curve])
+    powers = {
+        key: power(CURVES[key], [seconds[name_of(shape)] for shape in curve])
         for key, curve in shapes().items()
     }
-    threads, thread_exponent = _threads(device, rounds)
-    if thread_exponent is not None:
-        exponents["threads"] = thread_exponent
+    threads, of_threads = _threads(device, rounds)
+    powers |= of_threads
     section = {
         "multiples": dict(zip(planner.PARTS, multiples, strict=True)),
         "multiples_without": {
             key: dict(zip(planner.PARTS, fit, strict=True)) for key, fit in without.items()
         },
-        "exponents": exponents,
+        "exponents": {key: found for key, (found, _) in powers.items()},
+        "exponent_errors": {key: error for key, (_, error) in powers.items()},
         "fit_errors": planner.errors(fitted_on, multiples),
         "held_out_errors": dict(
             zip(map(name_of, HELD_OUT), planner.errors(tested_on, multiples), strict=True)
@@ -138,16 +168,16 @@ def _point(shape: Shape, medians: dict[str, float], rates: Device) -> Point:
     return Point(ModelConfig(**sizes, dropout=0.0), shape["batch_size"], medians[name_of(shape)], rates)
 
 
-def _threads(device: torch.device, rounds: int) -> tuple[list[Row], float | None]:
-    """The base shape with 1, 2, 4, ... threads up to those in use, and the exponent; None on a GPU."""
+def _threads(device: torch.device, rounds: int) -> tuple[list[Row], dict[str, tuple[float, float]]]:
+    """The base shape with 1, 2, 4, ... threads up to those in use, and the exponent; none on a GPU."""
     most = torch.get_num_threads()
     counts = [2**power for power in range(int(math.log2(most)) + 1)] if device.type == "cpu" else []
     if len(counts) < 2:
-        return [], None
+        return [], {}
     step = build(BASE, device)
     ceilings = Ceilings(device, [step.dtype], ["gemm"])
     seconds: dict[int, list[float]] = {count: [] for count in counts}
-    for number in range(rounds + 1):
+    for number in tracked(range(rounds + 1), "threads"):
         for count in counts:
             set_threads(count)
             taken = timed(step, device)
@@ -162,12 +192,14 @@ def _threads(device: torch.device, rounds: int) -> tuple[list[Row], float | None
         )
         for count, times in seconds.items()
     ]  # fmt: skip
-    return rows, exponent(counts, [statistics.median(times) for times in seconds.values()])
+    return rows, {"threads": power(counts, list(seconds.values()))}
 
 
 def report(section: dict[str, Any]) -> None:
     for key, value in section["exponents"].items():
-        print(f"a step's time goes with {key} to the power {value:.2f}")
+        error = section["exponent_errors"][key]
+        print(f"a step's time goes with {key} to the power {value:.2f} ±{error:.2f}")
+    print(f"± is {ERROR}")
     multiples = ", ".join(f"{name} {value:.2f}" for name, value in section["multiples"].items())
     print(f"the planner's multiples of the roofline: {multiples}")
     for name, error in section["held_out_errors"].items():

@@ -260,10 +260,16 @@ def _with_interval(scores: dict[str, Sequence[float]], key: str) -> str:
 def scaling(results: Results) -> str:
     """Exponents of a step's cost, and how far the planner was off on shapes that it was not fitted to."""
     plan = results.content["plan"]
-    exponents = [(name.replace("_", " "), f"{power:.2f}") for name, power in plan["exponents"].items()]
+    errors = plan.get("exponent_errors", {})  # older files have none
+    exponents = [
+        (name.replace("_", " "), f"{power:.2f}" + (f" ±{errors[name]:.2f}" if name in errors else ""))
+        for name, power in plan["exponents"].items()
+    ]
     held_out = [(name, f"{100 * error:+.0f}%") for name, error in plan["held_out_errors"].items()]
     return (
-        markdown(("a step's time goes with", "to the power"), exponents)
+        markdown(
+            ("a step's time goes with", "to the power" + (", ± standard error" if errors else "")), exponents
+        )
         + "\n"
         + markdown(("not fitted: batch x T x C x layers x heads x vocabulary", "predicted"), held_out)
     )

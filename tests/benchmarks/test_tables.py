@@ -78,6 +78,17 @@ def test_tables_of_evaluations(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("errors", "head", "cell"),
+    [({}, "to the power", "1.16"), ({"n_embd": 0.149}, "to the power, ± standard error", "1.16 ±0.15")],
+)
+def test_exponents_have_their_errors_where_the_file_has_them(errors, head, cell, tmp_path: Path) -> None:
+    plan = {"exponents": {"n_embd": 1.161}, "held_out_errors": {"6x192": -0.008}}
+    write_results(tmp_path / "a.json", CPU, [], plan=plan | ({"exponent_errors": errors} if errors else {}))
+    made = tables.splice("<!-- table scaling a.json -->\n<!-- end -->", tmp_path)
+    assert f"| a step's time goes with | {head} |" in made and f"| n embd | {cell} |" in made
+
+
+@pytest.mark.parametrize(
     ("text", "told"),
     [
         ("<!-- table steps b.json -->\n<!-- end -->", "there is no"),
