@@ -24,6 +24,8 @@ NOT_OPS = (
     "merges", "llama", "decode",
 )  # fmt: skip
 """How the subjects begin whose rows are not of one op."""
+BEGINS = {"AdamW": "+ our AdamW", "bf16": "+ bf16"}
+"""Of removals that are not called as their line is: how that begins."""
 BLOCK = re.compile(r"(<!-- table (\S+) (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -85,14 +87,17 @@ def ladder(results: Results) -> str:
 
 def ladder_of(results: Results, section: dict[str, Any]) -> str:
     """Gains with their standard errors; beside them what the last step loses without the rung, where it was
-    timed."""
+    timed, or without the part of it that is named."""
     rows = chosen(results, f"ladder {section['title']}")
     first = rows[0].variant
-    removed = {
-        row.variant.removeprefix("without "): _gain(1 / _speed_up(row), row.extra.get("ratio_error"))
-        for row in results.rows
-        if row.subject == f"removal {section['title']}"
-    }
+    removed: dict[str, list[str]] = {}
+    for row in results.rows:
+        if row.subject == f"removal {section['title']}" and row.variant.startswith("without "):
+            name = row.variant.removeprefix("without ")
+            line = line_of(name, [row.variant for row in rows])
+            part = "" if line == f"+ {name}" else f"{name}: "
+            loss = _gain(1 / _speed_up(row), row.extra.get("ratio_error"))
+            removed.setdefault(line, []).append(part + loss)
     table = markdown(
         (
             _heading(rows[0]), "step", "tokens/s", "of the GEMM peak", "gain", "speed-up",
@@ -103,7 +108,7 @@ def ladder_of(results: Results, section: dict[str, Any]) -> str:
                 row.variant, f"{row.median_ms:.0f} ms", f"{row.extra['tokens_per_second']:,.0f}",
                 f"{row.fraction_of_ceiling:.0%}",
                 _gain(row.ratio_vs["before"], row.extra.get("gain_error")) if row.variant != first else "",
-                f"{row.ratio_vs[first]:.2f}×", removed.get(row.variant.removeprefix("+ "), ""),
+                f"{row.ratio_vs[first]:.2f}×", "; ".join(removed.get(row.variant, ())),
                 megabytes(row), f"{row.extra['loss']:.3f}",
             )
             for row in rows
@@ -114,6 +119,16 @@ def ladder_of(results: Results, section: dict[str, Any]) -> str:
         f" The gains multiply to {section['product_of_steps']:.2f}×, first against last is "
         f"{section['total']:.2f}×; ops account for {section['profile']['accounted']:.0%} of the last step.\n"
     )
+
+
+def line_of(removal: str, lines: Sequence[str]) -> str:
+    """The line of a ladder of which `removal` is the whole or a part. Raises UserError when there is none."""
+    found = [line for line in lines if line == f"+ {removal}"]
+    if removal in BEGINS:
+        found += [line for line in lines if line.startswith(BEGINS[removal])]
+    if not found:
+        raise UserError(f"'without {removal}' is no part of a line of the ladder: {', '.join(lines)}")
+    return found[0]
 
 
 def _gain(ratio: float, error: float | None) -> str:

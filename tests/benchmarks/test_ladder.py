@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpt_ladder, ladder, train
+from benchmarks import gpt_ladder, ladder, tables, train
 from benchmarks.gpt_ladder import KERNELS, MasterAdamW, Place, Setting, ops_of
 from benchmarks.harness import WrongResult, relative_error
 from benchmarks.ladder import Ascent, Ladder, Rung, climb
 from benchmarks.sweeps import error_of_median
+from gpt.cli import UserError
 from gpt.config import PRESETS
 from gpt.ops import PLAIN, load_ops
 
@@ -154,6 +155,21 @@ def test_every_rung_of_the_gpt_has_the_same_loss(
         expected = found if expected is None else expected
         torch.testing.assert_close(found, expected, rtol=2e-2, atol=0, msg=each.name)
     assert any("no-compiled" in line for line in settings.skipped)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_every_removal_finds_its_line_in_the_table(
+    precision: str, tiny: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpt_ladder, "pick_precision", lambda *arguments: precision)
+    built = gpt_ladder.build(ladder.Request("tiny", 2, CPU), tmp_path)
+    lines, removals = ([each.name for each in part] for part in (built.rungs, built.removals))
+    found = {name: tables.line_of(name.removeprefix("without "), lines) for name in removals}
+    assert found["without AdamW"].startswith("+ our AdamW") and found["without linear"] == "+ linear"
+    assert found.get("without bf16", "") == ("+ bf16 autocast, fused AdamW" if precision == "bf16" else "")
+    assert len(set(found.values())) == len(removals)
+    with pytest.raises(UserError, match=r"'without wings' is no part of a line"):
+        tables.line_of("wings", lines)
 
 
 def test_loader_and_dataloader_give_the_same_batches(tiny: Place) -> None:

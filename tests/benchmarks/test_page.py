@@ -30,7 +30,7 @@ def rows() -> list[Row]:
         for name in RUNGS
     ]
     removal = [
-        row("removal gpt seed", name, {RUNGS[2]: 0.9}, **extra) for name in (RUNGS[2], "without linear")
+        row("removal gpt seed", name, {RUNGS[2]: 0.9}, **extra) for name in (RUNGS[2], "without loader")
     ]
     ops = [row("norm", "torch", {"torch": 1.0}), row("norm", "tapelm", {"torch": 2.0}, fraction=1.2)]
     return [*ladder, *removal, *ops]

@@ -48,6 +48,18 @@ def test_a_table_follows_its_file(tmp_path: Path) -> None:
     assert tables.splice(made, tmp_path) != made
 
 
+@pytest.mark.parametrize("path", sorted(tables.RESULTS.glob("*-all-*.json")), ids=lambda path: path.stem)
+def test_every_removal_of_committed_results_is_in_the_table(path: Path) -> None:
+    results = tables.opened(path)
+    removals = [row for row in results.rows if row.variant.startswith("without ")]
+    made = tables.ladder(results)
+    assert removals
+    for row in removals:
+        loss, error = 1 / next(iter(row.ratio_vs.values())), row.extra["ratio_error"]
+        assert f"{loss:.2f}× ±{loss * error:.2f} |" in made, row.variant
+    assert made.count("| AdamW: ") == made.count("| bf16: ") == 1
+
+
 def test_tables_of_evaluations(tmp_path: Path) -> None:
     of_run = {"split": "val", "trained": {"tokens": 2_000_000, "seconds": 61.0}, "machine": fingerprint(CPU)}
     scores = {"bytes": 1234, "perplexity": 5.0, "bits_per_byte": 0.7, "unigram_bits_per_byte": 1.7}
