@@ -4,11 +4,13 @@
     RANKS.tiktoken              tiktoken, and Llama-3's `tokenizer.model`: tokens only (_rank_files.py)
     encoder.json + vocab.bpe    GPT-2, also called vocab.json + merges.txt: tokens and merges
 
-Every fault found here is a ValueError; `Tokenizer.load` adds the name of the file.
+Every fault found here is a ValueError, to which `Tokenizer.load` adds the name of the file; where there is
+nothing, a FileNotFoundError.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from collections.abc import Mapping
@@ -28,6 +30,9 @@ _RANK_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]+\s*?(?:[\r\n]|$)")
 
 def tokenizer_file(path: Path) -> Path:
     """The file itself, or that of a directory, a tokenizer.json before others."""
+    if not path.exists():
+        expected = f"a tokenizer's file, or a directory with one of {', '.join(_IN_DIRECTORY)}"
+        raise FileNotFoundError(errno.ENOENT, f"there is nothing here, expected {expected}", str(path))
     if not path.is_dir():
         return path
     found = [path / name for name in _IN_DIRECTORY if (path / name).is_file()]

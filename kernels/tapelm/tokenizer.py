@@ -137,6 +137,7 @@ class Tokenizer:
                 of files <|endoftext|>, where it is in the vocabulary, for ranks none.
 
         Raises:
+            FileNotFoundError: there is nothing at `path`.
             ValueError: the file is broken or of another kind, or an argument is missing or out of place; the
                 message names the file and the fault.
         """

@@ -334,8 +334,10 @@ def test_missing_files(gpt2_files: Path, tmp_path_factory: pytest.TempPathFactor
         Tokenizer.load(gpt2_files / "other.json")
     with pytest.raises(ValueError, match=r"without any of tokenizer\.json, encoder\.json"):
         Tokenizer.load(tmp_path_factory.mktemp("empty"))
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        Tokenizer.load(gpt2_files / "nowhere.json")
+    for missing in (gpt2_files / "nowhere.json", gpt2_files / "nowhere"):
+        with pytest.raises(FileNotFoundError, match=r"directory with one of tokenizer\.json,") as caught:
+            Tokenizer.load(missing)
+        assert caught.value.filename == str(missing) and str(missing) in str(caught.value)
 
 
 def test_a_lone_surrogate_in_a_special_token(tokenizer: Tokenizer, tmp_path: Path) -> None:
