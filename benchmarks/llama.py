@@ -107,9 +107,14 @@ def documents(vocab_size: int, tokens: int) -> list[Example]:
 
 
 def measure(
-    path: Path, batch_size: int, device: torch.device, rounds: int, unsloth: Path | None = None
-) -> list[Row]:
-    """Rows of the training steps, both methods, and of decoding. `unsloth`: the Python of its environment."""
+    path: Path, batch_size: int, device: torch.device, rounds: int, unsloth: Path | None = None,
+    *, save: Callable[[list[Row]], None] | None = None,
+) -> list[Row]:  # fmt: skip
+    """Rows of the training steps, both methods, and of decoding.
+
+    unsloth: the Python of its environment.
+    save: called after each of these parts with all rows so far.
+    """
     if unsloth is not None:
         check_environment(unsloth)
     rows: list[Row] = []
@@ -137,9 +142,13 @@ def measure(
             if isinstance(function, Elsewhere):
                 function.close()
         del step, steps, functions, function
+        if save is not None:
+            save(rows)
     for method in METHODS:
         print(f"{method}: decoding", file=sys.stderr)
         rows += decoding(path, method, device, max(1, rounds // 3))
+        if save is not None:
+            save(rows)
     return rows
 
 

@@ -29,7 +29,12 @@ def small(monkeypatch) -> None:
 
 def test_steps_and_decoding(small, monkeypatch, tiny_model) -> None:
     monkeypatch.setattr(llama, "peak_memory", lambda *arguments: 7)
-    rows = llama.measure(tiny_model, 2, CPU, 1)
+    saved: list[set[str]] = []
+    rows = llama.measure(
+        tiny_model, 2, CPU, 1, save=lambda so_far: saved.append({row.subject for row in so_far})
+    )
+    parts = [f"{part} {method}" for part in ("llama", "decode") for method in llama.METHODS]
+    assert saved == [set(parts[:count]) for count in (1, 2, 3, 4)]
     named = {(row.subject, row.variant): row for row in rows}
     for method in ("qlora", "lora"):
         ours, theirs = named[f"llama {method}", "tapelm"], named[f"llama {method}", "hf"]
