@@ -52,9 +52,13 @@ class Timed:
     ) -> int:
         """Prints the rows, and writes them and those that have been `printed`."""
         harness.report(f"python -m benchmarks {self.name}", rows, device)
-        if self.json is not None:
-            harness.write_results(self.json, device, [*rows, *printed], **sections)
+        self.write([*rows, *printed], device, **sections)
         return 0
+
+    def write(self, rows: Sequence[Row], device: torch.device, **sections: Any) -> None:
+        """Where it is asked for."""
+        if self.json is not None:
+            harness.write_results(self.json, device, rows, **sections)
 
 
 @dataclass(frozen=True)
@@ -182,7 +186,10 @@ class Llama(Measuring):
         device = self.begin()
         if self.unsloth is None:
             print("skipped: Unsloth: name the Python of an environment that has it with --unsloth")
-        rows = llama.measure(fetched(self.base), self.batch_size, device, self.rounds, self.unsloth)
+        rows = llama.measure(
+            fetched(self.base), self.batch_size, device, self.rounds, self.unsloth,
+            save=lambda rows: self.write(rows, device),
+        )  # fmt: skip
         return self.finish(rows, device)
 
 
