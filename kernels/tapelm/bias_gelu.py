@@ -33,9 +33,13 @@ def bias_gelu_reference(x: Tensor, bias: Tensor) -> Tensor:
     return torch.nn.functional.gelu(x + bias, approximate="tanh")
 
 
+# Beyond 20 gelu is 0 or z: cut off there, +-inf does not become inf * 0. NaN stays.
+CUT: tl.constexpr = tl.constexpr(20.0)
+
+
 @triton.jit
 def _twice_u(z):
-    return 1.5957691216057308 * z * (1.0 + 0.044715 * z * z)
+    return z * (z * z * 0.07135481627260025 + 1.5957691216057308)
 
 
 @triton.jit
@@ -48,6 +52,7 @@ def bias_gelu_forward_kernel(
     inside = (row[:, None] < rows) & (col[None, :] < cols)
     bias = tl.load(bias_ptr + col, mask=col < cols, other=0.0).to(tl.float32)
     z = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) + bias[None, :]
+    z = tl.maximum(z, -CUT, propagate_nan=tl.PropagateNan.ALL)
     tl.store(y_ptr + at, (z * tl.sigmoid(_twice_u(z))).to(y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -64,10 +69,11 @@ def bias_gelu_backward_kernel(
         at = row[:, None].to(tl.int64) * cols + col[None, :]
         inside = (row[:, None] < rows) & (col[None, :] < cols)
         z = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) + bias[None, :]
+        z = tl.clamp(z, -CUT, CUT, propagate_nan=tl.PropagateNan.ALL)
         grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
         s = tl.sigmoid(_twice_u(z))
         twice_du = 1.5957691216057308 * (1.0 + 0.134145 * z * z)
-        dx = grad * s * (1.0 + z * (1.0 - s) * twice_du)
+        dx = grad * (s + z * s * (1.0 - s) * twice_du)
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
         total += dx
     tl.store(partial_ptr + tl.program_id(1).to(tl.int64) * cols + col, tl.sum(total, axis=0), mask=col < cols)

@@ -47,9 +47,11 @@ def swiglu_backward_kernel(grad_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, numel
     gate = tl.load(gate_ptr + at, mask=at < numel, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + at, mask=at < numel, other=0.0).to(tl.float32)
     s = tl.sigmoid(gate)
-    dgate = grad * up * s * (1.0 + gate * (1.0 - s))
+    # First grad * s: grad * up and grad * gate may overflow where s is 0.
+    scaled = grad * s
+    tl.store(dup_ptr + at, (scaled * gate).to(dup_ptr.dtype.element_ty), mask=at < numel)
+    dgate = scaled * up * (1.0 + gate * (1.0 - s))
     tl.store(dgate_ptr + at, dgate.to(dgate_ptr.dtype.element_ty), mask=at < numel)
-    tl.store(dup_ptr + at, (grad * gate * s).to(dup_ptr.dtype.element_ty), mask=at < numel)
 
 
 TILE = {"BLOCK": 2048, "num_warps": 4}  # elements of a program

@@ -65,6 +65,20 @@ def test_both_implementations_agree(subject: Subject, dtype: torch.dtype) -> Non
         assert_near(ours, theirs, 2.0**-15 if dtype == FP32 else 2.0**-6, shape)
 
 
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("launcher", "inputs"),
+    [("bias_gelu_forward", 2), ("bias_gelu_backward", 3), ("swiglu_forward", 2), ("swiglu_backward", 3)],
+)
+def test_elements_agree_at_infinity_and_near_overflow(launcher: str, inputs: int, dtype: torch.dtype) -> None:
+    """Every combination of such inputs, NaN where the other has NaN."""
+    far = [-torch.inf, -3e38, -1e30, -100.0, 0.0, 1.0, 100.0, 1e30, 3e38, torch.inf, torch.nan]
+    columns = torch.cartesian_prod(*[torch.tensor(far, dtype=dtype)] * inputs).unbind(1)
+    tolerance = 2.0**-15 if dtype == FP32 else 2.0**-6
+    for a, b in zip(directly(launcher, *columns), on_triton(launcher, *columns), strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=0.0, equal_nan=True)
+
+
 @pytest.mark.parametrize("subject", **named(HALF_SUBJECTS))
 def test_float16_agrees_with_float32(subject: Subject) -> None:
     """float16 is for GPUs alone: its kernel against the C++ kernel on the same numbers in float32."""

@@ -21,13 +21,21 @@ def test_far_from_zero(dtype, device):
 
 
 @pytest.mark.parametrize("columns", [1, 16, 160])  # parts of vectors, vectors, and several in turns
-def test_at_infinity(columns: int) -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        x = torch.tensor([-torch.inf, -1e30, 1e30, torch.inf], dtype=dtype)[:, None].repeat(1, columns)
-        y = torch.ops.tapelm.bias_gelu_forward(x, torch.zeros_like(x[0]))
-        dx, _ = torch.ops.tapelm.bias_gelu_backward(torch.ones_like(x), x, torch.zeros_like(x[0]))
-        assert torch.equal(y, x.clamp(min=0))
-        assert torch.equal(dx, (x > 0).to(dtype))
+def test_at_infinity(columns: int, dtype: torch.dtype, device: torch.device) -> None:
+    x = torch.tensor([-torch.inf, -3e38, -1e30, 1e30, 3e38, torch.inf], dtype=dtype, device=device)
+    x = x[:, None].repeat(1, columns)
+    y = torch.ops.tapelm.bias_gelu_forward(x, torch.zeros_like(x[0]))
+    dx, dbias = torch.ops.tapelm.bias_gelu_backward(torch.ones_like(x), x, torch.zeros_like(x[0]))
+    assert torch.equal(y, x.clamp(min=0))
+    assert torch.equal(dx, (x > 0).to(dtype))
+    assert torch.equal(dbias, torch.full_like(x[0], 3))
+
+
+def test_nan_stays(dtype: torch.dtype, device: torch.device) -> None:
+    x = torch.full((3, 33), torch.nan, dtype=dtype, device=device)
+    assert torch.ops.tapelm.bias_gelu_forward(x, torch.zeros_like(x[0])).isnan().all()
+    dx, dbias = torch.ops.tapelm.bias_gelu_backward(torch.ones_like(x), x, torch.zeros_like(x[0]))
+    assert dx.isnan().all() and dbias.isnan().all()
 
 
 def test_relative_errors_near_zero_and_below() -> None:
