@@ -28,7 +28,7 @@ TAPELM_INLINE void row_statistics(const T* x, int64_t C, float eps, const RowSum
     const float distance = sum(sums.distances) / static_cast<float>(C);
     mean = sums.shift + distance;
     square -= distance * distance;
-    if (square * 16.0f < distance * distance) {
+    if (!(square * 16.0f >= distance * distance)) {  // also when both overflowed
       vf deviations[kSums] = {};
       for_vectors(C, [&](int64_t i, auto n, int s) __attribute__((always_inline)) {
         const vf d = get(x + i, n, mean) - mean;

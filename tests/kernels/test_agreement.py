@@ -79,6 +79,23 @@ def test_elements_agree_at_infinity_and_near_overflow(launcher: str, inputs: int
         torch.testing.assert_close(a, b, rtol=tolerance, atol=0.0, equal_nan=True)
 
 
+@pytest.mark.parametrize("launcher", ["layer_norm_forward", "add_norm_forward"])
+def test_norms_agree_where_squares_overflow(launcher: str) -> None:
+    """Such a row has no scale left: its result is the bias. One that is infinite is NaN."""
+    x = torch.randn(3, 64)
+    x[1] *= 1e30
+    x[2, 5] = torch.inf
+    weight, bias = torch.full((64,), 2.0), torch.full((64,), 0.5)
+    added, dropout = (), ()
+    if launcher == "add_norm_forward":
+        added, dropout = (torch.zeros_like(x),), (0.0, None)
+    arguments = (x, *added, weight, bias, 1e-5, *dropout)
+    ours, theirs = directly(launcher, *arguments), on_triton(launcher, *arguments)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=2.0**-15, atol=2.0**-15, equal_nan=True)
+    assert (ours[0][1] == 0.5).all() and ours[0][2].isnan().all()
+
+
 @pytest.mark.parametrize("subject", **named(HALF_SUBJECTS))
 def test_float16_agrees_with_float32(subject: Subject) -> None:
     """float16 is for GPUs alone: its kernel against the C++ kernel on the same numbers in float32."""
