@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 
 from benchmarks import kept_memory
-from gpt.cli import parse_options, run_program
+from gpt.cli import UserError, parse_options, run_program
 
 KEPT = {"ops", "train", "ladder", "scaling", "peers", "llama", "all"}
 """Subjects that are measured with memory that the C library keeps."""
@@ -21,6 +21,8 @@ def main(arguments: list[str]) -> int:
     prog = "python -m benchmarks"
     if command := COMMANDS.get(next(iter(arguments), "")):
         return parse_options(command, arguments[1:], prog=f"{prog} {arguments[0]}").run()
+    if arguments and arguments[0].startswith("-") and not {"-h", "--help"} & set(arguments):
+        raise UserError(f"the subject comes before its options: {prog} SUBJECT [OPTIONS]; see {prog} --help")
     return parse_options(AnyCommand, arguments, prog=prog).run()
 
 

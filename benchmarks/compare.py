@@ -77,14 +77,14 @@ class Change:
         return self.allowed > NOISY
 
 
-def read(path: Path) -> Results:
-    """Raises UserError for a file that is not a result of these benchmarks."""
+def read(path: Path, subject: str = "ops") -> Results:
+    """Raises UserError for a file that is not a result of these benchmarks, as `subject` writes it."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return Results(path, content["machine"], [Row(**row) for row in content["rows"]], content)
     except FileNotFoundError as error:
         raise UserError(
-            f"there is no {path}: write it with python -m benchmarks ops --json {path}"
+            f"there is no {path}: write it with python -m benchmarks {subject} --json {path}"
         ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a result of python -m benchmarks --json: {error!r}") from error

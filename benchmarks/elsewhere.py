@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -21,6 +24,44 @@ from gpt.hardware import peak_memory_bytes, set_threads
 
 TRAITS = ("label", "shape", "dtype", "tokens", "flops")
 ROOT = Path(__file__).parents[1]
+
+
+@contextlib.contextmanager
+def mute_children() -> Iterator[None]:
+    """Processes that start meanwhile take no notice of Ctrl-C until they are `unmuted`.
+
+    What they import would print where it was met.
+    """
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def unmuted(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a process is to do, once it has imported what that needs; Ctrl-C ends it without a word."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return function(*arguments)
+
+
+@contextlib.contextmanager
+def children_end_with_us() -> Iterator[None]:
+    """Ctrl-C ends those that were mute, too."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        for child in multiprocessing.active_children():
+            child.terminate()
+        raise
+
+
+def result_of(pool: Executor, function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a picklable function gives in a new process of `pool`."""
+    with mute_children():
+        future = pool.submit(unmuted, function, *arguments)
+    with children_end_with_us():
+        return future.result()
 
 
 class Elsewhere:
@@ -43,10 +84,11 @@ class Elsewhere:
         self._process: BaseProcess | subprocess.Popen[bytes]
         if python is None:
             self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
-            with given_back():
+            with given_back(), mute_children():
                 self._process.start()
         else:
-            self._process = _start(python, theirs)
+            with mute_children():
+                self._process = _start(python, theirs)
         theirs.close()
         self.__dict__ |= self._ask((build, torch.get_num_threads()))
         self.losses: list[torch.Tensor] = []
@@ -109,7 +151,7 @@ def _serve(pipe: Any) -> None:
     try:
         build, threads = pipe.recv()
         set_threads(threads)
-        step = build()
+        step = unmuted(build)
         pipe.send({name: getattr(step, name) for name in TRAITS})
         while True:
             match pipe.recv():

@@ -25,6 +25,7 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.ceilings import Ceilings, Limit, timed
+from benchmarks.elsewhere import unmuted
 from benchmarks.kept_memory import TUNABLES
 from gpt.cli import UserError, write_atomically
 from gpt.hardware import device_name, fingerprint, native_bf16
@@ -155,7 +156,7 @@ def in_fresh_process(function: Callable[..., Any], *arguments: Any, modules: Seq
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", function.__module__, *modules])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(function, *arguments).result()
+        return pool.submit(unmuted, function, *arguments).result()
 
 
 def _settled(seconds: Seconds, baseline: str, most_seconds: float = MOST_SECONDS) -> bool:

@@ -18,6 +18,7 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -26,7 +27,7 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.ceilings import Ceilings
-from benchmarks.elsewhere import Elsewhere
+from benchmarks.elsewhere import Elsewhere, children_end_with_us, mute_children, unmuted
 from benchmarks.harness import Row, WrongResult, interleave, make_row, relative_error
 from benchmarks.kept_memory import given_back, stock_up
 from benchmarks.sweeps import error_of_median
@@ -287,8 +288,10 @@ def peak_memory(rungs: Sequence[Rung], device: torch.device) -> list[float]:
             ProcessPoolExecutor(2, mp_context=spawn, max_tasks_per_child=1) as pool,
         ):
             builds = [rung.build for rung in own]
-            peaks = pool.map(_peak_memory, builds, [str(device)] * len(own), [threads] * len(own))
-            found |= {rung.name: peak for rung, peak in zip(own, peaks, strict=True)}
+            with mute_children():
+                peaks = pool.map(partial(unmuted, _peak_memory, str(device), threads), builds)
+            with children_end_with_us():
+                found |= {rung.name: peak for rung, peak in zip(own, peaks, strict=True)}
     return [found[rung.name] for rung in rungs]
 
 
@@ -306,7 +309,7 @@ def _environment(variable: str, value: str) -> Iterator[None]:
             os.environ[variable] = before
 
 
-def _peak_memory(build: Callable[[], Step], device: str, threads: int) -> float:
+def _peak_memory(device: str, threads: int, build: Callable[[], Step]) -> float:
     set_threads(threads)
     before = peak_memory_bytes(torch.device(device))
     step = build()

@@ -24,7 +24,6 @@ from gpt.hardware import fingerprint
 from llama_lora import adapters as files
 from llama_lora.adapters import Recipe
 from llama_lora.backends import get_backend, open_tokenizer
-from llama_lora.dataset import find_split
 from llama_lora.generate import generate, load
 from llama_lora.results import pick_dtype
 
@@ -61,9 +60,10 @@ SWEEPS = (
 
 
 def run(model: Path, data: Path, out: Path, steps: int, *, sweeps: bool, json_path: Path | None) -> int:
-    """Take all rungs that are not done in `out`, print the table and write it as JSON."""
-    for split in ("train", "val"):
-        find_split(data, split)
+    """Take all rungs that are not done in `out`, print the table and write it as JSON after each.
+
+    Raises UserError where `out` has rungs of another model, other data or another number of steps.
+    """
     device, console = torch.device("cpu" if not torch.cuda.is_available() else "cuda"), Console(stderr=True)
     results = []
     for index, rung in enumerate((*RUNGS, *(SWEEPS if sweeps else ()))):
@@ -74,11 +74,19 @@ def run(model: Path, data: Path, out: Path, steps: int, *, sweeps: bool, json_pa
             found = summary_of(rung, folder) | decode_latency(rung, model, folder, device)
             write_atomically(folder / "ladder.json", json.dumps(found, indent=1) + "\n")
         results.append(json.loads((folder / "ladder.json").read_text(encoding="utf-8")))
+        refuse_another(folder, results[-1]["config"], model, data, steps)
+        if json_path is not None:
+            written = {"machine": fingerprint(device), "steps": steps, "rows": results}
+            write_atomically(json_path, json.dumps(written, indent=1) + "\n")
     print_table(results, steps)
-    if json_path is not None:
-        written = {"machine": fingerprint(device), "steps": steps, "rows": results}
-        write_atomically(json_path, json.dumps(written, indent=1) + "\n")
     return 0
+
+
+def refuse_another(folder: Path, config: dict[str, Any], model: Path, data: Path, steps: int) -> None:
+    wanted = {"model": str(model), "data": str(data), "max_steps": steps}
+    if had := {name: config[name] for name, value in wanted.items() if config[name] != value}:
+        told = ", ".join(f"{name} {value}" for name, value in had.items())
+        raise UserError(f"{folder} is a run of {told}: choose another --out, or remove it to take it anew")
 
 
 def take(rung: Rung, model: Path, data: Path, folder: Path, steps: int) -> None:

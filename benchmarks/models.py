@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.tables import markdown
-from gpt.cli import UserError
+from gpt.cli import UserError, prepare_output, write_atomically
 
 FILES = ("summary", "evaluation", "sample")
 
@@ -32,7 +32,7 @@ class Column:
 
 COLUMNS = (
     Column("validation loss", ("evaluation.total.loss", "summary.val_loss"), "{:.4f}".format),
-    Column("perplexity", ("evaluation.total.perplexity",), "{:.3f}".format),
+    Column("perplexity", ("evaluation.total.perplexity", "summary.perplexity"), "{:.3f}".format),
     Column("bits per byte", ("evaluation.total.bits_per_byte", "summary.val_bits_per_byte"), "{:.4f}".format),
     Column("ms per new token", ("sample.ms_per_token",), "{:,.1f}".format),
     Column("model, MB", ("summary.model_bytes",), lambda number: f"{number / 1e6:,.1f}"),
@@ -98,6 +98,8 @@ def run(directories: Sequence[Path], out: Path | None) -> int:
     """`benchmarks models`: prints the table; with --out also OUT/models.md."""
     if not directories:
         raise UserError("models takes run directories: python -m benchmarks models runs/demo/plain ...")
+    if out is not None:
+        prepare_output(out / "models.md")
     lines = build({_name(path, directories): read_run(path) for path in directories})
     head = ("run", *(column.label for column in COLUMNS))
     table = Table(title="models on the same held-out text")
@@ -107,8 +109,7 @@ def run(directories: Sequence[Path], out: Path | None) -> int:
         table.add_row(*line)
     Console(width=None if Console().is_terminal else 150).print(table)
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "models.md").write_text(markdown(head, lines), encoding="utf-8")
+        write_atomically(out / "models.md", markdown(head, lines))
     return 0
 
 

@@ -21,9 +21,12 @@ from benchmarks.compare import RESULTS, Results, read
 from benchmarks.train import VOCAB_SIZE, settings
 from gpt.cli import UserError
 from gpt.config import PRESETS, ModelConfig
+from tapelm.linear_cross_entropy import CHUNK_ELEMENTS
 from tapelm.roofline import DEVICES, Device
 
 PARTS = ("products", "attention", "activations", "parameters", "constant")
+TRUSTED = 0.25
+"""Error on held-out shapes above which a measurement was disturbed."""
 LEAST = (1.0, 1.0, 1.0, 1.0, 0.0)
 """Of a part's multiple: nothing is faster than its ceiling."""
 OPTIMIZER_BYTES = 30
@@ -40,6 +43,8 @@ GPUS = {
     "B200": "sm_100",
     "MI300X": "gfx942",
 }
+ROOM = 0.9
+"""Of a GPU's memory: contexts, other temporaries and what an allocator cannot use take the rest."""
 NODE = 8
 LINKS = {"A100": 300e9, "H100": 450e9, "B200": 900e9, "MI300X": 448e9}
 """Bytes per second of a GPU to the others of its node, one direction; others are on PCIe 4.0 x16."""
@@ -107,10 +112,12 @@ def errors(points: Sequence[Point], multiples: Sequence[float]) -> list[float]:
 
 
 def memory_bytes(model: ModelConfig, batch_size: int) -> float:
-    """Parameters with optimizer state, and what a forward pass keeps for the backward one, in bf16."""
+    """Parameters with optimizer state, what a forward pass keeps for the backward one in bf16, and what the
+    loss takes meanwhile: the gradient of the head, summed in float32, its bf16 copy and a chunk of logits."""
     tokens = batch_size * model.block_size
     kept = 2.0 * tokens * (14 * model.n_layer * model.n_embd + 2 * model.n_embd)
-    return STATE_BYTES * parameters(model) + kept
+    head = 6.0 * model.vocab_size * model.n_embd + 2.0 * CHUNK_ELEMENTS
+    return STATE_BYTES * parameters(model) + kept + head
 
 
 def all_reduce_seconds(model: ModelConfig, gpu: str, gpus: int) -> float:
@@ -123,7 +130,7 @@ def all_reduce_seconds(model: ModelConfig, gpu: str, gpus: int) -> float:
 
 @dataclass(frozen=True)
 class Plan:
-    """Of one optimizer step; `tokens` are those of all GPUs."""
+    """Of one optimizer step, of `passes` forward and backward; `tokens` are those of all GPUs."""
 
     floor_seconds: float
     seconds: float
@@ -131,6 +138,7 @@ class Plan:
     state: float
     """Of the memory, what does not go with the batch."""
     tokens: int
+    passes: int
 
 
 def plan(preset: str, batch_size: int, gpu: str, gpus: int, multiples: Sequence[float]) -> Plan:
@@ -150,19 +158,20 @@ def plan(preset: str, batch_size: int, gpu: str, gpus: int, multiples: Sequence[
     seconds = math.fsum(m * part for m, part in zip(multiples, work, strict=True))
     tokens = gpus * passes * batch_size * model.block_size
     memory, state = memory_bytes(model, batch_size), memory_bytes(model, 0)
-    return Plan(floor + exchanged, max(floor, seconds) + exchanged, memory, state, tokens)
+    return Plan(floor + exchanged, max(floor, seconds) + exchanged, memory, state, tokens, passes)
 
 
 def too_large(found: Plan, batch_size: int, gpu: str) -> str:
     """Why the memory of a plan is not there, and what would change that; "" where it fits."""
     room, activations = DEVICES[GPUS[gpu]].memory, found.memory - found.state
-    if found.memory <= room:
+    usable = ROOM * room
+    if found.memory <= usable:
         return ""
-    largest = int((room - found.state) / activations * batch_size)
+    largest = int((usable - found.state) / activations * batch_size)
     return (
-        f"Does not fit: {gpu} has {room / 1e9:.0f} GB (datasheet), and more GPUs do not help, as each holds "
-        f"all of this. Parameters with gradients and optimizer take {found.state / 1e9:.1f} GB, activations "
-        f"{activations / 1e9:.1f}: "
+        f"Does not fit: {gpu} has {room / 1e9:.0f} GB (datasheet), a tenth of which is left for what is not "
+        "in this plan, and more GPUs do not help, as each holds all of this. Parameters, gradients, "
+        f"optimizer and loss take {found.state / 1e9:.1f} GB, activations {activations / 1e9:.1f}: "
         + (f"--batch-size {largest} is the most that fits" if largest > 0 else "no batch fits")
         + ". Activation checkpointing keeps fewer activations for more time; this plan is without."
     )
@@ -176,14 +185,15 @@ def fitted(path: Path | None) -> tuple[list[list[float]], dict[str, Any], Result
     files = sorted(RESULTS.glob("*scaling*.json")) if path is None else [path]
     if not files:
         raise UserError(f"no measured steps in {RESULTS}: name a file of python -m benchmarks scaling --json")
-    newest = max((read(file) for file in files), key=lambda results: results.machine.get("date", ""))
+    found = (read(file, "scaling") for file in files)
+    newest = max(found, key=lambda results: results.machine.get("date", ""))
     try:
         section = newest.content["plan"]
         fits = [section["multiples"], *section["multiples_without"].values()]
         return [[fit[name] for name in PARTS] for fit in fits], section, newest
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{newest.path} holds no plan: measure with python -m benchmarks scaling --json {newest.path}"
+            f"{newest.path} holds no plan: give a file that python -m benchmarks scaling --json FILE wrote"
         ) from error
 
 
@@ -206,9 +216,10 @@ def run(
     fits, section, source = fitted(path)
     settings(preset, 1)  # refuses an unknown preset
     size = batch_size or PRESETS[preset].get("batch_size", 16)
+    gpu = gpu.upper()
     plans = [plan(preset, size, gpu, gpus, multiples) for multiples in fits]
     found, took = plans[0], sorted(each.seconds for each in plans)
-    table = Table(title=f"{preset} on {gpus} x {gpu}, {size} windows a pass and GPU")
+    table = Table(title=f"{preset} on {gpus} x {gpu}, {size} windows a pass and GPU, {found.passes} a step")
     for column in ("", "at the ceiling", "as measured steps were"):
         table.add_column(column, justify="right" if column else "left")
 
@@ -218,9 +229,10 @@ def run(
             name, unit.format(of_seconds(found.floor_seconds)), f"{unit.format(low)} to {unit.format(high)}"
         )
 
-    add("optimizer step", "{:.1f} ms", lambda s: 1e3 * s)
+    long = found.floor_seconds >= 10
+    add("optimizer step", "{:,.1f} s" if long else "{:,.1f} ms", lambda s: s if long else 1e3 * s)
     add("tokens/s", "{:,.0f}", lambda s: found.tokens / s)
-    add(f"{tokens:.2g} tokens", "{:,.2f} h", lambda s: tokens / found.tokens * s / 3600)
+    add(f"{tokens:.2g} tokens", "{:,.4g} h", lambda s: tokens / found.tokens * s / 3600)
     if dollars is not None:
         add(
             f"at ${dollars:g} a GPU hour",
@@ -229,16 +241,20 @@ def run(
         )
     warning = too_large(found, size, gpu)
     table.add_row(
-        "memory of a GPU", *2 * [f"{found.memory / 1e9:.1f} GB" + (", does not fit" if warning else "")]
+        "memory of a GPU", *2 * [f"{found.memory / 1e9:,.1f} GB" + (", does not fit" if warning else "")]
     )
     Console(width=None if Console().is_terminal else 110).print(table)
     worst = max(map(abs, section["held_out_errors"].values()))
     if warning:
         print(warning)
+    if worst > TRUSTED:
+        print(
+            f"Hardly worth using: {source.path.name} is of a busy machine, measure it again on a quiet one."
+        )
     print(
         f"Multiples of the roofline from {source.path.name}: steps on {source.machine.get('device')}, of "
         f"shapes it was not fitted to, were predicted within {100 * worst:.0f}%. That says nothing of a GPU, "
-        "on which no step has been measured: the last column supposes that our kernels come as near to a "
+        "on which no step has been measured: the last column supposes that our kernels come as near to the "
         f"{gpu}'s ceilings (datasheet) as to that machine's, and has the range of the fits without one or "
         "another curve of shapes. Gradients are exchanged without overlap."
     )

@@ -19,7 +19,7 @@ from rich.progress import track
 
 from benchmarks import planner
 from benchmarks.ceilings import Ceilings, timed
-from benchmarks.harness import Row, make_row, relative_error
+from benchmarks.harness import LEAST_ROUNDS, Row, make_row, relative_error
 from benchmarks.planner import Point
 from benchmarks.train import Step
 from gpt.config import ModelConfig
@@ -44,10 +44,7 @@ HELD_OUT: tuple[Shape, ...] = (
     {"batch_size": 4, "block_size": 256, "n_embd": 512, "n_layer": 6, "n_head": 8, "vocab_size": 10000},
 )
 WARM_UP = 2
-ERROR = (
-    "the larger of two standard errors: of the fit's residuals, which two sizes do not have and three hardly "
-    "have, and of the rounds' own exponents"
-)
+ERROR = "the larger of two standard errors: how far times lie from a power of the size, and rounds apart"
 
 
 def name_of(shape: Shape) -> str:
@@ -80,19 +77,18 @@ def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
 
 
 def power(sizes: Sequence[float], rounds: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """The exponent of the medians of each size's `rounds`, and its standard error, see ERROR.
+    """The median of the rounds' exponents, which what slows a whole round is not in, and its standard error.
 
-    A round's exponent counts as the ratio of times that it makes of the whole range: see relative_error.
+    See ERROR. For relative_error a round's exponent is the ratio of times that it makes of the whole range.
     """
-    medians = [statistics.median(seconds) for seconds in rounds]
-    found = exponent(sizes, medians)
+    found = [exponent(sizes, seconds) for seconds in zip(*rounds, strict=True)]
+    middle = statistics.median(found)
     x = [math.log(size) for size in sizes]
-    off = [math.log(median) - found * a for a, median in zip(x, medians, strict=True)]
+    off = [math.log(statistics.median(own)) - middle * a for a, own in zip(x, rounds, strict=True)]
     spread, misfit = (sum((a - statistics.fmean(each)) ** 2 for a in each) for each in (x, off))
-    span = max(sizes) / min(sizes)
-    ratios = [span ** exponent(sizes, seconds) for seconds in zip(*rounds, strict=True)]
     of_fit = math.sqrt(misfit / max(1, len(x) - 2) / spread)
-    return found, max(of_fit, relative_error(ratios) / math.log(span))
+    span = max(sizes) / min(sizes)
+    return middle, max(of_fit, relative_error([span**each for each in found]) / math.log(span))
 
 
 def tracked(work: Sequence[Any], description: str) -> Iterable[Any]:
@@ -153,7 +149,7 @@ def measure(device: torch.device, rounds: int) -> tuple[list[Row], dict[str, Any
             key: dict(zip(planner.PARTS, fit, strict=True)) for key, fit in without.items()
         },
         "exponents": {key: found for key, (found, _) in powers.items()},
-        "exponent_errors": {key: error for key, (_, error) in powers.items()},
+        "exponent_errors": {key: error for key, (_, error) in powers.items() if rounds >= LEAST_ROUNDS},
         "fit_errors": planner.errors(fitted_on, multiples),
         "held_out_errors": dict(
             zip(map(name_of, HELD_OUT), planner.errors(tested_on, multiples), strict=True)
@@ -196,10 +192,11 @@ def _threads(device: torch.device, rounds: int) -> tuple[list[Row], dict[str, tu
 
 
 def report(section: dict[str, Any]) -> None:
+    errors = section["exponent_errors"]
     for key, value in section["exponents"].items():
-        error = section["exponent_errors"][key]
-        print(f"a step's time goes with {key} to the power {value:.2f} ±{error:.2f}")
-    print(f"± is {ERROR}")
+        known = f" ±{errors[key]:.2f}" if key in errors else ""
+        print(f"a step's time goes with {key} to the power {value:.2f}{known}")
+    print(f"± is {ERROR}" if errors else f"fewer than {LEAST_ROUNDS} rounds do not tell how well it is known")
     multiples = ", ".join(f"{name} {value:.2f}" for name, value in section["multiples"].items())
     print(f"the planner's multiples of the roofline: {multiples}")
     for name, error in section["held_out_errors"].items():

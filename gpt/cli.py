@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -116,6 +117,11 @@ def prepare_output(path: Path) -> None:
         raise UserError(f"cannot write {path}: {error.filename} is not a directory") from error
     if path.exists() and not path.is_file():
         raise UserError(f"cannot write {path}: it is {'a directory' if path.is_dir() else 'no regular file'}")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 @contextlib.contextmanager

@@ -54,14 +54,14 @@ class All(Measuring):
 
     name: ClassVar[str] = "all"
     rounds: int | None = None  # type: ignore[assignment]
-    """None takes 5 for ops and peers, 9 for tokenizer and loader, and for ladders as many as begin within 36
-    seconds, from 3 to 9. What is taken in three parts takes so many at the least."""
+    """None takes 5 for ops and peers, 9 for tokenizer and loader, and for ladders those that begin within 36
+    seconds, from 3 to 9. Ops and GPT's ladder are taken in three parts, which rounds them up."""
     out: Path | None = None
     """A directory for results.json, index.html and tables.md."""
     preset: str = "seed"
     """Of the training steps."""
-    batch_size: int = 4
-    """Windows in a step."""
+    batch_size: int | None = None
+    """Windows (sequences) in a step or batch; None takes 4, and 16 for the loader."""
     no_compiled: Flag = False
     """Leave out torch.compile, which takes a minute to compile."""
     only: str = ""
@@ -93,10 +93,10 @@ class All(Measuring):
     def _measure(self, found: Gathered, device: torch.device) -> None:
         """Ops and GPT's ladder in three parts, the others between them: the parts lie minutes apart."""
         many = self.rounds or harness.ROUNDS
-        request = Request(self.preset, self.batch_size, device, self.data, not self.no_compiled)
-        gpt_ladder = ladder_report.Measurement("gpt", request, self.rounds, sweeps.SWEEPS)
         found.swept.sweep()
         found.save("ops")
+        request = Request(self.preset, self.batch_size or 4, device, self.data, not self.no_compiled)
+        gpt_ladder = ladder_report.Measurement("gpt", request, self.rounds, sweeps.SWEEPS)
         found.unfinished = gpt_ladder.part()
         found.save("ladder of gpt")
         try_llama_ladder(self.base, device, self.rounds, found.add_ladder)
@@ -106,7 +106,7 @@ class All(Measuring):
         found.swept.sweep()
         found.save("ops")
         measured, skipped = peers.measure(
-            self.preset, self.batch_size, device, self.rounds or FEWER_ROUNDS,
+            self.preset, self.batch_size or 4, device, self.rounds or FEWER_ROUNDS,
             compiled=not self.no_compiled, llmc=self.llmc,
         )  # fmt: skip
         found.rows += measured
@@ -121,7 +121,9 @@ class All(Measuring):
         found.add_ladder(gpt_ladder)
         found.unfinished = []
         found.save("ladder of gpt")
-        found.rows += alone(loader.measure_all, many, self.preset, Loader.batch_size, self.text)
+        found.rows += alone(
+            loader.measure_all, many, self.preset, self.batch_size or Loader.batch_size, self.text
+        )
         found.save("loader")
         found.swept.sweep_all()
         harness.report("python -m benchmarks all", [*found.swept.rows(), *found.rows], device)

@@ -28,13 +28,13 @@ class Ladder(Measuring):
     preset: str = "seed"
     """gpt: of the training step."""
     batch_size: int = 4
-    """gpt: windows in a step."""
+    """gpt: windows (sequences) in a step."""
     no_compiled: Flag = False
     """gpt: leave out torch.compile, which takes a minute to compile."""
     base: Path = SMOLLM2
     """llama: a local Llama model; SmolLM2-135M is fetched there if there is none."""
     out: Path = Path("runs/ladder")
-    """llama: the runs go here; those that are there are not taken again."""
+    """llama: the runs go here; those of the same model, data and steps are not taken again."""
     steps: int = 30
     """llama: optimizer steps of each run."""
     sweeps: Flag = False
@@ -61,11 +61,16 @@ class Ladder(Measuring):
 
     def _fine_tune(self) -> int:
         from benchmarks import llama_ladder
+        from llama_lora.dataset import find_split
 
-        if self.json is not None:
-            prepare_output(self.json)
+        data = self.data or Path("runs/corpus")
+        for split in ("train", "val"):
+            find_split(data, split)
+        for path in (self.json, self.out / "ladder.json"):
+            if path is not None:
+                prepare_output(path)
         with kept_memory.given_back():  # to runs that are those of a user
             return llama_ladder.run(
-                fetched(self.base), self.data or Path("runs/corpus"), self.out, self.steps,
+                fetched(self.base), data, self.out, self.steps,
                 sweeps=self.sweeps, json_path=self.json,
             )  # fmt: skip

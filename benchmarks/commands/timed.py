@@ -13,6 +13,7 @@ import torch
 import tyro
 
 from benchmarks import compare, harness, kept_memory, loader, ops, peers, scaling, sweeps, tokenizer, train
+from benchmarks.elsewhere import result_of
 from benchmarks.harness import Case, Row
 from gpt.cli import UserError, prepare_output
 from gpt.hardware import pick_device, set_threads
@@ -50,9 +51,9 @@ class Timed:
     def finish(
         self, rows: Sequence[Row], device: torch.device, printed: Sequence[Row] = (), **sections: Any
     ) -> int:
-        """Prints the rows, and writes them and those that have been `printed`."""
-        harness.report(f"python -m benchmarks {self.name}", rows, device)
+        """Writes the rows and those that have been `printed`, and prints the others."""
         self.write([*rows, *printed], device, **sections)
+        harness.report(f"python -m benchmarks {self.name}", rows, device)
         return 0
 
     def write(self, rows: Sequence[Row], device: torch.device, **sections: Any) -> None:
@@ -66,6 +67,7 @@ class Measuring(Timed):
     """On a CPU or a GPU."""
 
     device: str = "auto"
+    """cpu, cuda, or auto: a GPU where there is one."""
 
 
 @dataclass(frozen=True)
@@ -92,10 +94,10 @@ class Ops(Measuring):
 
 def cases_of(device: torch.device, only: str, *, quick: bool = False) -> list[Callable[[], Case]]:
     """Of the ops whose name contains `only`."""
-    cases = [case for name, case in ops.cases(device, quick=quick) if only in name]
-    if not cases:
+    names = [name for name in ops.NAMES if only in name]
+    if not names:
         raise UserError(f"no op is called {only!r}; there are: {', '.join(ops.NAMES)}")
-    return cases
+    return [case for _, case in ops.cases(device, names, quick=quick)]
 
 
 @dataclass(frozen=True)
@@ -104,8 +106,9 @@ class Train(Measuring):
 
     name: ClassVar[str] = "train"
     preset: str = "seed"
+    """Of gpt.train: demo, seed, finance, tape or gpt2."""
     batch_size: int = 16
-    """Windows in a step."""
+    """Windows (sequences) in a step."""
     compiled: Flag = False
     """Also time the plain model through torch.compile, where it runs in bf16."""
     profile: Flag = False
@@ -165,7 +168,7 @@ def alone(measure: Callable[..., list[Row]], *arguments: Any) -> list[Row]:
             initargs=(torch.get_num_threads(),),
         ) as pool,
     ):
-        return pool.submit(measure, *arguments).result()
+        return result_of(pool, measure, *arguments)
 
 
 @dataclass(frozen=True)
@@ -200,8 +203,9 @@ class Peers(Measuring):
     name: ClassVar[str] = "peers"
     rounds: int = 5
     preset: str = "seed"
+    """Of gpt.train: demo, seed, finance, tape or gpt2."""
     batch_size: int = 4
-    """Windows in a step."""
+    """Windows (sequences) in a step."""
     no_compiled: Flag = False
     """Leave out torch.compile, which takes a minute to compile."""
     llmc: Path | None = None

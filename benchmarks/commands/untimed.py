@@ -19,15 +19,17 @@ class Plan:
     measured: tyro.conf.Positional[Path | None] = None
     """A file of `scaling --json`; else the newest committed."""
     preset: str = "seed"
+    """Of gpt.train: demo, seed, finance, tape or gpt2."""
     batch_size: int | None = None
-    """Windows in a step; None takes the preset's."""
+    """Windows (sequences) in a pass; None takes the preset's."""
     gpu: str = "H100"
     """A100, A10G, L40S, H100, B200 or MI300X."""
     gpus: int = 1
+    """How many."""
     dollars: float | None = None
-    """Of an hour of one GPU."""
+    """Price of an hour of one GPU."""
     tokens: float = 1e10
-    """Of the whole training."""
+    """Tokens of the whole training."""
 
     def run(self) -> int:
         return planner.run(

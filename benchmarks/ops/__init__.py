@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -15,10 +15,12 @@ NAMES = (
 )  # fmt: skip
 
 
-def cases(device: torch.device, *, quick: bool = False) -> list[tuple[str, Callable[[], Case]]]:
-    """(op name, function that builds the case) of every op and shape; `quick`: one usable shape of each."""
+def cases(
+    device: torch.device, names: Sequence[str] = NAMES, *, quick: bool = False
+) -> list[tuple[str, Callable[[], Case]]]:
+    """(op name, function that builds the case) of these ops and their shapes; `quick`: one usable of each."""
     found = []
-    for name in NAMES:
+    for name in names:
         builds = importlib.import_module(f"benchmarks.ops.{name}").cases(device)
         if quick:
             builds = [next(build for build in builds if is_usable(build(), device))]

@@ -96,7 +96,7 @@ def test_memory_that_a_gpu_has_not_is_said_with_what_would_fit(gpu: str, tmp_pat
     for size, fits in ((largest, True), (largest + 1, False)):
         planner.run(path, "gpt2", size, gpu, 1, None, 1e9)
         assert ("fit:" not in capsys.readouterr().out) is fits
-    assert "no batch fits" in planner.too_large(planner.Plan(1.0, 1.0, 3e12, 2e12, 9), 2, gpu)
+    assert "no batch fits" in planner.too_large(planner.Plan(1.0, 1.0, 3e12, 2e12, 9, 1), 2, gpu)
 
 
 def test_the_command_states_its_error(tmp_path: Path, monkeypatch, capsys) -> None:

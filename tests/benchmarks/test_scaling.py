@@ -21,6 +21,8 @@ def test_the_error_of_an_exponent_is_that_of_the_fit_or_of_the_rounds() -> None:
     slope, covariance = np.polyfit(np.log(sizes), np.log(seconds), 1, cov=True)
     expected = slope[0], math.sqrt(covariance[0, 0])
     assert scaling.power(sizes, [[each] * 5 for each in seconds]) == pytest.approx(expected)
+    drifting = [[hour * size**0.7 for hour in (1.0, 1.3, 1.1, 2.0, 1.2)] for size in sizes]
+    assert scaling.power(sizes, drifting) == pytest.approx((0.7, 0), abs=1e-9)
     powers = [0.99, 1.0, 1.01, 1.02, 0.98]
     found, error = scaling.power([1, 2], [[1.0] * 5, [2**power for power in powers]])
     spread = 1.2533 * 1.4826 * FEW_VALUES[5] * 0.01 / math.sqrt(5)

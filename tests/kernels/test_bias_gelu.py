@@ -6,7 +6,9 @@ from tapelm.bias_gelu import bias_gelu_reference
 from tapelm.testing import check_registration
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (5, 33), (2, 3, 7), (9, 600), (130, 16)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (5, 33), (2, 3, 7), (9, 600), (130, 16), (2, 31), (3, 63), (3, 127)]
+)
 def test_values_and_gradients(shape, dtype, device, check):
     x, bias = torch.randn(shape, dtype=dtype) * 3, torch.randn(shape[-1:], dtype=dtype)
     check(tapelm.bias_gelu, bias_gelu_reference, x.to(device), bias.to(device))

@@ -10,7 +10,7 @@ def make(shape, dtype, device):
     return [(torch.randn(shape, dtype=dtype) * 3).to(device) for _ in range(2)]
 
 
-@pytest.mark.parametrize("shape", [(1,), (5, 33), (2, 3, 64), (3, 2100)])
+@pytest.mark.parametrize("shape", [(1,), (5, 33), (2, 3, 64), (3, 2100), (127,), (191,)])
 def test_values_and_gradients(shape, dtype, device, check):
     check(tapelm.swiglu, swiglu_reference, *make(shape, dtype, device))
 

@@ -125,6 +125,8 @@ def test_ladder(monkeypatch, tiny_model, tiny_data, tmp_path, capsys) -> None:
     out = tmp_path / "ladder.json"
     for _ in range(2):  # the second time there is nothing left to do
         llama_ladder.run(tiny_model, tiny_data, tmp_path / "runs", 2, sweeps=False, json_path=out)
+    with pytest.raises(UserError, match="is a run of max_steps 2: choose another --out"):
+        llama_ladder.run(tiny_model, tiny_data, tmp_path / "runs", 3, sweeps=False, json_path=out)
     rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
     assert [row["name"] for row in rows] == ["bf16", "+ 8-bit optimizer"]
     assert rows[0]["base_perplexity"] > 1 and rows[1]["decode_ms_cache"] > 0
