@@ -232,7 +232,12 @@ def run(
     long = found.floor_seconds >= 10
     add("optimizer step", "{:,.1f} s" if long else "{:,.1f} ms", lambda s: s if long else 1e3 * s)
     add("tokens/s", "{:,.0f}", lambda s: found.tokens / s)
-    add(f"{tokens:.2g} tokens", "{:,.4g} h", lambda s: tokens / found.tokens * s / 3600)
+    brief = tokens / found.tokens * found.floor_seconds < 3600
+    add(
+        f"{tokens:.2g} tokens",
+        "{:.2f} min" if brief else "{:,.2f} h",
+        lambda s: tokens / found.tokens * s / (60 if brief else 3600),
+    )
     if dollars is not None:
         add(
             f"at ${dollars:g} a GPU hour",

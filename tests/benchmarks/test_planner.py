@@ -108,8 +108,16 @@ def test_the_command_states_its_error(tmp_path: Path, monkeypatch, capsys) -> No
         assert planner.run(path, "gpt2", None, "H100", 64, 2.0, 1e9) == 0
         said = " ".join(capsys.readouterr().out.split())
         assert "gpt2 on 64 x H100, 8 windows" in said and "predicted within 20%" in said
+        assert " min to " in said and " ms to " in said and "Hardly worth using" not in said
         assert "no step has been measured" in said and "at $2 a GPU hour" in said
         assert f"{1e3 * low:.1f} ms to {1e3 * high:.1f} ms" in said
+    write_results(
+        tmp_path / "x.json", torch.device("cpu"), [], plan=SECTION | {"held_out_errors": {"a": 0.5}}
+    )
+    planner.run(tmp_path / "x.json", "gpt2", 1000, "a10g", 1, None, 1e12)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "gpt2 on 1 x A10G" in said and " s to " in said and " h to " in said and "e+0" not in said
+    assert "Hardly worth using: x.json is of a busy machine" in said
 
 
 @pytest.mark.parametrize("plan", [None, {}, {"multiples": {"products": 1.0}, "multiples_without": {}}])
