@@ -78,17 +78,15 @@ class All(Measuring):
     def run(self) -> int:
         if self.out is not None and self.json is not None:
             raise UserError("--out writes results.json there: leave out --json")
+        device = self.begin()
+        swept = sweeps.Sweeps(cases_of(device, self.only), device, self.rounds or FEWER_ROUNDS)
         path = self.json if self.out is None else self.out / "results.json"
         if path is not None:
             prepare_output(path)
-        device = self.begin()
-        self._measure(Gathered(path, device, self._ops(device)), device)
+        self._measure(Gathered(path, device, swept), device)
         if self.out is not None:
             print(f"wrote {page.write(compare.read(self.out / 'results.json'), self.out)}")
         return 0
-
-    def _ops(self, device: torch.device) -> sweeps.Sweeps:
-        return sweeps.Sweeps(cases_of(device, self.only), device, self.rounds or FEWER_ROUNDS)
 
     def _measure(self, found: Gathered, device: torch.device) -> None:
         """Ops and GPT's ladder in three parts, the others between them: the parts lie minutes apart."""

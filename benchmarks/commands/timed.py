@@ -43,10 +43,11 @@ class Timed:
         text = getattr(self, "text", None)
         if text is not None and not text.exists():
             raise UserError(f"--text: there is no {text}")
+        set_threads(self.threads)
+        device = pick_device(getattr(self, "device", "cpu"))
         if self.json is not None:
             prepare_output(self.json)
-        set_threads(self.threads)
-        return pick_device(getattr(self, "device", "cpu"))
+        return device
 
     def finish(
         self, rows: Sequence[Row], device: torch.device, printed: Sequence[Row] = (), **sections: Any
