@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.tables import markdown
+from benchmarks.table_kinds import markdown
 from gpt.cli import UserError, prepare_output, write_atomically
 
 FILES = ("summary", "evaluation", "sample")

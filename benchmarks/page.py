@@ -12,7 +12,7 @@ from typing import Any
 
 import matplotlib
 
-from benchmarks import tables
+from benchmarks import table_kinds, tables
 from benchmarks.compare import Results
 from benchmarks.harness import Row, impossible
 from gpt.cli import write_atomically
@@ -36,7 +36,7 @@ def roofline(axes: Any, results: Results) -> None:
     rows = [
         row
         for row in results.rows
-        if row.fraction_of_ceiling > 0 and not row.subject.startswith(tables.NOT_OPS)
+        if row.fraction_of_ceiling > 0 and not row.subject.startswith(table_kinds.NOT_OPS)
     ]
     for name, colour, mark, wanted in (("peers", PEER, "x", False), ("tapelm", OURS, "o", True)):
         points = [row for row in rows if ("tapelm" in row.variant or "ours" in row.variant) is wanted]
@@ -136,10 +136,11 @@ def to_html(results: Results) -> str:
     for section in results.content.get("ladders", ()):
         parts += _ladder(results, section)
     if any(
-        row.fraction_of_ceiling > 0 and not row.subject.startswith(tables.NOT_OPS) for row in results.rows
+        row.fraction_of_ceiling > 0 and not row.subject.startswith(table_kinds.NOT_OPS)
+        for row in results.rows
     ):
         parts.append("<h2>Kernels</h2>" + draw(roofline, results, 5.5))
-        parts.append(_from_markdown(tables.ops(results)))
+        parts.append(_from_markdown(table_kinds.ops(results)))
     above = "".join(
         f"<li>{html.escape(f'{row.subject} {row.shape}, {row.variant}')}: {row.fraction_of_ceiling:.0%}</li>"
         for row in impossible(results.rows)
@@ -172,7 +173,7 @@ def _ladder(results: Results, section: dict[str, Any]) -> list[str]:
     parts = [
         f"<h2>The training step, {html.escape(title)}, {rows[0].shape} tokens</h2>",
         draw(partial(ladder_bars, title=title), results, height),
-        _from_markdown(tables.ladder_of(results, section)),
+        _from_markdown(table_kinds.ladder_of(results, section)),
         f"<p class='note'>left out: {skipped}</p>" if skipped else "",
     ]
     if removed := rows_of(results, f"removal {title}"):
@@ -184,7 +185,7 @@ def _ladder(results: Results, section: dict[str, Any]) -> list[str]:
 
 
 def _from_markdown(text: str) -> str:
-    """The table and the sentences after it, of tables.markdown."""
+    """The table and the sentences after it, of table_kinds.markdown."""
     lines = text.splitlines()
     cells = [tuple(cell.strip() for cell in line.strip("| ").split("|")) for line in lines if line[:1] == "|"]
     said = "".join(f"<p>{html.escape(line)}</p>" for line in lines if line and line[0] != "|")
@@ -201,7 +202,7 @@ def write(results: Results, folder: Path) -> Path:
         "loader": "loader",
     }
     present = [kind for prefix, kind in kinds.items() if rows_of(results, prefix)]
-    text = "\n".join(tables.table(kind, results) for kind in (*present, "ops"))
+    text = "\n".join(tables.table(kind, results) for kind in (*present, "summary", "ops"))
     write_atomically(folder / "tables.md", text)
     write_atomically(folder / "index.html", to_html(results))
     return folder / "index.html"

@@ -1,6 +1,7 @@
-"""Markdown tables from committed results: python -m benchmarks.tables puts them into the README.
+"""Markdown tables from committed results: python -m benchmarks.tables puts them into README.md and into
+benchmarks/README.md, the page of results.
 
-A line `<!-- table KIND FILE -->` in the README, FILE being in benchmarks/results and written by
+A line `<!-- table KIND FILE -->` there, FILE being in benchmarks/results and written by
 `python -m benchmarks` or `python -m gpt.evaluate`, is followed by the table of that kind and by
 `<!-- end -->`. What stands between is replaced; a test fails when it is not what the file says.
 """
@@ -9,291 +10,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from benchmarks.compare import RESULTS, Results, read
-from benchmarks.harness import Row
+from benchmarks.table_kinds import KINDS
 from gpt.cli import UserError, run_program, write_atomically
-from gpt.forecast import direction_line
 
-README = Path(__file__).parent.parent / "README.md"
-NOT_OPS = (
-    "train", "ladder", "removal", "peers", "scaling", "loader", "open", "encode", "load", "cold", "warm",
-    "merges", "llama", "decode",
-)  # fmt: skip
-"""How the subjects begin whose rows are not of one op."""
-BEGINS = {"AdamW": "+ our AdamW", "bf16": "+ bf16"}
-"""Of removals that are not called as their line is: how that begins."""
+ROOT = Path(__file__).parent.parent
+PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 BLOCK = re.compile(r"(<!-- table (\S+) (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table whose first column is text and whose others are numbers."""
-    lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
-
-
-def chosen(results: Results, prefix: str) -> list[Row]:
-    """Rows of the subjects that begin with `prefix`. Raises UserError when there are none."""
-    rows = [row for row in results.rows if row.subject.startswith(prefix)]
-    if not rows:
-        raise UserError(
-            f"{results.path} has no rows of {prefix}: write it with python -m benchmarks {prefix}"
-        )
-    return rows
-
-
-def _speed_up(row: Row) -> float:
-    """Relative to the first thing the row was compared with."""
-    return next(iter(row.ratio_vs.values()))
-
-
-def steps(results: Results) -> str:
-    rows = chosen(results, "train")
-    head = (
-        f"{rows[0].subject}, {rows[0].shape} tokens",
-        "median",
-        "speed-up",
-        "tokens/s",
-        "of the GEMM peak",
-        "peak memory",
-    )
-    return markdown(
-        head,
-        [
-            (
-                row.variant, f"{row.median_ms:.0f} ms", f"{_speed_up(row):.1f}×",
-                f"{row.extra['tokens_per_second']:,.0f}", f"{row.fraction_of_ceiling:.0%} of {row.ceiling}",
-                megabytes(row),
-            )
-            for row in rows
-        ],
-    )  # fmt: skip
-
-
-def _heading(row: Row) -> str:
-    return f"{row.subject}, {row.shape} tokens"
-
-
-def ladder(results: Results) -> str:
-    """Every ladder of the file."""
-    sections = results.content.get("ladders", [])
-    if not sections:
-        raise UserError(f"{results.path} has no rows of ladder: write it with python -m benchmarks ladder")
-    return "\n".join(ladder_of(results, section) for section in sections)
-
-
-def ladder_of(results: Results, section: dict[str, Any]) -> str:
-    """Gains with their standard errors; beside them what the last step loses without the rung, where it was
-    timed, or without the part of it that is named."""
-    rows = chosen(results, f"ladder {section['title']}")
-    first = rows[0].variant
-    removed: dict[str, list[str]] = {}
-    for row in results.rows:
-        if row.subject == f"removal {section['title']}" and row.variant.startswith("without "):
-            name = row.variant.removeprefix("without ")
-            line = line_of(name, [row.variant for row in rows])
-            part = "" if line == f"+ {name}" else f"{name}: "
-            loss = _gain(1 / _speed_up(row), row.extra.get("ratio_error"))
-            removed.setdefault(line, []).append(part + loss)
-    table = markdown(
-        (
-            _heading(rows[0]), "step", "tokens/s", "of the GEMM peak", "gain", "speed-up",
-            "slower without it", "peak memory", "loss",
-        ),
-        [
-            (
-                row.variant, f"{row.median_ms:.0f} ms", f"{row.extra['tokens_per_second']:,.0f}",
-                f"{row.fraction_of_ceiling:.0%}",
-                _gain(row.ratio_vs["before"], row.extra.get("gain_error")) if row.variant != first else "",
-                f"{row.ratio_vs[first]:.2f}×", "; ".join(removed.get(row.variant, ())),
-                megabytes(row), f"{row.extra['loss']:.3f}",
-            )
-            for row in rows
-        ],
-    )  # fmt: skip
-    return table + (
-        "\nRatios are medians over the rounds, not ratios of the medians beside them."
-        f" The gains multiply to {section['product_of_steps']:.2f}×, first against last is "
-        f"{section['total']:.2f}×; ops account for {section['profile']['accounted']:.0%} of the last step.\n"
-    )
-
-
-def line_of(removal: str, lines: Sequence[str]) -> str:
-    """The line of a ladder of which `removal` is the whole or a part. Raises UserError when there is none."""
-    found = [line for line in lines if line == f"+ {removal}"]
-    if removal in BEGINS:
-        found += [line for line in lines if line.startswith(BEGINS[removal])]
-    if not found:
-        raise UserError(f"'without {removal}' is no part of a line of the ladder: {', '.join(lines)}")
-    return found[0]
-
-
-def _gain(ratio: float, error: float | None) -> str:
-    return f"{ratio:.2f}×" + ("" if error is None else f" ±{ratio * error:.2f}")
-
-
-def megabytes(row: Row) -> str:
-    peak = row.extra.get("peak_memory_bytes")
-    return "" if peak is None else f"{peak / 1e6:,.0f} MB"
-
-
-def removal(results: Results) -> str:
-    rows = chosen(results, "removal")
-    return markdown(
-        ("all of them, and all but one", "step", "slower by"),
-        [
-            (row.variant, f"{row.median_ms:.0f} ms", f"{1 / next(iter(row.ratio_vs.values())):.2f}×")
-            for row in rows
-        ],
-    )
-
-
-def ops(results: Results) -> str:
-    """Ours beside the baseline, one line for each op and shape."""
-    rows = [
-        row
-        for row in results.rows
-        if not row.subject.startswith(NOT_OPS) and row.variant != next(iter(row.ratio_vs))
-    ]
-    return markdown(
-        ("op", "shape", "variant", "median", "speed-up", "of the ceiling"),
-        [
-            (
-                f"{row.subject} {row.dtype}", row.shape, f"{row.variant} / {next(iter(row.ratio_vs))}",
-                f"{row.median_ms:.2f} ms", f"{next(iter(row.ratio_vs.values())):.2f}×",
-                f"{row.fraction_of_ceiling:.0%} of {row.ceiling}",
-            )
-            for row in rows
-        ],
-    )  # fmt: skip
-
-
-def tokenizer(results: Results) -> str:
-    """Passes in MB/s; loading and training in seconds."""
-    first = chosen(results, "cold")
-    peers = list(dict.fromkeys(row.variant for row in first))
-    lines = []
-    for subject in dict.fromkeys(row.subject for row in results.rows):
-        if not subject.startswith(("load,", "cold", "warm", "merges")):
-            continue
-        by_peer = {row.variant: row for row in results.rows if row.subject == subject}
-        timed = subject.startswith(("load", "merges"))
-        cells = [_cell(by_peer.get(peer), timed) for peer in peers]
-        lines.append((subject.replace(" thr", " thread") + (", ms" if timed else ", MB/s"), *cells))
-    return markdown((first[0].shape, *peers), lines)
-
-
-def _cell(row: Row | None, timed: bool) -> str:
-    if row is None:
-        return ""
-    number = row.median_ms if timed else row.extra["megabytes_per_second"]
-    return f"{number:,.1f}" if number < 10 else f"{number:,.0f}"
-
-
-def loader(results: Results) -> str:
-    """Batches, opening and files to shards, ours beside what it is compared with."""
-    rows = [row for row in results.rows if row.subject in ("loader", "open", "encode_files")]
-    return markdown(
-        ("", "median", "speed-up", "of the copy bandwidth"),
-        [
-            (
-                f"{row.subject} {row.shape}: {row.variant}",
-                _duration(row),
-                "" if row.variant in row.ratio_vs else f"{_speed_up(row):.2f}×",
-                _of_ceiling(row) if row.subject == "loader" else "",
-            )
-            for row in rows
-        ],
-    )
-
-
-def _of_ceiling(row: Row) -> str:
-    return f"{row.fraction_of_ceiling:.0%}" + ("!" if row.fraction_of_ceiling > 1 else "")
-
-
-def _duration(row: Row) -> str:
-    """Of one batch, where a row has many: its shape begins with their number."""
-    if row.subject != "loader":
-        return f"{row.median_ms:,.2f} ms"
-    return f"{1e3 * row.median_ms / int(row.shape.split(' x ')[0]):,.1f} µs"
-
-
-def texts(results: Results) -> str:
-    """Bits per byte of a model that gpt.evaluate scored, beside the compressors."""
-    domains = results.content["domains"] | {"all": results.content["total"]}
-    keys = ("bits_per_byte", "unigram_bits_per_byte", "bz2_bits_per_byte", "xz_bits_per_byte")
-    return markdown(
-        (_of_run(results), "bytes", "perplexity of a token", "bits/byte", "unigram", "bz2 -9", "xz -9"),
-        [
-            (name, f"{row['bytes']:,}", f"{row['perplexity']:.2f}", *(f"{row[key]:.3f}" for key in keys))
-            for name, row in domains.items()
-        ],
-    )
-
-
-def forecasts(results: Results) -> str:
-    """NLL, CRPS and coverage with half their 95% intervals, of the model and of the methods beside it."""
-    keys = ("nll", "crps", "coverage_50", "coverage_80", "coverage_95")
-    keys += ("model_nll_difference", "model_crps_ratio")
-    domains = results.content["domains"] | {"all": results.content["total"]}
-    lines = [
-        (f"{name}, {domain['rows']:,} rows: {method}", *(_with_interval(scores, key) for key in keys))
-        for name, domain in domains.items()
-        for method, scores in domain["methods"].items()
-    ]
-    table = markdown(
-        (
-            _of_run(results), "NLL", "CRPS", "inside 50%", "80%", "95%", "model's NLL less this one's",
-            "model's CRPS to this one's",
-        ),
-        lines,
-    )  # fmt: skip
-    return f"{table}\n{direction_line(results.content)}\n"
-
-
-def _of_run(results: Results) -> str:
-    trained = results.content["trained"]
-    return (
-        f"{results.content['split']}, after {trained['tokens'] / 1e6:.1f} M tokens, "
-        f"{trained['seconds']:,.0f} s of training"
-    )
-
-
-def _with_interval(scores: dict[str, Sequence[float]], key: str) -> str:
-    if key not in scores:
-        return ""
-    middle, low, high = scores[key]
-    if key.startswith("coverage"):
-        return f"{100 * middle:.1f} ±{50 * (high - low):.1f}"
-    sign = "+" if key == "model_nll_difference" else "-"
-    return f"{middle:{sign}.3f} ±{(high - low) / 2:.3f}"
-
-
-def scaling(results: Results) -> str:
-    """Exponents of a step's cost, and how far the planner was off on shapes that it was not fitted to."""
-    plan = results.content["plan"]
-    errors = plan.get("exponent_errors", {})  # older files have none
-    exponents = [
-        (name.replace("_", " "), f"{power:.2f}" + (f" ±{errors[name]:.2f}" if name in errors else ""))
-        for name, power in plan["exponents"].items()
-    ]
-    held_out = [(name, f"{100 * error:+.0f}%") for name, error in plan["held_out_errors"].items()]
-    return (
-        markdown(
-            ("a step's time goes with", "to the power" + (", ± standard error" if errors else "")), exponents
-        )
-        + "\n"
-        + markdown(("not fitted: batch x T x C x layers x heads x vocabulary", "predicted"), held_out)
-    )
-
-
-KINDS: dict[str, Callable[[Results], str]] = {
-    "steps": steps, "ladder": ladder, "removal": removal, "ops": ops, "tokenizer": tokenizer,
-    "loader": loader, "texts": texts, "forecasts": forecasts, "scaling": scaling,
-}  # fmt: skip
 
 
 def opened(path: Path) -> Results:
@@ -332,11 +57,13 @@ def splice(text: str, folder: Path = RESULTS) -> str:
 def main(arguments: list[str]) -> int:
     if arguments:
         raise UserError("python -m benchmarks.tables takes no options")
-    old = README.read_text(encoding="utf-8")
-    new = splice(old)
-    if new != old:
-        write_atomically(README, new)
-    print(f"README.md: {len(BLOCK.findall(new))} tables, " + ("as they were" if new == old else "changed"))
+    for page in PAGES:
+        old = page.read_text(encoding="utf-8")
+        new = splice(old)
+        if new != old:
+            write_atomically(page, new)
+        state = "as they were" if new == old else "changed"
+        print(f"{page.relative_to(ROOT)}: {len(BLOCK.findall(new))} tables, {state}")
     return 0
 
 

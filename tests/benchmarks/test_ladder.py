@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpt_ladder, ladder, tables, train
+from benchmarks import gpt_ladder, ladder, table_kinds, train
 from benchmarks.gpt_ladder import KERNELS, MasterAdamW, Place, Setting, ops_of
 from benchmarks.harness import WrongResult, relative_error
 from benchmarks.ladder import Ascent, Ladder, Rung, climb
@@ -164,12 +164,12 @@ def test_every_removal_finds_its_line_in_the_table(
     monkeypatch.setattr(gpt_ladder, "pick_precision", lambda *arguments: precision)
     built = gpt_ladder.build(ladder.Request("tiny", 2, CPU), tmp_path)
     lines, removals = ([each.name for each in part] for part in (built.rungs, built.removals))
-    found = {name: tables.line_of(name.removeprefix("without "), lines) for name in removals}
+    found = {name: table_kinds.line_of(name.removeprefix("without "), lines) for name in removals}
     assert found["without AdamW"].startswith("+ our AdamW") and found["without linear"] == "+ linear"
     assert found.get("without bf16", "") == ("+ bf16 autocast, fused AdamW" if precision == "bf16" else "")
     assert len(set(found.values())) == len(removals)
     with pytest.raises(UserError, match=r"'without wings' is no part of a line"):
-        tables.line_of("wings", lines)
+        table_kinds.line_of("wings", lines)
 
 
 def test_loader_and_dataloader_give_the_same_batches(tiny: Place) -> None:

@@ -1,14 +1,16 @@
-"""The README's tables are what the committed results say."""
+"""The tables of the README and of the page of results are what the committed results say."""
 
 from __future__ import annotations
 
 import json
+import re
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import tables
+from benchmarks import table_kinds, tables
 from benchmarks.harness import Row, write_results
 from gpt.cli import UserError
 from gpt.hardware import fingerprint
@@ -16,15 +18,24 @@ from gpt.hardware import fingerprint
 CPU = torch.device("cpu")
 
 
-def test_readme_holds_the_committed_results() -> None:
-    text = tables.README.read_text(encoding="utf-8")
-    assert tables.BLOCK.search(text), "the README has no table"
+@pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.parent.name)
+def test_pages_hold_the_committed_results(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert tables.BLOCK.search(text), "the page has no table"
     assert tables.splice(text) == text, "run make readme-tables"
 
 
-def test_every_opened_table_is_closed() -> None:
-    text = tables.README.read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.parent.name)
+def test_every_opened_table_is_closed(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
     assert text.count("<!-- table ") == text.count("<!-- end -->") == len(tables.BLOCK.findall(text))
+
+
+def test_every_committed_result_is_named_on_a_page() -> None:
+    text = "".join(page.read_text(encoding="utf-8") for page in tables.PAGES)
+    named = re.findall(r"[\w.*-]+", text)
+    files = [path.name for path in tables.RESULTS.glob("*.json")]
+    assert [file for file in files if not any(fnmatch(file, name) for name in named)] == []
 
 
 def test_a_table_follows_its_file(tmp_path: Path) -> None:
@@ -48,11 +59,25 @@ def test_a_table_follows_its_file(tmp_path: Path) -> None:
     assert tables.splice(made, tmp_path) != made
 
 
+def test_summary_has_the_range_of_an_op_and_the_ceiling_of_its_longest_shape(tmp_path: Path) -> None:
+    def pair(shape: str, milliseconds: float, ratio: float, of_ceiling: float) -> list[Row]:
+        rest = ("bfloat16", "cpu", milliseconds, milliseconds, milliseconds)
+        return [
+            Row("gelu fwd", "torch", shape, *rest, {"torch": 1.0}, "60 GB/s copy", 0.1),
+            Row("gelu fwd", "other", shape, *rest, {"torch": 99.0}, "60 GB/s copy", 0.9),
+            Row("gelu fwd", "tapelm", shape, *rest, {"torch": ratio}, "60 GB/s copy", of_ceiling),
+        ]
+
+    write_results(tmp_path / "a.json", CPU, [*pair("8x8", 9.0, 3.21, 0.77), *pair("1x8", 0.1, 0.98, 0.01)])
+    made = tables.splice("<!-- table summary a.json -->\n<!-- end -->", tmp_path)
+    assert "| gelu fwd | 1.0 to 3.2× | 77% |  |  | copy |" in made and "99" not in made
+
+
 @pytest.mark.parametrize("path", sorted(tables.RESULTS.glob("*-all-*.json")), ids=lambda path: path.stem)
 def test_every_removal_of_committed_results_is_in_the_table(path: Path) -> None:
     results = tables.opened(path)
     removals = [row for row in results.rows if row.variant.startswith("without ")]
-    made = tables.ladder(results)
+    made = table_kinds.ladder(results)
     assert removals
     for row in removals:
         loss, error = 1 / next(iter(row.ratio_vs.values())), row.extra["ratio_error"]
