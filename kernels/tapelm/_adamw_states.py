@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._sharded import as_shard, shard_of
+
 QUANT_BLOCK = 256
 SMALLEST_QUANTIZED = 4096
 """Tensors of fewer elements, biases and norms, keep float32 moments: they cost little."""
@@ -64,13 +66,15 @@ def dequantize(codes: Tensor, scale: Tensor, signed: bool) -> Tensor:
 def new_state(p: Tensor, eight_bits: bool, master: bool) -> dict[str, Any]:
     """Zero moments for ``p`` and, where asked for, its float32 master; on a CPU on huge pages."""
     state: dict[str, Any] = {"step": 0}
+    part = shard_of(p)
     for name in MOMENTS:
-        state[name] = torch.ops.tapelm.adamw_state(p, torch.uint8 if eight_bits else torch.float32)
+        moment = torch.ops.tapelm.adamw_state(part, torch.uint8 if eight_bits else torch.float32)
+        state[name] = as_shard(moment, p)
         if eight_bits:
             blocks = -(-p.numel() // QUANT_BLOCK)
             state[f"{name}_scale"] = torch.zeros(blocks, dtype=torch.float32, device=p.device)
     if master:
-        state["master"] = torch.ops.tapelm.adamw_state(p, torch.float32).copy_(p)
+        state["master"] = as_shard(torch.ops.tapelm.adamw_state(part, torch.float32).copy_(part), p)
     return state
 
 

@@ -17,28 +17,21 @@ Shapes: param, grad, m, v, master alike and contiguous; scales of 8-bit moments 
 factor () float32, on the device.
 """
 
-# Triton's stubs do not know its own language and launch options.
-# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
-
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
-import numpy as np
 import torch
-import triton.language as tl
 from torch import Tensor
 
-from ._adamw_kernels import adamw8_kernel, adamw_kernel, grad_norm_kernel
+from . import _adamw_launches as _adamw_launches  # registers the CUDA kernels
 from ._adamw_states import QUANT_BLOCK, SMALLEST_QUANTIZED, converted_state, new_state
-from ._library import SUPPORTED_DTYPES, register_cuda, register_fake
+from ._library import SUPPORTED_DTYPES
+from ._sharded import is_sharded, norm_over_ranks, shard_of
 
-CHUNK = 65536  # elements per program
-BLOCK = 1024
-BLOCK_8_BITS = 2048
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
@@ -60,92 +53,13 @@ def random_key(seed: int, step: int) -> int:
     return key - 2**64 if key >= 2**63 else key
 
 
-_TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
-def _chunk_table(columns: Sequence[Sequence[Tensor]], first_words: Sequence[int] | None = None) -> Tensor:
-    """(rows, chunks) int64 on the tensors' device: chunk addresses per column, first random word if given,
-    length. A column with fewer elements than the first has one for each QUANT_BLOCK of them."""
-    sizes = np.array([tensor.numel() for tensor in columns[0]], dtype=np.int64)
-    counts = -(-sizes // CHUNK)
-    owner = np.repeat(np.arange(len(sizes)), counts)
-    offset = (np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)) * CHUNK
-    rows = []
-    for tensors in columns:
-        addresses = np.array([tensor.data_ptr() for tensor in tensors], dtype=np.int64)
-        if (addresses % 16)[sizes > 0].any():
-            raise ValueError(
-                "adamw: a tensor does not start on a 16-byte boundary; clone() it into its own storage."
-            )
-        per_block = any(tensor.numel() < size for tensor, size in zip(tensors, sizes, strict=True))
-        step = tensors[0].itemsize / (QUANT_BLOCK if per_block else 1)
-        rows.append(addresses[owner] + (offset * step).astype(np.int64))
-    if first_words is not None:
-        rows.append(np.array(first_words, dtype=np.int64)[owner] + offset)
-    rows.append(np.minimum(sizes[owner] - offset, CHUNK))
-    device = columns[0][0].device
-    host = torch.from_numpy(np.stack(rows))
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
-
-
-@register_cuda("grad_norm")
-def launch_grad_norm(grads: list[Tensor]) -> Tensor:
-    """Triton launch of ``tapelm::grad_norm``, one per dtype among the gradients."""
-    by_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
-    for grad in grads:
-        by_dtype[grad.dtype].append(grad.contiguous())
-    partials = []
-    for dtype, tensors in by_dtype.items():
-        table = _chunk_table([tensors])
-        chunks = table.shape[1]
-        partials.append(torch.empty(chunks, dtype=torch.float32, device=tensors[0].device))
-        if chunks:
-            grad_norm_kernel[(chunks,)](
-                table, partials[-1], chunks, DTYPE=_TRITON_DTYPES[dtype], BLOCK=BLOCK, num_warps=4
-            )
-    return torch.cat(partials).sum().sqrt()
-
-
-@register_cuda("adamw_step_")
-def launch_adamw_step_(
-    params: list[Tensor], grads: list[Tensor], exp_avg: list[Tensor], exp_avg_sq: list[Tensor],
-    masters: list[Tensor], exp_avg_scale: list[Tensor], exp_avg_sq_scale: list[Tensor], first_word: list[int],
-    grad_scale: Tensor, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int,
-    key: int,
-) -> None:  # fmt: skip
-    """Triton launch of ``tapelm::adamw_step_``: all params of one dtype, all grads of one, either all moments
-    8-bit or none; parameters that are not float32 and have no masters are rounded stochastically."""
-    grads = [grad.contiguous() for grad in grads]
-    columns = [params, grads, exp_avg, exp_avg_sq, masters or params]
-    columns += [exp_avg_scale, exp_avg_sq_scale] if exp_avg_scale else []
-    table = _chunk_table(columns, first_word or [0] * len(params))
-    if chunks := table.shape[1]:
-        kernel, block = (adamw8_kernel, BLOCK_8_BITS) if exp_avg_scale else (adamw_kernel, BLOCK)
-        dtype = params[0].dtype
-        kernel[(chunks,)](
-            table, grad_scale, chunks, 1 - beta1, beta2, 1 - beta2, eps, 1 - lr * weight_decay,
-            lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step), key,
-            DTYPE=_TRITON_DTYPES[dtype], GRAD_DTYPE=_TRITON_DTYPES[grads[0].dtype], HAS_MASTER=bool(masters),
-            STOCHASTIC=dtype != torch.float32 and not masters, BLOCK=block, num_warps=4,
-            enable_fp_fusion=False,
-        )  # fmt: skip
-
-
-@register_fake("grad_norm")
-def _(grads: list[Tensor]) -> Tensor:
-    return grads[0].new_empty((), dtype=torch.float32)
-
-
-@register_fake("adamw_step_")
-def _(params: list[Tensor], *args: Any) -> None:
-    return None
-
-
 class AdamW(torch.optim.Optimizer):
     """Adam with decoupled weight decay and optional clipping by the global norm; a ``torch.optim.Optimizer``.
 
     Args:
-        params: contiguous float32 or bfloat16 tensors (on CUDA also float16), or dicts of parameter groups.
+        params: contiguous float32 or bfloat16 tensors (on CUDA also float16, and each at a multiple of 16
+            bytes), or dicts of parameter groups. Those that FSDP2 has cut into shards (DTensor) are updated
+            where they lie, clipped by the norm over all ranks; with 32-bit states and masters only.
         lr, betas, eps, weight_decay: as in ``torch.optim.AdamW``; per group.
         max_grad_norm: gradients of all groups together are scaled down to this L2 norm; None does not clip.
         state_bits: bits of the stored moments, 32 or 8; with 8, tensors below 4096 elements still have 32.
@@ -214,6 +128,11 @@ class AdamW(torch.optim.Optimizer):
                 )
             if p.dtype == torch.float16 and group["stochastic_seed"] is not None:
                 raise TypeError("AdamW: float16 is not rounded stochastically; leave stochastic_seed None.")
+            if is_sharded(p) and (self.state_bits == 8 or group["stochastic_seed"] is not None):
+                raise ValueError(
+                    "AdamW: sharded params need state_bits=32 and stochastic_seed=None: blocks and random "
+                    "numbers are counted through whole tensors."
+                )
             if not p.is_contiguous():
                 raise ValueError(
                     f"AdamW: params has a tensor of shape {tuple(p.shape)} that is not contiguous."
@@ -263,9 +182,9 @@ class AdamW(torch.optim.Optimizer):
             group, params = self.param_groups[index], [p for p, _ in bucket]
             states = [self.state[p] for p in params]
             torch.ops.tapelm.adamw_step_(
-                params, [p.grad for p in params],
+                [shard_of(p) for p in params], [shard_of(p.grad) for p in params],
                 *(
-                    [state[name] for state in states if name in state]
+                    [shard_of(state[name]) for state in states if name in state]
                     for name in ("exp_avg", "exp_avg_sq", "master", "exp_avg_scale", "exp_avg_sq_scale")
                 ),
                 [first for _, first in bucket], scales[device], group["lr"], *group["betas"], group["eps"],
@@ -285,19 +204,25 @@ class AdamW(torch.optim.Optimizer):
             self.state[p] = new_state(p, *self._format(p, group))
         return self.state[p]
 
-    def _grad_scales(self, grads: list[Tensor]) -> dict[torch.device, Tensor]:
+    def _grad_scales(self, grads: list[Any]) -> dict[torch.device, Tensor]:
         """The clip factor on each device; sets ``grad_norm``."""
-        by_device: dict[torch.device, list[Tensor]] = defaultdict(list)
+        devices = {grad.device for grad in grads}
+        if self.max_grad_norm is None or not grads:
+            return {device: torch.ones((), device=device) for device in devices}
+        # One norm for all that lie on one device and, of shards, are cut alike.
+        alike: dict[tuple[Any, ...], list[Any]] = defaultdict(list)
         for grad in grads:
-            by_device[grad.device].append(grad)
-        if self.max_grad_norm is None or not by_device:
-            return {device: torch.ones((), device=device) for device in by_device}
-        norms = [torch.ops.tapelm.grad_norm(grads) for grads in by_device.values()]
+            cut = (grad.device_mesh, grad.placements) if is_sharded(grad) else ()  # type: ignore[attr-defined]
+            alike[grad.device, *cut].append(grad)
+        norms = []
+        for found in alike.values():
+            norm = torch.ops.tapelm.grad_norm([shard_of(grad) for grad in found])
+            norms.append(norm_over_ranks(norm, found[0]) if is_sharded(found[0]) else norm)
         norm = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
         if self.grad_norm is not None:
             self.grad_norm.copy_(norm)
         scale = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-        return {device: scale.to(device) for device in by_device}
+        return {device: scale.to(device) for device in devices}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what ``state_dict`` returned; also reads a ``torch.optim.AdamW`` state.

@@ -17,7 +17,7 @@ SETTINGS = {"lr": 3e-3, "betas": (0.8, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(importlib.import_module("tapelm.adamw"), "CHUNK", 1024)
+    monkeypatch.setattr(importlib.import_module("tapelm._adamw_launches"), "CHUNK", 1024)
 
 
 def parameters(dtype, device, shapes=SHAPES):
@@ -322,6 +322,55 @@ def test_second_moment_in_8_bits_moves(device):
     for step in range(60):
         exact = exact * 0.98 + (1.0 if step < 20 else 0.25) * 0.02
     assert abs(float(v.mean()) - exact) < 0.03 * exact
+
+
+@pytest.mark.parametrize("shift", [1, 3], ids=lambda shift: f"{shift} elements")
+def test_gradients_may_lie_anywhere(shift, dtype, device):
+    """As DDP's buckets do, whose gradients lie one behind the other."""
+    params = parameters(dtype, device, [(33,), (7, 5)])
+    apart = copy.deepcopy(params)
+    set_gradients(params)
+    packed = torch.empty(100, dtype=dtype, device=device)
+    for place, a, b in zip((shift, shift + 36), params, apart, strict=True):
+        b.grad = packed[place : place + a.numel()].view(a.shape).copy_(a.grad)
+        assert b.grad.data_ptr() % 16
+    for each in (params, apart):
+        tapelm.AdamW(each, max_grad_norm=0.5, **SETTINGS).step()
+    assert all(torch.equal(a, b) for a, b in zip(params, apart, strict=True))
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    """A process group of this process alone, and its mesh."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/ranks", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def test_shards_are_updated_where_they_lie(dtype, one_rank):
+    """A rank alone; several are in tests/gpt/test_parallel.py."""
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+    whole = parameters(dtype, "cpu")[:1]
+    cut = [torch.nn.Parameter(distribute_tensor(p.detach().clone(), one_rank, [Shard(0)])) for p in whole]
+    set_gradients(whole)
+    for p, shard in zip(whole, cut, strict=True):
+        shard.grad = distribute_tensor(p.grad, one_rank, [Shard(0)])
+    optimizers = [tapelm.AdamW(each, max_grad_norm=0.1, **SETTINGS) for each in (whole, cut)]
+    for optimizer in optimizers:
+        optimizer.step()
+    assert torch.equal(cut[0].full_tensor(), whole[0])
+    assert float(optimizers[0].grad_norm) == float(optimizers[1].grad_norm) > 0.1
+    state = optimizers[1].state[cut[0]]
+    assert isinstance(state["exp_avg"], DTensor) and state["exp_avg"].shape == whole[0].shape
+    again = tapelm.AdamW(cut, max_grad_norm=0.1, **SETTINGS)
+    again.load_state_dict(optimizers[1].state_dict())
+    assert torch.equal(again.state[cut[0]]["exp_avg"].full_tensor(), state["exp_avg"].full_tensor())
+    for wrong in ({"state_bits": 8}, {"stochastic_seed": 1}):
+        with pytest.raises(ValueError, match="sharded params"):
+            tapelm.AdamW(cut, **wrong)
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
