@@ -3,7 +3,7 @@
     RUN/checkpoints/step-00000100/
         model.safetensors       parameters under their names in the model
         optimizer.safetensors   <parameter>/<state>, e.g. head.weight/exp_avg
-        state.json              step, configuration, loader position, generators
+        state.json              step, configuration, loader position, generators of every rank
         tokenizer.json          copied from the data, so that the directory can generate text by itself
         manifest.json           SHA-256 of the four files above
 
@@ -22,7 +22,7 @@ import shutil
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -33,6 +33,7 @@ from gpt.cli import UserError
 from gpt.config import ModelConfig
 from gpt.model import GPT
 from gpt.ops import load_ops
+from gpt.parallel import as_cut, whole
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "tokenizer.json")
 
@@ -52,19 +53,26 @@ class Saved(Protocol):
     def named_parameters(self) -> Iterable[tuple[str, Tensor]]: ...
 
 
-def save(
-    root: Path,
-    model: Saved,
-    optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
-    *,
-    tokenizer: Path,
-    keep: int,
-) -> Path:
+class Tensors(NamedTuple):
+    """What a checkpoint keeps of a model by the names of its parameters, and of its optimizer."""
+
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+
+
+def tensors_of(model: Saved, optimizer: torch.optim.Optimizer) -> Tensors:
+    """Without copies; what is cut among ranks is put together, which all of them have to do."""
+    states = _optimizer_tensors(model, optimizer)
+    return Tensors(
+        *({name: whole(tensor) for name, tensor in d.items()} for d in (model.state_dict(), states))
+    )
+
+
+def save(root: Path, tensors: Tensors, state: dict[str, Any], *, tokenizer: Path, keep: int) -> Path:
     """Write root/step-<state["step"]>; then `keep` checkpoints stay, this one and those just before it.
 
-    Later ones, which a run that went back to an earlier checkpoint has abandoned, are removed. `state` needs
-    "step" and must be JSON; "model", the shape, is added. Raises OSError when the disk is full.
+    Later ones, which a run that went back to an earlier checkpoint has abandoned, are removed. `state` must
+    be JSON and needs "step" and "model", the shape. Raises OSError when the disk is full.
     """
     root.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(root)
@@ -72,11 +80,10 @@ def save(
     temporary = root / f".{final.name}.tmp-{os.getpid()}"
     temporary.mkdir()
     try:
-        _save_tensors(model.state_dict(), temporary / "model.safetensors")
-        _save_tensors(_optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
+        _save_tensors(tensors.model, temporary / "model.safetensors")
+        _save_tensors(tensors.optimizer, temporary / "optimizer.safetensors")
         shutil.copyfile(tokenizer, temporary / "tokenizer.json")
-        described = state | {"model": vars(model.config)}
-        (temporary / "state.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
+        (temporary / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
         manifest = {"sha256": {name: sha256_of(temporary / name) for name in FILES}}
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         for path in (*temporary.iterdir(), temporary):
@@ -94,17 +101,25 @@ def save(
     return final
 
 
-def restore(path: Path, model: Saved, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Load parameters, optimizer state and generators from a verified checkpoint; returns its state.json."""
+def restore(path: Path, model: Saved, optimizer: torch.optim.Optimizer, rank: int = 0) -> dict[str, Any]:
+    """Load parameters, optimizer state and the rank's generators from a verified checkpoint.
+
+    Returns its state.json.
+    """
     state = read_state(path)
-    model.load_state_dict(load_file(path / "model.safetensors"))
-    indices = {name: index for index, name in enumerate(_optimizer_names(model, optimizer))}
+    parameters = dict(model.named_parameters())
+    tensors = load_file(path / "model.safetensors")
+    model.load_state_dict({name: as_cut(tensor, parameters.get(name)) for name, tensor in tensors.items()})
+    names = _optimizer_names(model, optimizer)
+    indices = {name: index for index, name in enumerate(names)}
     loaded: dict[int, dict[str, Tensor]] = {}
     for key, tensor in load_file(path / "optimizer.safetensors").items():
         name, entry = key.rsplit("/", 1)
-        loaded.setdefault(indices[name], {})[entry] = tensor
+        loaded.setdefault(indices[name], {})[entry] = as_cut(tensor, parameters[name])
     optimizer.load_state_dict({**optimizer.state_dict(), "state": loaded})
-    _set_generators(state["generators"])
+    generators = state["generators"]
+    device = next(iter(parameters.values())).device
+    _set_generators(generators[rank] if isinstance(generators, list) else generators, device)
     return state
 
 
@@ -162,20 +177,21 @@ def read_state(path: Path) -> dict[str, Any]:
     return json.loads((path / "state.json").read_text(encoding="utf-8"))
 
 
-def generators() -> dict[str, str]:
-    """The states of PyTorch's generators, base64."""
+def generators(device: torch.device) -> dict[str, str]:
+    """The states of PyTorch's generators for a run on `device`, base64."""
     states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
     return {name: base64.b64encode(state.numpy().tobytes()).decode() for name, state in states.items()}
 
 
-def _set_generators(states: dict[str, str]) -> None:
-    setters = {"cpu": torch.set_rng_state}
-    if torch.cuda.is_available():
-        setters["cuda"] = torch.cuda.set_rng_state
-    for name in setters.keys() & states.keys():
-        setters[name](torch.frombuffer(bytearray(base64.b64decode(states[name])), dtype=torch.uint8))
+def _set_generators(states: dict[str, str], device: torch.device) -> None:
+    for name, text in states.items():
+        state = torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+        if name == "cpu":
+            torch.set_rng_state(state)
+        elif device.type == name:
+            torch.cuda.set_rng_state(state, device)
 
 
 def sha256_of(path: Path) -> str:

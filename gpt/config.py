@@ -92,6 +92,9 @@ class TrainConfig:
     where the hardware has it, else fp32."""
     activation_checkpointing: bool = False
     compile: bool = False
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Of several processes (torchrun): ddp has the whole model in each, fsdp (FSDP2) cuts parameters,
+    gradients and optimizer states among them. batch_size and accumulation_steps are each process's."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
     threads: int = 0
@@ -101,7 +104,7 @@ class TrainConfig:
     eval_interval: int = 50
     """Steps between validation losses."""
     eval_batches: int = 8
-    """Validation batches, the same ones every time."""
+    """Validation batches of each process, the same ones every time."""
     checkpoint_interval: int = 100
     keep_checkpoints: int = 2
 

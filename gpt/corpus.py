@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ import torch
 from gpt.checkpoint import sha256_of
 from gpt.cli import UserError
 from gpt.config import TrainConfig
+from gpt.parallel import Ranks
 from tapelm import Tokenizer, TokenLoader
 from tapelm.loader import Batch
 from tapelm.shards import verify_shards
@@ -41,14 +43,19 @@ def no_data(data: Path) -> str:
     return f"{data} {what}: name one of python -m data.prepare, or make it with --out {data}"
 
 
-def open_loader(
-    shards: Path, batch_size: int, block_size: int, seed: int, device: torch.device
+def open_loader(config: TrainConfig, ranks: Ranks) -> TokenLoader:
+    """This rank's batches of train. Raises UserError when there are none, or too few tokens for a batch."""
+    shards, size = config.data / "train", (config.batch_size, config.block_size)
+    return _loader(shards, *size, ranks.device, seed=config.seed, rank=ranks.rank, world_size=ranks.size)
+
+
+def _loader(
+    shards: Path, batch_size: int, block_size: int, device: torch.device, **numbers: Any
 ) -> TokenLoader:
-    """Batches of `shards`. Raises UserError when there are none, or too few tokens for a batch."""
     if not (shards / "manifest.json").is_file():
         raise UserError(f"{no_data(shards.parent)} (there are no token shards in {shards})")
     try:
-        return TokenLoader(shards, batch_size, block_size, seed=seed, device=device)
+        return TokenLoader(shards, batch_size, block_size, device=device, **numbers)
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -75,12 +82,12 @@ def check_shards(data: Path, tokenizer: Tokenizer) -> None:
             )
 
 
-def fixed_batches(config: TrainConfig, device: torch.device) -> list[Batch]:
-    """The validation batches: the same ones for every run on this data, and never one window twice."""
-    shards = config.data / "val"
-    windows = open_loader(shards, 1, config.block_size, 0, device).windows
-    loader = open_loader(shards, min(config.batch_size, windows), config.block_size, 0, device)
-    return [next(loader) for _ in range(min(config.eval_batches, len(loader)))]
+def fixed_batches(config: TrainConfig, ranks: Ranks) -> list[Batch]:
+    """The validation batches of all ranks: the same for every run on this data, never one window twice."""
+    shards, device = config.data / "val", ranks.device
+    windows = _loader(shards, 1, config.block_size, device).windows
+    loader = _loader(shards, min(config.batch_size, windows), config.block_size, device)
+    return [next(loader) for _ in range(min(config.eval_batches * ranks.size, len(loader)))]
 
 
 def text_bytes(tokenizer: Tokenizer, batches: list[Batch]) -> int:

@@ -8,7 +8,6 @@ model; RUN/summary.json the result, RUN/loss.png the plot, RUN/checkpoints/ what
 from __future__ import annotations
 
 import math
-import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,12 @@ from rich.console import Console
 from torch import Tensor
 
 from gpt import checkpoint
-from gpt.cli import StopRequest, only_writer, run_program
+from gpt.cli import StopRequest, UserError, only_writer, run_program
 from gpt.hardware import peak_memory_bytes, pick_device, set_threads, synchronize, versions
 from gpt.metrics import append_record, check_finite, keep_up_to, open_tensorboard
-from gpt.train import choose_checkpoint, progress_bar
+from gpt.parallel import several_processes
+from gpt.resume import choose_checkpoint, resume_command
+from gpt.train import progress_bar
 from llama_lora import adapters as files
 from llama_lora.adapters import Recipe
 from llama_lora.backends import Backend, get_backend, open_tokenizer
@@ -38,6 +39,8 @@ def finetune(config: FinetuneConfig, arguments: list[str] | None = None) -> int:
 
     Raises UserError for input that cannot be trained on, OSError when the disk is full.
     """
+    if several_processes():
+        raise UserError("llama_lora.finetune trains in one process: start it without torchrun")
     with only_writer(config.out):
         return _finetune(config, arguments)
 
@@ -49,7 +52,7 @@ def _finetune(config: FinetuneConfig, arguments: list[str] | None) -> int:
     device = pick_device(config.device)
     dtype = pick_dtype(config.precision, device)
     checkpoints, metrics_path = config.out / "checkpoints", config.out / "metrics.jsonl"
-    start = choose_checkpoint(config, checkpoints)  # type: ignore[arg-type]
+    start = choose_checkpoint(config)
     backend = get_backend(config.backend)
     recipe = Recipe(config.method, config.rank, config.alpha, config.target_modules)
     model = backend.load(config.model, recipe, dtype, device)
@@ -119,12 +122,14 @@ def _finetune(config: FinetuneConfig, arguments: list[str] | None) -> int:
             "waited": waited,
             "precision": str(dtype),
             "threads": torch.get_num_threads(),
-            "generators": checkpoint.generators(),
+            "generators": checkpoint.generators(device),
             "config": config.as_json(),
             "versions": versions(),
+            "model": vars(trained.config),
         }
+        tensors = checkpoint.tensors_of(trained, optimizer)
         tokenizer_file, keep = config.model / "tokenizer.json", config.keep_checkpoints
-        return checkpoint.save(checkpoints, trained, optimizer, state, tokenizer=tokenizer_file, keep=keep)
+        return checkpoint.save(checkpoints, tensors, state, tokenizer=tokenizer_file, keep=keep)
 
     if start is None:
         record: dict[str, Any] = {"step": 0}
@@ -165,7 +170,8 @@ def _finetune(config: FinetuneConfig, arguments: list[str] | None) -> int:
                 path = save()
             if stop.signal is not None:
                 console.print(
-                    f"stopped after step {step}, saved {path}; go on with: {resume_command(arguments)}"
+                    f"stopped after step {step}, saved {path}; go on with: "
+                    + resume_command("python -m llama_lora.finetune", arguments)
                 )
                 return 128 + stop.signal
     finish(config, dtype, device, model, trained, max(peak, peak_memory_bytes(device)), console)
@@ -224,14 +230,6 @@ class Compiled:
 
     def loss(self, model: Any, batch: PackedBatch) -> Tensor:
         return self.compiled(batch.ids, batch.targets, batch.positions, batch.document_ids)
-
-
-def resume_command(arguments: list[str] | None) -> str:
-    given = list(arguments or [])
-    if "--resume" in given:
-        position = given.index("--resume")
-        del given[position : position + 2]
-    return shlex.join(["python", "-m", "llama_lora.finetune", *given, "--resume", "auto"])
 
 
 def main(arguments: list[str]) -> int:

@@ -15,9 +15,10 @@ from rich.console import Console
 from rich.table import Table
 
 from gpt import checkpoint
-from gpt.cli import UserError, wide_console, write_atomically
+from gpt.cli import wide_console, write_atomically
 from gpt.hardware import device_name, gemm_peak_flops, versions
 from gpt.metrics import UNTIMED_STEPS
+from gpt.resume import check_unchanged
 from llama_lora.config import FinetuneConfig
 from llama_lora.trained import Trained
 
@@ -43,16 +44,11 @@ def check_same_run(config: FinetuneConfig, dtype: torch.dtype, start: Path, toke
     """Raise UserError naming the first setting that would make the resumed run another one."""
     state = checkpoint.read_state(start)
     before = {name: state["config"][name] for name in FIXED_ON_RESUME} | {"precision": state["precision"]}
-    now = {name: config.as_json()[name] for name in FIXED_ON_RESUME} | {"precision": str(dtype)}
+    options = config.as_json() | {"target_modules": list(config.target_modules)}  # as JSON gives it back
+    now = {name: options[name] for name in FIXED_ON_RESUME} | {"precision": str(dtype)}
     before["tokenizer"] = checkpoint.sha256_of(start / "tokenizer.json")[:12]
     now["tokenizer"] = checkpoint.sha256_of(tokenizer)[:12]
-    for name, value in now.items():
-        value = list(value) if isinstance(value, tuple) else value
-        if before[name] != value:
-            raise UserError(
-                f"cannot resume from {start}: {name} was {before[name]} and is {value} now; "
-                "restore it or start afresh in another --out"
-            )
+    check_unchanged(before, now, start)
 
 
 def finish(

@@ -35,7 +35,7 @@ QUICK = [*SMALL, "--threads", "1", "--device", "cpu", "--eval-batches", "1", "--
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The programs pin threads for their process; measuring the GEMM ceiling takes too long here."""
     threads = torch.get_num_threads()
-    monkeypatch.setattr("gpt.train.gemm_peak_flops", lambda device, precision: 1e11)
+    monkeypatch.setattr("gpt.session.gemm_peak_flops", lambda device, precision: 1e11)
     yield
     torch.set_num_threads(threads)
 

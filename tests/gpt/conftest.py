@@ -34,7 +34,7 @@ def one_thread():
 def no_ceiling(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Measuring the GEMM ceiling takes longer than the runs of these tests, see measured_ceiling."""
     if "measured_ceiling" not in request.fixturenames:
-        monkeypatch.setattr("gpt.train.gemm_peak_flops", lambda device, precision: 1e11)
+        monkeypatch.setattr("gpt.session.gemm_peak_flops", lambda device, precision: 1e11)
 
 
 @pytest.fixture

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from gpt.cli import UserError
+from gpt.config import preset
 from gpt.corpus import check_shards, no_data, open_loader, open_tokenizer
+from gpt.parallel import Ranks
 from tapelm import Tokenizer, write_shards
 
 TOKENIZER = Tokenizer.train(["the committee kept the rate"], 270)
@@ -32,7 +35,7 @@ def test_data_that_is_none_is_told_apart(tmp_path: Path) -> None:
     assert no_data(tmp_path).startswith(f"{tmp_path} is no data directory")
     assert "does not exist" in no_data(tmp_path / "missing")
     with pytest.raises(UserError, match=r"no data directory.*there are no token shards"):
-        open_loader(tmp_path / "train", 1, 8, 0, device="cpu")  # type: ignore[arg-type]
+        open_loader(preset("demo", data=tmp_path, out=tmp_path), Ranks(torch.device("cpu")))
     with pytest.raises(UserError, match=r"no data directory.*tokenizer\.json"):
         open_tokenizer(tmp_path / "tokenizer.json")
 

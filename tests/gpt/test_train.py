@@ -12,8 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gpt import checkpoint
-from gpt import train as program
+from gpt import checkpoint, session
 from gpt.checkpoint import sha256_of
 from gpt.cli import UserError, only_writer
 from gpt.config import TrainConfig, preset
@@ -102,7 +101,7 @@ def test_seed_model_keeps_the_losses_of_plain_for_50_steps(
         return np.array([record["loss"] for record in records(tmp_path / name)])
 
     plain, optimized = (losses(table, table) for table in TABLES)
-    made = program.model_and_optimizer
+    made = session.model_and_optimizer
 
     def nudged(*arguments: Any, **options: Any) -> Any:
         model, optimizer = made(*arguments, **options)
@@ -111,7 +110,7 @@ def test_seed_model_keeps_the_losses_of_plain_for_50_steps(
                 parameter.mul_(1 + 2**-23)
         return model, optimizer
 
-    monkeypatch.setattr(program, "model_and_optimizer", nudged)
+    monkeypatch.setattr(session, "model_and_optimizer", nudged)
     again = losses("plain", "nudged")
     assert len(plain) == 50 and plain[-1] < 0.8 * plain[0]
     apart, noise = (np.abs(each / plain - 1) for each in (optimized, again))
@@ -191,10 +190,10 @@ def test_resume_of_a_finished_run_changes_nothing(tiny_data: Path, tmp_path: Pat
 def test_peak_memory_of_earlier_sessions_counts(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gpt.train.peak_memory_bytes", lambda device: 2_000)
+    monkeypatch.setattr("gpt.session.peak_memory_bytes", lambda device: 2_000)
     train(tiny(tiny_data, tmp_path))
     (tmp_path / "summary.json").unlink()
-    monkeypatch.setattr("gpt.train.peak_memory_bytes", lambda device: 1_000)
+    monkeypatch.setattr("gpt.session.peak_memory_bytes", lambda device: 1_000)
     train(tiny(tiny_data, tmp_path, resume="auto"))
     assert summary(tmp_path)["peak_memory_bytes"] == 2_000
 
@@ -202,7 +201,7 @@ def test_peak_memory_of_earlier_sessions_counts(
 def test_validation_loss_that_is_no_number_is_not_kept(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gpt.train.validation_loss", lambda *_: float("nan"))
+    monkeypatch.setattr("gpt.session.validation_loss", lambda *_: float("nan"))
     with pytest.raises(UserError, match="the val_loss became nan at step 5"):
         train(tiny(tiny_data, tmp_path))
     assert [record["step"] for record in records(tmp_path)] == [1, 2, 3, 4]
@@ -212,7 +211,7 @@ def test_validation_loss_that_is_no_number_is_not_kept(
 def test_failing_first_step_leaves_no_metrics(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gpt.train.validation_loss", lambda *_: float("inf"))
+    monkeypatch.setattr("gpt.session.validation_loss", lambda *_: float("inf"))
     with pytest.raises(UserError, match="the val_loss became inf at step 1"):
         train(tiny(tiny_data, tmp_path, eval_interval=1))
     assert not (tmp_path / "metrics.jsonl").exists() and not (tmp_path / "checkpoints").exists()

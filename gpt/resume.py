@@ -1,0 +1,55 @@
+"""Where a run goes on: which checkpoint, whether it belongs to the same run, and the command that says so."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any, Protocol
+
+from gpt import checkpoint
+from gpt.cli import UserError
+
+
+class Resumable(Protocol):
+    """Options of a program whose runs can go on."""
+
+    @property
+    def out(self) -> Path: ...
+
+    @property
+    def resume(self) -> str: ...
+
+
+def choose_checkpoint(config: Resumable) -> Path | None:
+    """Where --resume says to start from, verified; None for a fresh run, which may not bury an older one."""
+    checkpoints = config.out / "checkpoints"
+    if config.resume == "auto":
+        return checkpoint.newest(checkpoints)
+    if config.resume != "none":
+        path = Path(config.resume)
+        checkpoint.verify(path)
+        return path
+    if any(checkpoints.glob("step-*")):
+        raise UserError(
+            f"{config.out} already holds a run: continue it with --resume auto or choose another --out"
+        )
+    return None
+
+
+def check_unchanged(before: dict[str, Any], now: dict[str, Any], start: Path) -> None:
+    """Raise UserError naming the first setting that would make the resumed run another one."""
+    for name, value in now.items():
+        if before[name] != value:
+            raise UserError(
+                f"cannot resume from {start}: {name} was {before[name]} and is {value} now; "
+                "restore it or start afresh in another --out"
+            )
+
+
+def resume_command(program: str, arguments: list[str] | None) -> str:
+    """What continues a run of `program`, a module or what follows torchrun, with these options."""
+    given = list(arguments or [])
+    if "--resume" in given:
+        position = given.index("--resume")
+        del given[position : position + 2]
+    return f"{program} {shlex.join([*given, '--resume', 'auto'])}"

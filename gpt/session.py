@@ -1,0 +1,283 @@
+"""A training between two checkpoints: its model, optimizer and data, a step, a validation, a summary."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from data.numbers import Tape
+from gpt import checkpoint, parallel
+from gpt.cli import UserError
+from gpt.config import ModelConfig, TrainConfig
+from gpt.corpus import check_shards, fixed_batches, open_loader, open_tokenizer, text_bytes
+from gpt.hardware import (
+    device_name,
+    gemm_peak_flops,
+    peak_memory_bytes,
+    pick_precision,
+    set_threads,
+    synchronize,
+    versions,
+)
+from gpt.metrics import summarize
+from gpt.model import GPT
+from gpt.ops import Ops, load_ops
+from gpt.parallel import Ranks
+from gpt.resume import check_unchanged
+from tapelm.loader import Batch
+
+# A run that changes one of these is another run; the model's shape and the tokenizer are compared as well.
+FIXED_ON_RESUME = ("kernels", "batch_size", "seed")
+
+
+class Training:
+    """Model, optimizer and data of a run, and how far it has come. All ranks call each method."""
+
+    def __init__(self, config: TrainConfig, ranks: Ranks) -> None:
+        self.config, self.ranks, self.device = config, ranks, ranks.device
+        set_threads(config.threads)
+        torch.manual_seed(
+            config.seed + ranks.rank
+        )  # dropout; the model's weights have a generator of their own
+        self.precision = pick_precision(config, self.device)
+        self.tokenizer = open_tokenizer(config.data / "tokenizer.json")
+        self.loader = open_loader(config, ranks)
+        self.validation = fixed_batches(config, ranks)
+        if ranks.local_rank == 0:
+            check_shards(config.data, self.tokenizer)
+        self.tape = Tape.sha256(config.data)
+        self.total_steps = config.max_steps or config.epochs * max(
+            1, len(self.loader) // config.accumulation_steps
+        )
+        self.step_tokens = config.batch_size * config.accumulation_steps * config.block_size * ranks.size
+
+        self.shape = config.model(self.tokenizer.vocab_size)
+        several = ranks.size > 1
+        self.model, self.optimizer = model_and_optimizer(
+            config, self.shape, self.precision, self.device, sharded=several and config.parallel == "fsdp"
+        )
+        stepped = torch.compile(self.model) if config.compile else self.model
+        ddp = several and config.parallel == "ddp"
+        self.stepped: Any = parallel.averaging(stepped, self.device) if ddp else stepped  # type: ignore[arg-type]
+
+        self.step, self.tokens, self.seconds, self.peak_memory = 0, 0, 0.0, 0
+        self.best_val_loss, self.batches_sha256 = math.inf, ""
+        self.peak_flops = gemm_peak_flops(self.device, self.precision)
+        self.start_clock()
+
+    def __str__(self) -> str:
+        processes = "" if self.ranks.size == 1 else f"{self.ranks.size} x {self.config.parallel}, "
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        return (
+            f"{self.config.kernels} {self.precision} on {processes}{device_name(self.device)}: "
+            f"{parameters:,} parameters, steps {self.step} to {self.total_steps} "
+            f"of {self.step_tokens:,} tokens"
+        )
+
+    def start_clock(self) -> None:
+        """From here on time counts as time of the run."""
+        self._before, self._started = self.seconds, time.perf_counter()
+
+    def resume(self, start: Path, console: Console) -> None:
+        """Go on from a verified checkpoint. Raises UserError when it is of another run."""
+        before, now = checkpoint.read_state(start), self._identity()
+        fixed = {name: before["config"][name] for name in FIXED_ON_RESUME}
+        known = {"precision": before["precision"], "tape": before.get("tape_sha256")}
+        known |= {"tokenizer": checkpoint.sha256_of(start / "tokenizer.json")[:12]}
+        known |= {"processes": before.get("processes", 1)}
+        check_unchanged(before["model"] | fixed | known, now, start)
+        state = checkpoint.restore(start, self.model, self.optimizer, self.ranks.rank)
+        try:
+            self.loader.load_state_dict(state["loader"])
+        except ValueError as error:
+            raise UserError(f"cannot resume from {start}: {error}") from error
+        self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
+        self.peak_memory = state.get("peak_memory_bytes", 0)
+        self.best_val_loss = math.inf if state["best_val_loss"] is None else state["best_val_loss"]
+        self.batches_sha256 = state["batches_sha256"]
+        if state["threads"] != torch.get_num_threads():
+            console.print(
+                f"warning: {torch.get_num_threads()} threads now, {state['threads']} before: "
+                "the last bits of the result will differ",
+            )
+
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint has to agree with to be one of this run."""
+        fixed = {name: getattr(self.config, name) for name in FIXED_ON_RESUME}
+        return {
+            **vars(self.shape),
+            **fixed,
+            "precision": self.precision,
+            "tokenizer": checkpoint.sha256_of(self.config.data / "tokenizer.json")[:12],
+            "tape": self.tape,
+            "processes": self.ranks.size,
+        }
+
+    def take_step(self) -> dict[str, Any]:
+        """One optimizer step; what metrics.jsonl says of it."""
+        config = self.config
+        synchronize(self.device)
+        started = time.perf_counter()
+        learning_rate = config.learning_rate_at(self.step, self.total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.model.train()
+        loss_sum = torch.zeros((), device=self.device)
+        for left in reversed(range(config.accumulation_steps)):
+            batch = next(self.loader)  # inputs and targets (B, T) int64
+            self.batches_sha256 = chain_sha256(self.batches_sha256, batch.inputs)
+            with parallel.keeping_gradients(self.stepped) if left else contextlib.nullcontext():
+                with autocast(self.device, self.precision):
+                    loss = self.stepped(batch.inputs, batch.targets) / config.accumulation_steps
+                loss.backward()
+            loss_sum += loss.detach()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.ranks.mean(loss_sum.item())
+        seconds = time.perf_counter() - started
+        self.step, self.tokens = self.step + 1, self.tokens + self.step_tokens
+        return {
+            "step": self.step,
+            "loss": loss,
+            "lr": learning_rate,
+            "grad_norm": norm_of(self.optimizer),
+            "tokens_per_second": self.step_tokens / seconds,
+            "step_ms": 1000 * seconds,
+            "tokens": self.tokens,
+        }
+
+    def validate(self) -> float:
+        return validation_loss(self.model, self.validation, self.ranks, self.precision)
+
+    def count(self, record: dict[str, Any]) -> float:
+        """Note the validation loss of a record, if it has one; the seconds of the whole run so far."""
+        self.best_val_loss = min(self.best_val_loss, record.get("val_loss", math.inf))
+        self.seconds = self._before + time.perf_counter() - self._started
+        return self.seconds
+
+    def save(self) -> Path | None:
+        """The checkpoint of this step, on rank 0, which writes it."""
+        tensors = checkpoint.tensors_of(self.model, self.optimizer)
+        generators = self.ranks.gather(checkpoint.generators(self.device))
+        peak_memory = self._peak_memory()
+        if not self.ranks.leads:
+            return None
+        state = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "peak_memory_bytes": peak_memory,
+            "best_val_loss": None if math.isinf(self.best_val_loss) else self.best_val_loss,
+            "batches_sha256": self.batches_sha256,
+            "tape_sha256": self.tape,
+            "loader": self.loader.state_dict(),
+            "generators": generators,
+            "processes": self.ranks.size,
+            "threads": torch.get_num_threads(),
+            "precision": self.precision,
+            "model": vars(self.shape),
+            "config": self.config.as_json(),
+            "versions": versions(),
+        }
+        root, tokenizer = self.config.out / "checkpoints", self.config.data / "tokenizer.json"
+        return checkpoint.save(root, tensors, state, tokenizer=tokenizer, keep=self.config.keep_checkpoints)
+
+    def _peak_memory(self) -> int:
+        """Of the rank that has needed most."""
+        return int(self.ranks.largest(max(self.peak_memory, peak_memory_bytes(self.device))))
+
+    def summary(self) -> dict[str, Any]:
+        """What summary.json says; from metrics.jsonl, which rank 0 has written."""
+        peak_memory = self._peak_memory()
+        # Measured again, as others may have been at work the first time.
+        peak_flops = max(self.peak_flops, gemm_peak_flops(self.device, self.precision)) * self.ranks.size
+        if not self.ranks.leads:
+            return {}
+        summary = {
+            **summarize(self.config.out / "metrics.jsonl"),
+            "completed": self.step >= self.total_steps,
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "peak_memory_bytes": peak_memory,
+            "model_bytes": sum(p.numel() * p.element_size() for p in self.model.parameters()),
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "gemm_peak_flops": peak_flops,
+            "batches_sha256": self.batches_sha256,
+            "best_val_loss": self.best_val_loss,
+            "device": device_name(self.device),
+            "processes": self.ranks.size,
+            "precision": self.precision,
+            "threads": torch.get_num_threads(),
+            "versions": versions(),
+            "model": vars(self.shape),
+            "config": self.config.as_json(),
+        }
+        val_bits = summary["val_loss"] / math.log(2) * sum(batch.targets.numel() for batch in self.validation)
+        summary["val_bits_per_byte"] = val_bits / text_bytes(self.tokenizer, self.validation)
+        summary["mfu"] = self.shape.flops_per_token() * summary["tokens_per_second"] / peak_flops
+        return summary
+
+
+def model_and_optimizer(
+    config: TrainConfig, shape: ModelConfig, precision: str, device: torch.device, ops: Ops | None = None,
+    *, sharded: bool = False, **adamw_options: Any,
+) -> tuple[GPT, torch.optim.Optimizer]:  # fmt: skip
+    """What a run starts from: in bf16, too, its float32 masters are the initial weights, unrounded.
+
+    `ops` takes the place of the table that config.kernels names; `sharded` cuts the model among all ranks.
+    """
+    ops = ops or load_ops(config.kernels)
+    model = GPT(shape, ops, activation_checkpointing=config.activation_checkpointing).initialize(config.seed)
+    masters = [parameter.detach().clone() for parameter in model.parameters()] if precision == "bf16" else []
+    model.to(dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    if sharded:
+        parallel.shard(model)  # block by block to the device, which need not hold them all
+    else:
+        model.to(device)
+    optimizer = ops.adamw(
+        model.parameter_groups(config.weight_decay),
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        max_grad_norm=config.max_grad_norm,
+        **adamw_options,
+    )
+    for parameter, master in zip(model.parameters(), masters, strict=False):
+        optimizer.set_master(parameter, parallel.as_cut(master, parameter))  # type: ignore[attr-defined]
+    return model, optimizer
+
+
+def norm_of(optimizer: torch.optim.Optimizer) -> float:
+    """The gradients' norm before clipping, of the last step."""
+    return float(parallel.whole(optimizer.grad_norm))  # type: ignore[attr-defined]
+
+
+def validation_loss(model: GPT, batches: Sequence[Batch], ranks: Ranks, precision: str) -> float:
+    """Mean loss of the batches. Ranks share them; as many forward passes on each, which FSDP needs."""
+    model.eval()
+    losses = []
+    with torch.no_grad(), autocast(ranks.device, precision):
+        for first in range(0, len(batches), ranks.size):
+            index = first + ranks.rank
+            batch = batches[index % len(batches)]
+            loss = model(batch.inputs, batch.targets).item()
+            losses += [loss] if index < len(batches) else []
+    return statistics.fmean(loss for share in ranks.gather(losses) for loss in share)
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16-autocast")
+
+
+def chain_sha256(previous: str, ids: torch.Tensor) -> str:
+    """SHA-256 of the previous digest and these ids (B, T): unlike a running hash it fits a checkpoint."""
+    return hashlib.sha256(bytes.fromhex(previous) + ids.cpu().contiguous().numpy().tobytes()).hexdigest()
