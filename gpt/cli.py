@@ -145,12 +145,12 @@ def only_writer(directory: Path) -> Iterator[None]:
                 directory.rmdir()
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file through a temporary sibling and a rename, so that a failure leaves the old file."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file through a temporary sibling and a rename, so that a failure leaves the old one."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

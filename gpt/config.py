@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import math
 from pathlib import Path
 from typing import Any, Literal
@@ -45,27 +46,39 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Options of `python -m gpt.train`."""
+    """Trains a GPT on a directory of data.prepare, from a preset of which any option changes a value.
+
+    Ctrl-C finishes a step and writes a checkpoint; the same command with --resume auto goes on. The learning
+    rate rises over warmup_steps and falls along half a cosine. Options are shown with the preset's values:
+    --preset seed --help. A step has batch_size x accumulation_steps x block_size tokens of each process.
+    """
 
     data: Path
     """Data directory written by `python -m data.prepare`."""
     out: Path
     """Run directory: metrics.jsonl, summary.json and checkpoints/ go here."""
     preset: str = "demo"
-    """Starting values: demo, seed, finance, tape or gpt2. Every other option overrides one of them."""
+    """Starting values, see above. Every other option overrides one of them."""
     kernels: Literal["plain", "optimized"] = "optimized"
     """plain calls PyTorch only; optimized calls the tapelm ops. Nothing else changes."""
     resume: str = "none"
     """none starts afresh, auto continues from the newest valid checkpoint, or a checkpoint directory."""
+    initialize_from: Path | None = None
+    """Start from the weights of this run or checkpoint, of the same shape and tokenizer, instead of random
+    ones: to go on with new text, which data.prepare --tokenizer encodes alike."""
 
     n_layer: int = 4
+    """Blocks of attention and MLP."""
     n_head: int = 4
+    """Attention heads; n_embd must be a multiple."""
     n_embd: int = 256
+    """Width of the model."""
     block_size: int = 128
     """Tokens in one training window, and the longest context."""
     vocab_size: int = 0
     """Rows of the embedding and the head; 0 takes the tokenizer's size."""
     dropout: float = 0.0
+    """Probability; of attention weights, of what every branch adds, and of embeddings."""
 
     batch_size: int = 16
     """Windows in one forward pass."""
@@ -74,24 +87,33 @@ class TrainConfig:
     max_steps: int | None = None
     """Optimizer steps of the whole schedule; None means `epochs` passes over the training tokens."""
     epochs: int = 1
+    """Passes over the training tokens, where max_steps is not given."""
     stop_after: int | None = None
     """End this session after so many steps with a checkpoint; the schedule still spans max_steps."""
     learning_rate: float = 1e-3
+    """The highest, after the warmup."""
     min_learning_rate_ratio: float = 0.1
     """The cosine ends at this fraction of learning_rate."""
     warmup_steps: int = 20
+    """Steps in which the learning rate rises to learning_rate."""
     weight_decay: float = 0.1
     """Applied to matrices only, never to biases and norms."""
     beta1: float = 0.9
+    """AdamW's decay of the mean gradient."""
     beta2: float = 0.95
+    """AdamW's decay of the mean squared gradient."""
     eps: float = 1e-8
+    """Added to the root in AdamW's denominator."""
     max_grad_norm: float = 1.0
+    """Gradients of a larger L2 norm over all parameters are scaled down to it."""
 
     precision: Literal["auto", "fp32", "bf16-autocast", "bf16"] = "auto"
     """bf16 keeps bf16 weights with the optimizer's fp32 master. auto: fp32 for plain; for optimized bf16
     where the hardware has it, else fp32."""
     activation_checkpointing: bool = False
+    """Compute a block's activations again in the backward pass instead of keeping them."""
     compile: bool = False
+    """Run the model through torch.compile."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Of several processes (torchrun): ddp has the whole model in each, fsdp (FSDP2) cuts parameters,
     gradients and optimizer states among them. batch_size and accumulation_steps are each process's."""
@@ -100,13 +122,16 @@ class TrainConfig:
     threads: int = 0
     """CPU threads, pinned for the whole run; 0 takes PyTorch's default. Bits depend on this number."""
     seed: int = 1234
+    """Of the weights, the order of batches and dropout."""
 
     eval_interval: int = 50
     """Steps between validation losses."""
     eval_batches: int = 8
     """Validation batches of each process, the same ones every time."""
     checkpoint_interval: int = 100
+    """Steps between checkpoints: a run that is killed loses no more than these."""
     keep_checkpoints: int = 2
+    """The newest so many stay."""
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
@@ -190,7 +215,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "beta2": 0.999,
         "eval_interval": 250,
         "eval_batches": 32,
-        "checkpoint_interval": 500,
+        "checkpoint_interval": 100,
     },
     # An hour on two CPU cores with bf16: many small steps, which at this size learn more than few large ones.
     "finance": {
@@ -250,4 +275,23 @@ def parse_command_line(arguments: list[str]) -> TrainConfig:
     finder.add_argument("--preset", nargs="?", default="demo", const="demo")
     name = finder.parse_known_args(arguments)[0].preset
     defaults = preset(name, data=tyro.MISSING, out=tyro.MISSING)
-    return parse_options(TrainConfig, arguments, prog="python -m gpt.train", default=defaults)
+    described = f"{inspect.getdoc(TrainConfig)}\n\n{describe_presets()}"
+    return parse_options(
+        TrainConfig, arguments, prog="python -m gpt.train", default=defaults, description=described
+    )
+
+
+def describe_presets() -> str:
+    """A line for each preset."""
+    lines = []
+    for name in PRESETS:
+        config = preset(name, data=Path(), out=Path())
+        steps = f"{config.max_steps:,} steps" if config.max_steps else f"epochs: {config.epochs}"
+        vocabulary = f", vocabulary {config.vocab_size:,}" if config.vocab_size else ""
+        lines.append(
+            f"{name}: {config.n_layer} layers, {config.n_head} heads, width {config.n_embd}, "
+            f"{config.block_size} tokens of context{vocabulary}, "
+            f"{config.batch_size * config.accumulation_steps} windows a step, {steps}, "
+            f"learning rate {config.learning_rate:g}, dropout {config.dropout:g}"
+        )
+    return "Presets:\n\n" + "\n\n".join(lines)

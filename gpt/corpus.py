@@ -57,7 +57,7 @@ def _loader(
     try:
         return TokenLoader(shards, batch_size, block_size, device=device, **numbers)
     except ValueError as error:
-        raise UserError(str(error)) from error
+        raise UserError(f"{error} (--batch-size, --block-size)") from error
 
 
 def check_shards(data: Path, tokenizer: Tokenizer) -> None:

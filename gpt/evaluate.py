@@ -1,4 +1,4 @@
-"""Evaluate a GPT: python -m gpt.evaluate --checkpoint RUN --data DIR --json FILE [--split val]
+"""Evaluate a GPT: python -m gpt.evaluate --checkpoint RUN --data DIR [--split val] [--json FILE]
 
 Per domain (the source of the documents) and in total: loss, perplexity and bits per byte, beside the bits per
 byte of a unigram model of the tokens and of bz2 and xz on the same bytes. On a tape of numbers: next-bin
@@ -32,22 +32,27 @@ from gpt.model import GPT
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-    """Options of `python -m gpt.evaluate`."""
+    """Scores a GPT on held-out data: bits per byte of text beside compressors, forecasts of a tape of numbers
+    beside baselines."""
 
     checkpoint: Path
     """A run directory or one of its checkpoints."""
     data: Path
     """Data directory written by `python -m data.prepare`."""
-    json: Path
-    """Where the result goes."""
+    json: Path | None = None
+    """Also write the result here; RUN/evaluation.json is where benchmarks models looks for it."""
     split: Literal["train", "val", "test"] = "val"
+    """Which part of the data."""
     max_bytes: int = 0
     """Evaluate at most this many bytes of text in each domain, from its start; 0 takes everything."""
     batch_size: int = 16
+    """Windows in one forward pass."""
     kernels: Literal["auto", "plain", "optimized"] = "auto"
     """auto takes the table of ops the model was trained with."""
     device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
     threads: int = 0
+    """CPU threads; 0 takes PyTorch's default."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -193,9 +198,11 @@ def print_table(result: dict[str, Any]) -> None:
 def main(arguments: list[str]) -> int:
     config = parse_options(EvaluateConfig, arguments, prog="python -m gpt.evaluate")
     set_threads(config.threads)
-    prepare_output(config.json)
+    if config.json is not None:
+        prepare_output(config.json)
     result = evaluate(config)
-    write_atomically(config.json, json.dumps(result, indent=1) + "\n")
+    if config.json is not None:
+        write_atomically(config.json, json.dumps(result, indent=1) + "\n")
     (print_tape_table if "direction_note" in result else print_table)(result)
     return 0
 

@@ -30,11 +30,13 @@ class Sampling:
     """How the next token is chosen. Temperature 0 is greedy and ignores the rest."""
 
     temperature: float = 0.8
+    """Logits are divided by it; 0 takes the most likely token."""
     top_k: int = 0
     """Keep only the k most likely tokens; 0 keeps all."""
     top_p: float = 1.0
     """Keep the fewest tokens whose probabilities reach p."""
     seed: int = 0
+    """Of the choice among tokens."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:  # NaN fails it as well
@@ -49,18 +51,22 @@ class Sampling:
 
 @dataclasses.dataclass(frozen=True)
 class GenerateConfig(Sampling):
-    """Options of `python -m gpt.generate`."""
+    """Continues a prompt with a trained GPT; the text streams to standard output."""
 
     checkpoint: Path = dataclasses.field(kw_only=True)
     """A run directory or one of its checkpoints."""
     prompt: str = ""
+    """The text to continue."""
     max_new_tokens: int = 200
+    """The text ends after so many tokens, or where the model ends its document."""
     cache: bool = True
     """Keep keys and values of earlier tokens instead of computing them again; the text is the same."""
     kernels: Literal["auto", "plain", "optimized"] = "auto"
     """auto takes the table of ops the model was trained with."""
     device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
     threads: int = 0
+    """CPU threads; 0 takes PyTorch's default."""
     json: Path | None = None
     """Also write prompt, text and timings to this file."""
 

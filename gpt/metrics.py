@@ -37,8 +37,12 @@ def append_record(path: Path, record: dict[str, Any]) -> None:
         file.write(json.dumps(record) + "\n")
 
 
+def read_records(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def summarize(path: Path) -> dict[str, Any]:
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    records = read_records(path)
     timed = records[UNTIMED_STEPS:] or records
     return {
         "steps": records[-1]["step"],

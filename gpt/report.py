@@ -10,17 +10,16 @@ import base64
 import dataclasses
 import datetime
 import html
-import io
 import json
 import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from rich.table import Table
 
 from gpt.cli import UserError, parse_options, run_program, wide_console, write_atomically
+from gpt.progress import plot
 
 RUNS = ("plain", "optimized")
 COLOURS = {"plain": "#9aa0a8", "optimized": "#1668b8"}
@@ -165,32 +164,9 @@ def domain_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
     return rows
 
 
-def plot(runs: dict[str, dict[str, Any]], x: str, x_label: str) -> bytes:
-    """A PNG with the losses on the left and the tokens per second on the right, over the field `x`."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 3.6), constrained_layout=True)
-    for name in RUNS:
-        records, colour = runs[name]["metrics"], COLOURS[name]
-        evaluated = [record for record in records if "val_loss" in record]
-        xs = [record[x] for record in records]
-        losses = [record["loss"] for record in records]
-        left.plot(xs, losses, color=colour, linewidth=WIDTHS[name], label=f"{name}, train")
-        places, validated = [record[x] for record in evaluated], [record["val_loss"] for record in evaluated]
-        left.plot(places, validated, "o--", color=colour, markersize=3 + WIDTHS[name], label=f"{name}, val")
-        right.plot(xs, [record["tokens_per_second"] for record in records], color=colour, label=name)
-    left.set(xlabel=x_label, ylabel="loss, nats per token")
-    right.set(xlabel=x_label, ylabel="tokens per second")
-    right.set_ylim(bottom=0)
-    for axes in (left, right):
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8)
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=110)
-    pyplot.close(figure)
-    return image.getvalue()
+def plot_runs(runs: dict[str, dict[str, Any]], x: str, x_label: str) -> bytes:
+    styles = {name: (COLOURS[name], WIDTHS[name]) for name in RUNS}
+    return plot({name: runs[name]["metrics"] for name in RUNS}, x, x_label, styles)
 
 
 SEQUENTIAL = (
@@ -214,7 +190,7 @@ def to_html(report: dict[str, Any], runs: dict[str, dict[str, Any]]) -> str:
     """A self-contained page."""
     images = [
         f'<img alt="loss and tokens per second over {label}" '
-        f'src="data:image/png;base64,{base64.b64encode(plot(runs, x, label)).decode()}">'
+        f'src="data:image/png;base64,{base64.b64encode(plot_runs(runs, x, label)).decode()}">'
         for x, label in (("step", "step"), ("seconds", "seconds of training"))
     ]
     batches = "the same batches in the same order" if report["same_batches"] else "DIFFERENT batches"

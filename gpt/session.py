@@ -38,6 +38,11 @@ from tapelm.loader import Batch
 
 # A run that changes one of these is another run; the model's shape and the tokenizer are compared as well.
 FIXED_ON_RESUME = ("kernels", "batch_size", "seed")
+# What may change, but is said.
+TOLD_ON_RESUME = (
+    "accumulation_steps", "max_steps", "epochs", "learning_rate", "min_learning_rate_ratio", "warmup_steps",
+    "weight_decay", "beta1", "beta2", "eps", "max_grad_norm", "activation_checkpointing", "eval_batches",
+)  # fmt: skip
 
 
 class Training:
@@ -75,6 +80,25 @@ class Training:
         self.peak_flops = gemm_peak_flops(self.device, self.precision)
         self.start_clock()
 
+    def take_weights(self, path: Path) -> None:
+        """Start from those of another run. Raises UserError when they do not fit."""
+        other, found, _ = checkpoint.load_model(path, kernels="plain")
+        now = vars(self.shape) | {"tokenizer": checkpoint.sha256_of(self.config.data / "tokenizer.json")[:12]}
+        before = vars(other.config) | {"tokenizer": checkpoint.sha256_of(found / "tokenizer.json")[:12]}
+        for name in now.keys() - {"dropout"}:
+            if before[name] != now[name]:
+                raise UserError(
+                    f"--initialize-from {path}: its {name} is {before[name]}, that of this run is {now[name]}"
+                )
+        weights = dict(other.named_parameters())
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                weight = parallel.as_cut(weights[name].float(), parameter)
+                if self.precision == "bf16":
+                    self.optimizer.set_master(parameter, weight)  # type: ignore[attr-defined]
+                else:
+                    parameter.copy_(weight)
+
     def __str__(self) -> str:
         processes = "" if self.ranks.size == 1 else f"{self.ranks.size} x {self.config.parallel}, "
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
@@ -105,6 +129,10 @@ class Training:
         self.peak_memory = state.get("peak_memory_bytes", 0)
         self.best_val_loss = math.inf if state["best_val_loss"] is None else state["best_val_loss"]
         self.batches_sha256 = state["batches_sha256"]
+        for name in TOLD_ON_RESUME:
+            then, now = state["config"].get(name), getattr(self.config, name)
+            if then != now:
+                console.print(f"note: {name} was {then} and is {now} from here on")
         if state["threads"] != torch.get_num_threads():
             console.print(
                 f"warning: {torch.get_num_threads()} threads now, {state['threads']} before: "

@@ -1,6 +1,8 @@
 """Train a GPT: python -m gpt.train --preset demo --kernels optimized --data DIR --out RUN [--resume auto]
 
-RUN/metrics.jsonl gets a line for every step, RUN/summary.json the result, RUN/checkpoints/ the weights.
+RUN/metrics.jsonl gets a line for every step, RUN/summary.json the result, RUN/loss.png the plot,
+RUN/checkpoints/ the weights.
+
 Ctrl-C (or SIGTERM) finishes the current step, writes a checkpoint and says how to go on. Under torchrun
 several processes train together, see gpt/parallel.py.
 """
@@ -9,16 +11,22 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gpt import parallel
 from gpt.cli import StopRequest, UserError, only_writer, run_program, write_atomically
 from gpt.config import TrainConfig, parse_command_line
-from gpt.metrics import append_record, check_finite, keep_up_to, open_tensorboard, summary_is_of
+from gpt.metrics import (
+    append_record,
+    check_finite,
+    keep_up_to,
+    open_tensorboard,
+    read_records,
+    summary_is_of,
+)
 from gpt.parallel import Ranks
+from gpt.progress import TrainingProgress, plot, validation_text
 from gpt.resume import choose_checkpoint, resume_command
 from gpt.session import Training
 
@@ -43,7 +51,11 @@ def _train(config: TrainConfig, ranks: Ranks, arguments: list[str] | None) -> in
     start = ranks.of_leader(lambda: choose_checkpoint(config))
     if start is not None:
         run.resume(start, console)
+    elif config.initialize_from is not None:
+        run.take_weights(config.initialize_from)
     console.print(f"{run}" + (f", resumed from {start}" if start else ""))
+    if config.warmup_steps >= run.total_steps:
+        console.print(f"warning: the warmup of {config.warmup_steps} steps does not end within the run")
     run.start_clock()
     metrics_path = config.out / "metrics.jsonl"
     if ranks.leads:
@@ -52,8 +64,7 @@ def _train(config: TrainConfig, ranks: Ranks, arguments: list[str] | None) -> in
     resumed_at, total = run.step, run.total_steps
     last = total if config.stop_after is None else min(total, run.step + config.stop_after)
 
-    with StopRequest() as stop, progress_bar(console) as progress:
-        bar = progress.add_task("", total=total, completed=run.step, speed=0.0, loss=math.nan)
+    with StopRequest() as stop, TrainingProgress(console, total, run.step) as progress:
         while run.step < last:
             record = run.take_step()
             if run.step % config.eval_interval == 0 or run.step == last:
@@ -66,12 +77,7 @@ def _train(config: TrainConfig, ranks: Ranks, arguments: list[str] | None) -> in
                 for name in PLOTTED:
                     if name in record:
                         tensorboard.add_scalar(name, record[name], run.step)
-            progress.update(bar, completed=run.step, speed=record["tokens_per_second"], loss=record["loss"])
-            if "val_loss" in record and not console.is_terminal:
-                speed = f"{record['tokens_per_second']:,.0f} tokens/s"
-                console.print(
-                    f"step {run.step}: loss {record['loss']:.4f}, val {record['val_loss']:.4f}, {speed}"
-                )
+            progress.show(record)
             signal = int(ranks.largest(stop.signal or 0))
             if signal or run.step % config.checkpoint_interval == 0 or run.step == last:
                 saved = run.save()
@@ -88,24 +94,16 @@ def _train(config: TrainConfig, ranks: Ranks, arguments: list[str] | None) -> in
     summary = run.summary()
     if ranks.leads:
         write_atomically(config.out / "summary.json", json.dumps(summary, indent=1) + "\n")
+        write_atomically(config.out / "loss.png", plot({"": read_records(metrics_path)}))
+        # A tape of numbers has no bytes of text.
+        bits = "" if run.tape else f", {summary['val_bits_per_byte']:.3f} bits per byte"
         console.print(
-            f"step {run.step}: train loss {summary['train_loss']:.4f}, val loss {summary['val_loss']:.4f} "
-            f"({summary['val_bits_per_byte']:.3f} bits per byte), "
-            f"{summary['tokens_per_second']:,.0f} tokens/s"
+            f"{run.step} steps: train loss {summary['train_loss']:.4f} (mean of the last 20), "
+            f"{validation_text(summary['val_loss'])}{bits}, "
+            f"{summary['tokens_per_second']:,.0f} tokens/s (median); "
+            f"wrote {config.out}: summary.json, metrics.jsonl, loss.png, checkpoints/"
         )
     return 0
-
-
-def progress_bar(console: Console) -> Progress:
-    return Progress(
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}"),
-        TextColumn("{task.fields[speed]:,.0f} tokens/s"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal or console.quiet,
-    )
 
 
 def main(arguments: list[str]) -> int:

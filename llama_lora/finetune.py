@@ -21,8 +21,8 @@ from gpt.cli import StopRequest, UserError, only_writer, run_program
 from gpt.hardware import peak_memory_bytes, pick_device, set_threads, synchronize, versions
 from gpt.metrics import append_record, check_finite, keep_up_to, open_tensorboard
 from gpt.parallel import several_processes
+from gpt.progress import TrainingProgress, validation_text
 from gpt.resume import choose_checkpoint, resume_command
-from gpt.train import progress_bar
 from llama_lora import adapters as files
 from llama_lora.adapters import Recipe
 from llama_lora.backends import Backend, get_backend, open_tokenizer
@@ -107,10 +107,8 @@ def _finetune(config: FinetuneConfig, arguments: list[str] | None) -> int:
         best, waited = min(best, record["val_loss"]), 0 if improved else waited + 1
         if improved and record["step"] > 0:
             trained.publish(config, backend, recipe, tokenizer)
-        if not console.is_terminal or record["step"] == 0:
-            perplexity = math.exp(min(record["val_loss"], 700))
-            said = f"step {record['step']}: val loss {record['val_loss']:.4f}, perplexity {perplexity:.3f}"
-            console.print(said + ("" if record["step"] else ", the base model"))
+        if record["step"] == 0:
+            console.print(f"step 0: {validation_text(record['val_loss'])}, the base model")
 
     def save() -> Path:
         state = {
@@ -135,8 +133,7 @@ def _finetune(config: FinetuneConfig, arguments: list[str] | None) -> int:
         record: dict[str, Any] = {"step": 0}
         record_evaluation(record)
         append_record(metrics_path, record)
-    with StopRequest() as stop, progress_bar(console) as progress:
-        bar = progress.add_task("", total=total_steps, completed=step, speed=0.0, loss=math.nan)
+    with StopRequest() as stop, TrainingProgress(console, total_steps, step) as progress:
         while step < last_step and not 0 < config.patience <= waited:
             synchronize(device)
             started = time.perf_counter()
@@ -165,7 +162,7 @@ def _finetune(config: FinetuneConfig, arguments: list[str] | None) -> int:
                 for name in ("loss", "lr", "grad_norm", "tokens_per_second", "val_loss"):
                     if name in record:
                         tensorboard.add_scalar(name, record[name], step)
-            progress.update(bar, completed=step, speed=record["tokens_per_second"], loss=loss)
+            progress.show(record)
             if stop.signal is not None or step % config.checkpoint_interval == 0 or step == last_step:
                 path = save()
             if stop.signal is not None:

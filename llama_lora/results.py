@@ -9,7 +9,6 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -18,6 +17,7 @@ from gpt import checkpoint
 from gpt.cli import wide_console, write_atomically
 from gpt.hardware import device_name, gemm_peak_flops, versions
 from gpt.metrics import UNTIMED_STEPS
+from gpt.progress import plot
 from gpt.resume import check_unchanged
 from llama_lora.config import FinetuneConfig
 from llama_lora.trained import Trained
@@ -94,7 +94,7 @@ def finish(
     if device.type == "cuda":
         summary["peak_reserved_bytes"] = torch.cuda.max_memory_reserved(device)
     write_atomically(config.out / "summary.json", json.dumps(summary, indent=1) + "\n")
-    plot(records, config.out / "loss.png")
+    write_atomically(config.out / "loss.png", plot({"": records}))
     print_table(summary, config)
     published = "model" if config.method == "full" else "adapter"
     if (config.out / published).is_dir():
@@ -157,30 +157,3 @@ def print_table(summary: dict[str, Any], config: FinetuneConfig) -> None:
     ):
         table.add_row(label, "", text)
     wide_console().print(table)
-
-
-def plot(records: list[dict[str, Any]], path: Path) -> None:
-    """Training and validation loss over the steps, and tokens per second, as a PNG."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 3.6), constrained_layout=True)
-    steps = [record for record in records if "loss" in record]
-    evaluated = [record for record in records if "val_loss" in record]
-    xs = [record["step"] for record in steps]
-    left.plot(xs, [record["loss"] for record in steps], linewidth=0.8, label="train")
-    left.plot(
-        [r["step"] for r in evaluated], [r["val_loss"] for r in evaluated], "o--", label="val, base at 0"
-    )
-    left.set(xlabel="step", ylabel="loss, nats per token")
-    right.plot(xs, [record["tokens_per_second"] for record in steps])
-    right.set(xlabel="step", ylabel="tokens per second, without padding")
-    right.set_ylim(bottom=0)
-    for axes in (left, right):
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    left.legend(frameon=False, fontsize=8)
-    temporary = path.with_name(f".{path.name}.tmp.png")
-    figure.savefig(temporary, dpi=110)
-    pyplot.close(figure)
-    temporary.replace(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,15 @@ def test_warmup_then_cosine_to_the_floor() -> None:
     assert rates[4] == 1.0 and rates[54] == pytest.approx(0.55) and rates[104] == pytest.approx(0.1)
     assert rates[4:] == sorted(rates[4:], reverse=True)
     assert preset("demo", **HERE, warmup_steps=0).learning_rate_at(0, 10) == 1e-3
+
+
+def test_help_describes_every_preset_and_option(capsys) -> None:
+    with pytest.raises(SystemExit):
+        parse_command_line(["--help"])
+    said = capsys.readouterr().out
+    assert all(f"\n{name}: " in said for name in PRESETS)
+    assert (
+        "gpt2: 12 layers, 12 heads, width 768, 1024 tokens of context, vocabulary 50,304, 64 windows" in said
+    )
+    bare = re.findall(r"--([a-z0-9-]+) \S+ *(?:│\n│ *)?\(default", said)
+    assert bare == [], "options without a word of explanation"

@@ -332,3 +332,39 @@ def test_compiled_run_agrees_with_eager(tiny_data: Path, tmp_path: Path) -> None
         train(tiny(tiny_data, tmp_path / str(compiled), compile=compiled, max_steps=5))
     eager, compiled = ([record["loss"] for record in records(tmp_path / name)] for name in ("False", "True"))
     assert compiled == pytest.approx(eager, rel=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_can_start_from_the_weights_of_another(precision: str, tiny_data: Path, tmp_path: Path) -> None:
+    train(tiny(tiny_data, tmp_path / "first", precision=precision))
+    options = {
+        "precision": precision,
+        "learning_rate": 1e-9,
+        "max_steps": 1,
+        "initialize_from": tmp_path / "first",
+    }
+    train(tiny(tiny_data, tmp_path / "second", **options))
+    assert summary(tmp_path / "second")["val_loss"] == pytest.approx(summary(tmp_path / "first")["val_loss"])
+    train(tiny(tiny_data, tmp_path / "second", **options | {"resume": "auto", "max_steps": 2}))
+    with pytest.raises(UserError, match=r"--initialize-from .*: its n_embd is 32, that of this run is 64"):
+        train(tiny(tiny_data, tmp_path / "third", **options | {"n_embd": 64}))
+    assert not list(tmp_path.glob("third/*"))
+
+
+def test_what_changed_at_a_resume_is_said(tiny_data: Path, tmp_path: Path, capsys) -> None:
+    train(tiny(tiny_data, tmp_path, max_steps=4))
+    train(tiny(tiny_data, tmp_path, max_steps=6, learning_rate=1e-4, warmup_steps=9, resume="auto"))
+    said = capsys.readouterr().err
+    assert "note: max_steps was 4 and is 6 from here on" in said
+    assert "note: learning_rate was 0.001 and is 0.0001 from here on" in said
+    assert "warning: the warmup of 9 steps does not end within the run" in said
+
+
+def test_a_log_is_not_left_silent(tiny_data: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    """Here after no time at all; where nobody looks the last line says which loss is which."""
+    monkeypatch.setattr("gpt.progress.SECONDS_OF_SILENCE", 0.0)
+    train(tiny(tiny_data, tmp_path))
+    said = capsys.readouterr().err
+    assert all(f"step {step}: loss " in said for step in range(1, 11))
+    assert said.count("val loss") == 3 and "10 steps: train loss" in said and "(mean of the last 20)" in said
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
