@@ -30,7 +30,7 @@ BUCKETS, HASHES = 16, 8  # as in data.duplicates
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """Options of `python -m data.cluster`."""
+    """Cleans and deduplicates .jsonl files in many processes, for data.prepare to split and encode."""
 
     input: Path
     """Folder of .jsonl files, searched recursively."""

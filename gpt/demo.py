@@ -30,20 +30,29 @@ from gpt.hardware import pick_device, set_threads
 
 @dataclasses.dataclass(frozen=True)
 class DemoConfig:
-    """Options of `python -m gpt.demo`."""
+    """Prepares data, trains the plain and the optimized GPT, evaluates both and writes report.html.
+
+    What was done is not done again; --force does everything anew.
+    """
 
     out: Path = Path("runs/demo")
+    """Directory of both runs, the data and the report."""
     preset: str = "demo"
+    """That of both trainings; python -m gpt.train --help describes them."""
     data: Path | None = None
     """A prepared data directory; without one, the default corpus is prepared in OUT/data."""
     max_steps: int | None = None
     """Steps of both trainings; None takes the preset's."""
     prompt: str = "The economy"
+    """What both models continue at the end."""
     max_new_tokens: int = 120
+    """Length of the samples."""
     evaluate_bytes: int = 50_000
     """Text evaluated in each domain, in bytes; 0 takes the whole validation split."""
     device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
     threads: int = 0
+    """CPU threads; 0 takes PyTorch's default."""
     force: bool = False
     """Do everything again."""
 

@@ -28,11 +28,14 @@ WIDTHS = {"plain": 3.0, "optimized": 1.0}  # equal losses stay visible under eac
 
 @dataclasses.dataclass(frozen=True)
 class ReportConfig:
-    """Options of `python -m gpt.report`."""
+    """Puts two trainings side by side: tables, plots and samples in report.json and report.html."""
 
     plain: Path
+    """Run directory of the plain GPT."""
     optimized: Path
+    """Run directory of the optimized one."""
     out: Path
+    """Directory of the report."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,10 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneConfig:
-    """Options of `python -m llama_lora.finetune`."""
+    """Fine-tunes a Llama model with LoRA, QLoRA or all weights, after checking packing and gradients.
+
+    Ctrl-C finishes a step and writes a checkpoint; the same command with --resume auto goes on.
+    """
 
     model: Path
     """A Hugging Face directory of a Llama model, such as `python -m llama_lora.fetch` writes."""
@@ -30,9 +33,11 @@ class FinetuneConfig:
     """tapelm: transformers with our kernels; hf: peft and bitsandbytes; unsloth: needs the package."""
 
     rank: int = 16
+    """Rows of A and columns of B of each adapter."""
     alpha: float = 16.0
     """The low-rank product is scaled by alpha / rank."""
     target_modules: tuple[str, ...] = PROJECTIONS
+    """Projections that get an adapter."""
     block_size: int = 512
     """Tokens in a row of a batch; longer documents are cut into pieces, and nothing is left out."""
     packing: bool = True
@@ -42,16 +47,21 @@ class FinetuneConfig:
     accumulation_steps: int = 1
     """Forward passes in one optimizer step."""
     epochs: int = 1
+    """Passes over the training rows, where max_steps is not given."""
     max_steps: int | None = None
     """Optimizer steps of the whole schedule; None means `epochs` passes."""
     stop_after: int | None = None
     """End this session after so many steps with a checkpoint; the schedule still spans max_steps."""
     learning_rate: float = 2e-4
+    """The highest, after the warmup."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """From learning_rate down to 0 after the warmup."""
     warmup_steps: int = 10
+    """Steps in which the learning rate rises to learning_rate."""
     weight_decay: float = 0.0
+    """AdamW's; applied to all that trains."""
     max_grad_norm: float = 1.0
+    """Gradients of a larger L2 norm over all that trains are scaled down to it."""
     optimizer_bits: Literal[8, 32] = 8
     """Bits of each AdamW moment with the tapelm backend; PyTorch's AdamW of the others has 32."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -59,6 +69,7 @@ class FinetuneConfig:
     gradient_checkpointing: bool = False
     """Compute the inside of each block again in the backward pass instead of keeping it."""
     compile: bool = False
+    """Run the model through torch.compile."""
 
     eval_interval: int = 0
     """Steps between evaluations; 0 evaluates once an epoch. The base model is evaluated at step 0."""
@@ -67,15 +78,19 @@ class FinetuneConfig:
     patience: int = 0
     """Stop when so many evaluations in a row brought no better loss; 0 never does."""
     checkpoint_interval: int = 50
+    """Steps between checkpoints: a run that is killed loses no more than these."""
     keep_checkpoints: int = 2
+    """The newest so many stay."""
     resume: str = "none"
     """none starts afresh, auto continues from the newest valid checkpoint, or a checkpoint directory."""
     verify: bool = True
     """Check packing, gradients and the adapter file before training; --no-verify trains unchecked."""
     device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
     threads: int = 0
     """CPU threads; 0 takes PyTorch's default."""
     seed: int = 1234
+    """Of the adapters and the order of rows."""
 
     def __post_init__(self) -> None:
         positive = ("rank", "block_size", "batch_size", "accumulation_steps", "epochs")

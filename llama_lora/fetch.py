@@ -37,7 +37,7 @@ SOURCE = "source.json"
 
 @dataclasses.dataclass(frozen=True)
 class FetchConfig:
-    """Options of `python -m llama_lora.fetch`."""
+    """Downloads SmolLM2-135M-Instruct and writes it as a Hugging Face directory in bf16."""
 
     out: Path = Path("runs/smollm2")
     cache: Path | None = None

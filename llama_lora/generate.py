@@ -51,7 +51,7 @@ GREEDY = Choice(temperature=0.0)
 
 @dataclasses.dataclass(frozen=True)
 class GenerateConfig(Choice):
-    """Options of `python -m llama_lora.generate`."""
+    """Answers prompts with a base model or an adapter; a single answer streams to standard output."""
 
     prompt: tuple[str, ...] = dataclasses.field(kw_only=True)
     adapter: Path | None = None
@@ -63,11 +63,15 @@ class GenerateConfig(Choice):
     chat: bool = False
     """Put each prompt into the chat template as the user's message."""
     max_new_tokens: int = 128
+    """An answer ends after so many tokens, or where the model ends it."""
     cache: bool = True
     """Keep keys and values of earlier tokens instead of computing them again."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: bf16 where the hardware multiplies it."""
     device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
     threads: int = 0
+    """CPU threads; 0 takes PyTorch's default."""
     json: Path | None = None
     """Also write prompts, texts and timings to this file."""
 

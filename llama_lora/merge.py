@@ -30,7 +30,7 @@ from llama_lora.results import pick_dtype
 
 @dataclasses.dataclass(frozen=True)
 class MergeConfig:
-    """Options of `python -m llama_lora.merge`."""
+    """Sums an adapter into its base: a bf16 model that needs no adapter, and if asked for a GGUF file."""
 
     adapter: Path
     """A PEFT directory."""
@@ -43,12 +43,15 @@ class MergeConfig:
     data: Path | None = None
     """Report the perplexity drift on the validation split of this directory."""
     block_size: int = 512
+    """Tokens in a row of the validation."""
     rows: int = 64
     """Rows of the validation split to evaluate; 0 takes all."""
     gguf: Path | None = None
     """Also write the merged model as this GGUF file, bf16, for llama.cpp."""
     device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
     threads: int = 0
+    """CPU threads; 0 takes PyTorch's default."""
     json: Path | None = None
     """Also write the perplexities to this file."""
 

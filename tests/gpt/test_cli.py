@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import importlib
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -136,3 +138,19 @@ def test_threads_out_of_range_are_refused() -> None:
         set_threads(-1)
     with pytest.raises(UserError, match="--threads must be at most 1024, got 1025"):
         set_threads(1025)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "data.prepare", "gpt.demo", "gpt.evaluate", "gpt.generate", "gpt.report", "gpt.train",
+        "llama_lora.finetune", "llama_lora.generate", "llama_lora.merge",
+    ],
+)  # fmt: skip
+def test_help_explains_the_program_and_every_option(module: str, capsys) -> None:
+    with pytest.raises(SystemExit):
+        importlib.import_module(module).main(["--help"])
+    said = capsys.readouterr().out
+    assert "Options of `python" not in said
+    bare = re.findall(r"--([a-z0-9-]+) \S+ *(?:│\n│ *)?\((?:default|required)", said)
+    assert bare == [] or (module, bare) == ("data.prepare", ["source"])
