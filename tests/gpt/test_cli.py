@@ -143,7 +143,7 @@ def test_threads_out_of_range_are_refused() -> None:
 @pytest.mark.parametrize(
     "module",
     [
-        "data.prepare", "gpt.demo", "gpt.evaluate", "gpt.generate", "gpt.report", "gpt.train",
+        "gpt.demo", "gpt.evaluate", "gpt.generate", "gpt.report", "gpt.train",
         "llama_lora.finetune", "llama_lora.generate", "llama_lora.merge",
     ],
 )  # fmt: skip
@@ -153,4 +153,4 @@ def test_help_explains_the_program_and_every_option(module: str, capsys) -> None
     said = capsys.readouterr().out
     assert "Options of `python" not in said
     bare = re.findall(r"--([a-z0-9-]+) \S+ *(?:│\n│ *)?\((?:default|required)", said)
-    assert bare == [] or (module, bare) == ("data.prepare", ["source"])
+    assert bare == []
