@@ -87,11 +87,11 @@ def save(root: Path, tensors: Tensors, state: dict[str, Any], *, tokenizer: Path
         manifest = {"sha256": {name: sha256_of(temporary / name) for name in FILES}}
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         for path in (*temporary.iterdir(), temporary):
-            _flush(path)
+            flush(path)
         if final.exists():  # a corrupt one that an earlier resume stepped over
             os.replace(final, temporary.with_suffix(".old"))
         os.replace(temporary, final)
-        _flush(root)
+        flush(root)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     _remove_leftovers(root)
@@ -231,7 +231,8 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     path.chmod(0o644)  # safetensors leaves 0600
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Wait until a file or directory is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

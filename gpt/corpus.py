@@ -83,7 +83,8 @@ def check_shards(data: Path, tokenizer: Tokenizer) -> None:
 
 
 def fixed_batches(config: TrainConfig, ranks: Ranks) -> list[Batch]:
-    """The validation batches of all ranks: the same for every run on this data, never one window twice."""
+    """The validation batches of all ranks, eval_batches each: the same for all runs on this data with as many
+    windows in them, and never one window twice."""
     shards, device = config.data / "val", ranks.device
     windows = _loader(shards, 1, config.block_size, device).windows
     loader = _loader(shards, min(config.batch_size, windows), config.block_size, device)

@@ -81,9 +81,12 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> in
     logits = logits.float()
     if sampling.temperature == 0:
         return int(logits.argmax())
-    logits = logits.cpu() / sampling.temperature
+    logits = logits.cpu()
     if 0 < sampling.top_k < logits.numel():
-        logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[-1], float("-inf"))
+        kept = logits.topk(sampling.top_k)  # no more where several are equal
+        logits = torch.full_like(logits, float("-inf")).scatter(0, kept.indices, kept.values)
+    # Neither infinite nor 0 / 0 at a temperature of almost 0.
+    logits = (logits - logits.max()) / max(sampling.temperature, 1e-30)
     probabilities = torch.softmax(logits, dim=-1)
     if sampling.top_p < 1:
         ordered, ids = probabilities.sort(descending=True)

@@ -18,9 +18,19 @@ UNTIMED_STEPS = 3
 def keep_up_to(path: Path, step: int) -> None:
     """Drop the lines of steps that a resumed run will take again, and a last line cut short by a crash."""
     if path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        if lines and not lines[-1].endswith("\n"):
+            lines.pop()
+        kept = [line for number, line in enumerate(lines) if _record(path, number, line)["step"] <= step]
         write_atomically(path, "".join(kept))
+
+
+def _record(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+        return record | {"step": int(record["step"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}, line {number + 1}, is no record of a step: remove the line") from error
 
 
 def check_finite(record: dict[str, Any]) -> None:
@@ -38,11 +48,19 @@ def append_record(path: Path, record: dict[str, Any]) -> None:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [_record(path, number, line) for number, line in enumerate(lines)]
 
 
-def summarize(path: Path) -> dict[str, Any]:
+def summarize(path: Path, step: int) -> dict[str, Any]:
+    """The result of a run up to `step`. Raises UserError when the records end elsewhere."""
     records = read_records(path)
+    last = records[-1]["step"] if records else 0
+    if last != step or not any("val_loss" in record for record in records):
+        raise UserError(
+            f"{path} ends at step {last}, the run at {step}: lines are missing, so that there is no summary; "
+            "the checkpoints are whole"
+        )
     timed = records[UNTIMED_STEPS:] or records
     return {
         "steps": records[-1]["step"],
@@ -58,7 +76,10 @@ def summarize(path: Path) -> dict[str, Any]:
 
 def summary_is_of(path: Path, step: int) -> bool:
     """Whether there is a summary of the run up to `step`."""
-    return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["steps"] == step
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["steps"] == step
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def open_tensorboard(out: Path) -> Any:

@@ -37,10 +37,10 @@ from gpt.resume import check_unchanged
 from tapelm.loader import Batch
 
 # A run that changes one of these is another run; the model's shape and the tokenizer are compared as well.
-FIXED_ON_RESUME = ("kernels", "batch_size", "seed")
+FIXED_ON_RESUME = ("kernels", "batch_size", "accumulation_steps", "seed")
 # What may change, but is said.
 TOLD_ON_RESUME = (
-    "accumulation_steps", "max_steps", "epochs", "learning_rate", "min_learning_rate_ratio", "warmup_steps",
+    "max_steps", "epochs", "learning_rate", "min_learning_rate_ratio", "warmup_steps",
     "weight_decay", "beta1", "beta2", "eps", "max_grad_norm", "activation_checkpointing", "eval_batches",
 )  # fmt: skip
 
@@ -61,6 +61,7 @@ class Training:
         if ranks.local_rank == 0:
             check_shards(config.data, self.tokenizer)
         self.tape = Tape.sha256(config.data)
+        self.val_sha256 = checkpoint.sha256_of(config.data / "val" / "manifest.json")[:12]
         self.total_steps = config.max_steps or config.epochs * max(
             1, len(self.loader) // config.accumulation_steps
         )
@@ -119,6 +120,7 @@ class Training:
         known = {"precision": before["precision"], "tape": before.get("tape_sha256")}
         known |= {"tokenizer": checkpoint.sha256_of(start / "tokenizer.json")[:12]}
         known |= {"processes": before.get("processes", 1)}
+        known |= {"validation data": before.get("val_sha256", now["validation data"])}
         check_unchanged(before["model"] | fixed | known, now, start)
         state = checkpoint.restore(start, self.model, self.optimizer, self.ranks.rank)
         try:
@@ -126,6 +128,8 @@ class Training:
         except ValueError as error:
             raise UserError(f"cannot resume from {start}: {error}") from error
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
+        if self.step > self.total_steps:
+            raise UserError(f"{start} is at step {self.step}, beyond the {self.total_steps} of this run")
         self.peak_memory = state.get("peak_memory_bytes", 0)
         self.best_val_loss = math.inf if state["best_val_loss"] is None else state["best_val_loss"]
         self.batches_sha256 = state["batches_sha256"]
@@ -149,6 +153,7 @@ class Training:
             "tokenizer": checkpoint.sha256_of(self.config.data / "tokenizer.json")[:12],
             "tape": self.tape,
             "processes": self.ranks.size,
+            "validation data": self.val_sha256,
         }
 
     def take_step(self) -> dict[str, Any]:
@@ -208,6 +213,7 @@ class Training:
             "best_val_loss": None if math.isinf(self.best_val_loss) else self.best_val_loss,
             "batches_sha256": self.batches_sha256,
             "tape_sha256": self.tape,
+            "val_sha256": self.val_sha256,
             "loader": self.loader.state_dict(),
             "generators": generators,
             "processes": self.ranks.size,
@@ -217,6 +223,7 @@ class Training:
             "config": self.config.as_json(),
             "versions": versions(),
         }
+        checkpoint.flush(self.config.out / "metrics.jsonl")  # which a checkpoint must not be ahead of
         root, tokenizer = self.config.out / "checkpoints", self.config.data / "tokenizer.json"
         return checkpoint.save(root, tensors, state, tokenizer=tokenizer, keep=self.config.keep_checkpoints)
 
@@ -232,7 +239,7 @@ class Training:
         if not self.ranks.leads:
             return {}
         summary = {
-            **summarize(self.config.out / "metrics.jsonl"),
+            **summarize(self.config.out / "metrics.jsonl", self.step),
             "completed": self.step >= self.total_steps,
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "peak_memory_bytes": peak_memory,
@@ -249,7 +256,8 @@ class Training:
             "model": vars(self.shape),
             "config": self.config.as_json(),
         }
-        val_bits = summary["val_loss"] / math.log(2) * sum(batch.targets.numel() for batch in self.validation)
+        summary["val_tokens"] = sum(batch.targets.numel() for batch in self.validation)
+        val_bits = summary["val_loss"] / math.log(2) * summary["val_tokens"]
         summary["val_bits_per_byte"] = val_bits / text_bytes(self.tokenizer, self.validation)
         summary["mfu"] = self.shape.flops_per_token() * summary["tokens_per_second"] / peak_flops
         return summary

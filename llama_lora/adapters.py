@@ -102,6 +102,8 @@ def read_recipe(path: Path) -> tuple[Recipe, Path]:
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         targets, rank, alpha = tuple(found["target_modules"]), found["r"], found["lora_alpha"]
         base = Path(found["base_model_name_or_path"])
+        if not isinstance(rank, int) or not isinstance(alpha, int | float):
+            raise TypeError(f"r is {rank!r}, lora_alpha {alpha!r}")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is not a LoRA configuration: {error!r}") from error
     used = [name for name in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern") if found.get(name)]

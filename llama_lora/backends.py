@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 import tapelm
@@ -79,7 +80,7 @@ def open_base(path: Path, dtype: torch.dtype, **options: Any) -> Any:
         model = library.LlamaForCausalLM.from_pretrained(
             path, dtype=dtype, attn_implementation="sdpa", local_files_only=True, **options
         )
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(f"cannot load the weights in {path}: {error}") from error
     return model.requires_grad_(False)
 

@@ -29,7 +29,7 @@ from llama_lora.backends import Backend, get_backend, open_tokenizer
 from llama_lora.config import FinetuneConfig, parse_command_line
 from llama_lora.dataset import end_of_text, find_split, read_examples
 from llama_lora.packing import PackedBatch, Rows
-from llama_lora.results import check_same_run, finish, pick_dtype
+from llama_lora.results import check_same_run, finish, inputs, pick_dtype
 from llama_lora.trained import Trained
 from llama_lora.verify import verify
 
@@ -70,11 +70,11 @@ def _finetune(config: FinetuneConfig, arguments: list[str] | None) -> int:
     else:
         console.print("WARNING: --no-verify: packing, gradients and the adapter file are NOT checked")
 
-    optimizer = backend.optimizer(model, config)
+    optimizer, read = backend.optimizer(model, config), inputs(config)
     trained = Trained(model)
     step, tokens, seconds, peak, best, waited = 0, 0, 0.0, 0, math.inf, 0
     if start is not None:
-        check_same_run(config, dtype, start, config.model / "tokenizer.json")
+        check_same_run(config, dtype, start, read)
         state = checkpoint.restore(start, trained, optimizer)
         step, tokens, seconds = state["step"], state["tokens"], state["seconds"]
         peak, waited = state["peak_memory_bytes"], state["waited"]
@@ -122,6 +122,7 @@ def _finetune(config: FinetuneConfig, arguments: list[str] | None) -> int:
             "threads": torch.get_num_threads(),
             "generators": checkpoint.generators(device),
             "config": config.as_json(),
+            "inputs": read,
             "versions": versions(),
             "model": vars(trained.config),
         }

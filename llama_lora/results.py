@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import math
 import statistics
@@ -20,6 +21,7 @@ from gpt.metrics import UNTIMED_STEPS
 from gpt.progress import plot
 from gpt.resume import check_unchanged
 from llama_lora.config import FinetuneConfig
+from llama_lora.dataset import find_split
 from llama_lora.trained import Trained
 
 # A run that changes one of these is another run.
@@ -40,15 +42,25 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def check_same_run(config: FinetuneConfig, dtype: torch.dtype, start: Path, tokenizer: Path) -> None:
-    """Raise UserError naming the first setting that would make the resumed run another one."""
+def inputs(config: FinetuneConfig) -> dict[str, str]:
+    """SHA-256, shortened, of the files that a run reads."""
+    weights = "".join(map(checkpoint.sha256_of, sorted(config.model.glob("*.safetensors"))))
+    digests = {
+        "base model": hashlib.sha256(weights.encode()).hexdigest(),
+        "tokenizer": checkpoint.sha256_of(config.model / "tokenizer.json"),
+        "training data": checkpoint.sha256_of(find_split(config.data, "train")),
+        "validation data": checkpoint.sha256_of(find_split(config.data, "val")),
+    }
+    return {name: digest[:12] for name, digest in digests.items()}
+
+
+def check_same_run(config: FinetuneConfig, dtype: torch.dtype, start: Path, now: dict[str, str]) -> None:
+    """Raise UserError naming the first setting or input that would make the resumed run another one."""
     state = checkpoint.read_state(start)
     before = {name: state["config"][name] for name in FIXED_ON_RESUME} | {"precision": state["precision"]}
     options = config.as_json() | {"target_modules": list(config.target_modules)}  # as JSON gives it back
-    now = {name: options[name] for name in FIXED_ON_RESUME} | {"precision": str(dtype)}
-    before["tokenizer"] = checkpoint.sha256_of(start / "tokenizer.json")[:12]
-    now["tokenizer"] = checkpoint.sha256_of(tokenizer)[:12]
-    check_unchanged(before, now, start)
+    settings = {name: options[name] for name in FIXED_ON_RESUME} | {"precision": str(dtype)}
+    check_unchanged(before | state.get("inputs", now), settings | now, start)
 
 
 def finish(

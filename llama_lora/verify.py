@@ -100,6 +100,10 @@ def check_packing(backend: Backend, model: Any, vocab_size: int, device: torch.d
             backend.logits(model, collate([row], 0, 0, device))[0, -LENGTHS[1] :].float()
             for row in ((first, second), (other, second), (second,))
         )
+    if not bool(packed.isfinite().all()):
+        raise UserError(
+            "verify: logits of the base model are not finite: its weights are damaged or overflow"
+        )
     leak = float((packed - changed).abs().max())
     error = float((packed - alone).norm() / alone.norm())
     dtype = next(model.parameters()).dtype

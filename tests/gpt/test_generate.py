@@ -121,3 +121,16 @@ def test_bad_prompts_and_checkpoints_are_user_errors(run: Path, tmp_path: Path) 
         main(["--checkpoint", str(run), "--prompt", "a <|endoftext|> b"])
     with pytest.raises(UserError, match="no checkpoint in"):
         main(["--checkpoint", str(tmp_path)])
+
+
+def test_top_k_keeps_no_more_where_logits_are_equal() -> None:
+    logits = torch.zeros(50)
+    generator = torch.Generator().manual_seed(0)
+    drawn = {choose(logits, Sampling(temperature=1.0, top_k=3), generator) for _ in range(200)}
+    assert len(drawn) == 3
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 1e-320])
+def test_a_temperature_of_almost_nothing_is_greedy(temperature: float) -> None:
+    logits = torch.tensor([1.0, 3.0, -2.0, 2.9])
+    assert choose(logits, Sampling(temperature=temperature), torch.Generator().manual_seed(0)) == 1

@@ -16,6 +16,8 @@ from gpt import checkpoint, session
 from gpt.checkpoint import sha256_of
 from gpt.cli import UserError, only_writer
 from gpt.config import TrainConfig, preset
+from gpt.corpus import token_arrays
+from gpt.metrics import summarize
 from gpt.train import train
 
 TABLES = ("plain", "optimized")
@@ -368,3 +370,70 @@ def test_a_log_is_not_left_silent(tiny_data: Path, tmp_path: Path, capsys, monke
     assert all(f"step {step}: loss " in said for step in range(1, 11))
     assert said.count("val loss") == 3 and "10 steps: train loss" in said and "(mean of the last 20)" in said
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_validation_is_of_the_whole_validation_split_without_dropout(
+    table: str, tiny_data: Path, tmp_path: Path
+) -> None:
+    """Against plain PyTorch over the tokens of the shards, in order."""
+    options = {"kernels": table, "dropout": 0.5, "batch_size": 1, "eval_batches": 1000}
+    train(tiny(tiny_data, tmp_path, **options))
+    model, _, _ = checkpoint.load_model(tmp_path, kernels="plain")
+    tokens = torch.from_numpy(np.concatenate([*token_arrays(tiny_data / "val")]).astype(np.int64))
+    windows = (len(tokens) - 1) // 32
+    inputs, targets = tokens[: windows * 32].view(-1, 32), tokens[1 : windows * 32 + 1]
+    with torch.no_grad():
+        expected = torch.nn.functional.cross_entropy(model.logits(inputs).flatten(0, 1), targets).item()
+    assert summary(tmp_path)["val_loss"] == pytest.approx(expected, rel=1e-5)
+    assert summary(tmp_path)["val_tokens"] == windows * 32
+
+
+def test_best_validation_loss_is_the_lowest(tiny_data: Path, tmp_path: Path, monkeypatch) -> None:
+    found = iter([3.0, 2.0, 5.0])
+    monkeypatch.setattr("gpt.session.validation_loss", lambda *_: next(found))
+    train(tiny(tiny_data, tmp_path, max_steps=15))
+    assert summary(tmp_path)["best_val_loss"] == 2.0 and summary(tmp_path)["val_loss"] == 5.0
+    (newest,) = (tmp_path / "checkpoints").glob("step-00000015")
+    assert checkpoint.read_state(newest)["best_val_loss"] == 2.0
+
+
+def test_first_steps_are_not_timed(tmp_path: Path) -> None:
+    lines = [{"step": i, "loss": 1.0, "tokens": i, "seconds": 1.0 * i, "val_loss": 2.0} for i in range(1, 6)]
+    for line in lines:
+        slow = line["step"] <= 3
+        line |= {"tokens_per_second": 1.0 if slow else 100.0, "step_ms": 9.0 if slow else 3.0}
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = summarize(tmp_path / "metrics.jsonl", 5)
+    assert found["tokens_per_second"] == 100.0 and found["step_ms_median"] == 3.0
+
+
+def test_a_summary_needs_all_its_records(tiny_data: Path, tmp_path: Path) -> None:
+    """As after a loss of power, which the checkpoint has survived and the last records have not."""
+    train(tiny(tiny_data, tmp_path))
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    (tmp_path / "summary.json").write_text("{")
+    path.write_text("".join(lines[:6]))
+    with pytest.raises(UserError, match=r"metrics\.jsonl ends at step 6, the run at 10"):
+        train(tiny(tiny_data, tmp_path, resume="auto"))
+    path.write_text("".join([*lines[:4], "garbage\n", *lines[4:]]))
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 5, is no record of a step"):
+        train(tiny(tiny_data, tmp_path, resume="auto"))
+    path.write_text("".join(lines))
+    assert train(tiny(tiny_data, tmp_path, resume="auto")) == 0
+    assert summary(tmp_path)["steps"] == 10
+
+
+def test_a_run_is_not_resumed_on_other_validation_data_or_beyond_its_end(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(tiny_data, data)
+    train(tiny(data, tmp_path / "run"))
+    with pytest.raises(UserError, match="is at step 10, beyond the 5 of this run"):
+        train(tiny(data, tmp_path / "run", resume="auto", max_steps=5))
+    shutil.rmtree(data / "val")
+    shutil.copytree(tiny_data / "test", data / "val")
+    with pytest.raises(UserError, match="validation data was"):
+        train(tiny(data, tmp_path / "run", resume="auto", max_steps=20))

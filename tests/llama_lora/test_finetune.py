@@ -5,16 +5,18 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from gpt.cli import UserError
 from llama_lora.adapters import CONFIG, WEIGHTS, load, read_recipe
 from llama_lora.backends import TapelmBackend, open_base
 from llama_lora.config import FinetuneConfig, parse_command_line
+from llama_lora.dataset import find_split
 from llama_lora.finetune import finetune
 
 STEPS = {"max_steps": 6, "block_size": 64, "eval_rows": 4, "eval_interval": 3, "warmup_steps": 1}
@@ -104,6 +106,34 @@ def test_a_run_that_changed_is_not_resumed(settings) -> None:
         finetune(FinetuneConfig(**settings))
     with pytest.raises(UserError, match="rank was 16 and is 8"):
         finetune(FinetuneConfig(**settings, rank=8, resume="auto"))
+    others = settings["out"].parent / "others"
+    shutil.copytree(settings["model"], others / "model")
+    weights = load_file(others / "model" / "model.safetensors")
+    save_file(
+        {name: tensor + 1 for name, tensor in weights.items()},
+        others / "model" / "model.safetensors",
+        {"format": "pt"},
+    )
+    with pytest.raises(UserError, match="base model was"):
+        finetune(FinetuneConfig(**settings | {"model": others / "model"}, resume="auto"))
+    shutil.copytree(settings["data"], others / "data")
+    with open(find_split(others / "data", "train"), "a", encoding="utf-8") as file:
+        file.write(json.dumps({"text": "one more"}) + "\n")
+    with pytest.raises(UserError, match="training data was"):
+        finetune(FinetuneConfig(**settings | {"data": others / "data"}, resume="auto"))
+
+
+def test_damaged_weights_are_named(settings) -> None:
+    damaged = settings["out"].parent / "damaged"
+    shutil.copytree(settings["model"], damaged)
+    path = damaged / "model.safetensors"
+    weights = {name: torch.full_like(tensor, math.nan) for name, tensor in load_file(path).items()}
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match="cannot load the weights in"):
+        finetune(FinetuneConfig(**settings | {"model": damaged}))
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(UserError, match="logits of the base model are not finite"):
+        finetune(FinetuneConfig(**settings | {"model": damaged, "verify": True}))
 
 
 def test_early_stop_keeps_the_best_adapter(settings, monkeypatch) -> None:
