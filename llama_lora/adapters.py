@@ -8,10 +8,7 @@ noted in the metadata of the weights. A directory is written beside its place an
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from gpt import extras
 from gpt.cli import UserError
-from llama_lora import extras
 from llama_lora.config import PROJECTIONS
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -153,19 +150,3 @@ def load(path: Path, adapters: Mapping[str, Adapter]) -> None:
                         f"{file}: {part} of {name} is {tuple(loaded.shape)}, not {tuple(tensor.shape)}"
                     )
                 tensor.copy_(loaded)
-
-
-@contextmanager
-def replaced_directory(out: Path) -> Iterator[Path]:
-    """A temporary directory that takes the place of `out` when the body ends without an error."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging, old = (out.with_name(f".{out.name}.{kind}-{os.getpid()}") for kind in ("tmp", "old"))
-    try:
-        staging.mkdir()
-        yield staging
-        if out.exists():
-            os.replace(out, old)
-        os.replace(staging, out)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)

@@ -14,10 +14,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 import tapelm
+from gpt import extras
 from gpt.cli import UserError
 from gpt.ops import ClippedAdamW
 from llama_lora import adapters as files
-from llama_lora import extras
 from llama_lora.adapters import Adapter, Recipe
 from llama_lora.config import PROJECTIONS, FinetuneConfig
 from llama_lora.dataset import IGNORED

