@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gpt.cli import UserError
+from gpt.cli import UserError, flush
 from gpt.config import ModelConfig
 from gpt.model import GPT
 from gpt.ops import load_ops
@@ -229,12 +229,3 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     except SafetensorError as error:  # it reports a full disk under its own type
         raise OSError(errno.EIO, str(error), str(path)) from error
     path.chmod(0o644)  # safetensors leaves 0600
-
-
-def flush(path: Path) -> None:
-    """Wait until a file or directory is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

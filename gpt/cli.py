@@ -7,6 +7,7 @@ import fcntl
 import io
 import os
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -111,12 +112,17 @@ def prepare_output(path: Path) -> None:
 
     Raises UserError when no file can be there.
     """
+    if path.exists() and not path.is_file():
+        raise UserError(f"cannot write {path}: it is {'a directory' if path.is_dir() else 'no regular file'}")
+    prepare_folder(path)
+
+
+def prepare_folder(path: Path) -> None:
+    """Create the folder that `path` will be in. Raises UserError when nothing can be written there."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise UserError(f"cannot write {path}: {error.filename} is not a directory") from error
-    if path.exists() and not path.is_file():
-        raise UserError(f"cannot write {path}: it is {'a directory' if path.is_dir() else 'no regular file'}")
     try:
         with tempfile.TemporaryFile(dir=path.parent):
             pass
@@ -156,6 +162,39 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replaced_directory(out: Path) -> Iterator[Path]:
+    """A temporary sibling, which is flushed to the disk and takes the place of `out` when the body has ended.
+
+    After an error it is removed and `out` is what it was.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staging, old = (out.with_name(f".{out.name}.{kind}-{os.getpid()}") for kind in ("tmp", "old"))
+    try:
+        staging.mkdir()
+        yield staging
+        for path in (*staging.rglob("*"), staging):
+            flush(path)
+        if out.exists():
+            os.replace(out, old)
+        os.replace(staging, out)
+        flush(out.parent)
+    finally:
+        if old.exists() and not out.exists():  # interrupted between the two
+            os.replace(old, out)
+        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def flush(path: Path) -> None:
+    """Have the disk hold a file, or the entries of a directory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def wide_console() -> Console:

@@ -16,7 +16,14 @@ from typing import Any, Literal
 
 import torch
 
-from gpt.cli import UserError, parse_options, prepare_output, run_program, write_atomically
+from gpt.cli import (
+    UserError,
+    parse_options,
+    prepare_output,
+    replaced_directory,
+    run_program,
+    write_atomically,
+)
 from gpt.hardware import pick_device, set_threads
 from llama_lora import adapters as files
 from llama_lora import gguf_file
@@ -77,7 +84,7 @@ def merge(base: Path, adapter: Path, out: Path) -> Any:
     if out.exists():
         raise UserError(f"{out} exists: name another --out")
     plain, tokenizer = merged_model(base, adapter), open_tokenizer(adapter)
-    with files.replaced_directory(out) as staging:
+    with replaced_directory(out) as staging:
         plain.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         for path in staging.iterdir():

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpt.cli import replaced_directory
 from llama_lora import adapters as files
 from llama_lora.adapters import Recipe
 from llama_lora.config import FinetuneConfig
@@ -38,7 +39,7 @@ class Trained:
     def publish(self, config: FinetuneConfig, backend: Any, recipe: Recipe, tokenizer: Any) -> None:
         """Write RUN/adapter, or RUN/model when all weights train, with the tokenizer; whole or not at all."""
         adapters = backend.adapters(self.model)
-        with files.replaced_directory(config.out / ("adapter" if adapters else "model")) as staging:
+        with replaced_directory(config.out / ("adapter" if adapters else "model")) as staging:
             if adapters:
                 files.write(staging, adapters, recipe, config.model)
             else:
