@@ -28,7 +28,8 @@ from benchmarks.harness import Row, interleave, make_row
 from benchmarks.ladder import Ladder, Rung, climb
 from benchmarks.train import Step
 from gpt.cli import UserError
-from gpt.model import GPT, Attention, Block
+from gpt.gpt2 import as_gpt2
+from gpt.model import GPT
 from gpt.ops import PLAIN
 
 LLMC_SHAPE = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 64, "vocab_size": 50_304}
@@ -50,42 +51,11 @@ class GPT2(nn.Module):
 
     def __init__(self, ours: GPT) -> None:
         super().__init__()
-        transformers = importlib.import_module("transformers")
-        config, dropout = ours.config, ours.config.dropout
-        self.inner = transformers.GPT2LMHeadModel(
-            transformers.GPT2Config(
-                vocab_size=config.vocab_size, n_positions=config.block_size, n_embd=config.n_embd,
-                n_layer=config.n_layer, n_head=config.n_head, tie_word_embeddings=False, use_cache=False,
-                resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout,
-                bos_token_id=None, eos_token_id=None,
-            )
-        )  # fmt: skip
-        self.inner.load_state_dict(gpt2_weights(ours), strict=True)
+        self.inner = as_gpt2(ours)
+        self.inner.config.use_cache = False
 
     def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
         return self.inner(input_ids=ids, labels=targets, shift_labels=targets).loss
-
-
-def gpt2_weights(ours: GPT) -> dict[str, Tensor]:
-    """The state of a GPT under the names of GPT2LMHeadModel, whose linear weights are (in, out)."""
-    state: dict[str, Tensor] = {
-        "transformer.wte.weight": ours.tokens.weight,
-        "transformer.wpe.weight": ours.positions.weight,
-        "transformer.ln_f.weight": ours.norm.weight,
-        "transformer.ln_f.bias": ours.norm.bias,
-        "lm_head.weight": ours.head.weight,
-    }
-    for number, block in enumerate(ours.blocks):
-        assert isinstance(block, Block) and isinstance(block.attention, Attention)
-        for name, module in (
-            ("ln_1", block.norm_1), ("attn.c_attn", block.attention.qkv), ("ln_2", block.norm_2),
-            ("attn.c_proj", block.attention.projection), ("mlp.c_fc", block.expand),
-            ("mlp.c_proj", block.contract),
-        ):  # fmt: skip
-            weight = module.weight.t() if isinstance(module, nn.Linear) else module.weight
-            state[f"transformer.h.{number}.{name}.weight"] = weight
-            state[f"transformer.h.{number}.{name}.bias"] = module.bias
-    return {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
 
 
 class TransformersStep(Step):
