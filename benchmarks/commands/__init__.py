@@ -12,6 +12,7 @@ COMMANDS: dict[str, type[Any]] = {
     "ladder": ladder.Ladder,
     "tokenizer": timed.Tokenizer,
     "loader": timed.Loader,
+    "generate": timed.Generate,
     "llama": timed.Llama,
     "peers": timed.Peers,
     "all": everything.All,

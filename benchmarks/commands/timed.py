@@ -198,6 +198,31 @@ class Llama(Measuring):
 
 
 @dataclass(frozen=True)
+class Generate(Measuring):
+    """Greedy text of a GPT, token by token: cache, kernels and bf16, against transformers."""
+
+    name: ClassVar[str] = "generate"
+    checkpoint: Path | None = None
+    """A run directory or one of its checkpoints; without one, random weights of --preset."""
+    preset: str = "seed"
+    """Of gpt.train: demo, seed, finance, tape or gpt2."""
+    prompt_tokens: int = 128
+    """Tokens that are read at once."""
+    new_tokens: int = 64
+    """Tokens made, one after the other; with the prompt they have to fit the block."""
+
+    def run(self) -> int:
+        from benchmarks import generate
+
+        device = self.begin()
+        rows, skipped = generate.measure(
+            self.checkpoint, self.preset, self.prompt_tokens, self.new_tokens, device, self.rounds
+        )
+        print("".join(f"skipped: {line}\n" for line in skipped), end="")
+        return self.finish(rows, device, skipped=skipped)
+
+
+@dataclass(frozen=True)
 class Peers(Measuring):
     """The training step of nanoGPT, transformers and llm.c beside ours."""
 
