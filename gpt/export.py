@@ -45,7 +45,7 @@ TOKENS, LONGEST = 512, 1024  # compared: at least so many tokens, in windows of 
 
 @dataclasses.dataclass(frozen=True)
 class ExportConfig:
-    """Options of `python -m gpt.export`."""
+    """Writes a GPT for transformers or llama.cpp, after reading it back and comparing logits and ids."""
 
     checkpoint: Path
     """A run directory or one of its checkpoints."""
@@ -56,6 +56,7 @@ class ExportConfig:
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Of the weights; auto keeps the checkpoint's. In GGUF positions, norms and biases are in float32."""
     threads: int = 0
+    """CPU threads; 0 takes PyTorch's default."""
 
 
 def export(config: ExportConfig) -> dict[str, Any]:

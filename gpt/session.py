@@ -17,7 +17,7 @@ from rich.console import Console
 
 from data.numbers import Tape
 from gpt import checkpoint, parallel
-from gpt.cli import UserError
+from gpt.cli import UserError, flush
 from gpt.config import ModelConfig, TrainConfig
 from gpt.corpus import check_shards, fixed_batches, open_loader, open_tokenizer, text_bytes
 from gpt.hardware import (
@@ -223,7 +223,7 @@ class Training:
             "config": self.config.as_json(),
             "versions": versions(),
         }
-        checkpoint.flush(self.config.out / "metrics.jsonl")  # which a checkpoint must not be ahead of
+        flush(self.config.out / "metrics.jsonl")  # which a checkpoint must not be ahead of
         root, tokenizer = self.config.out / "checkpoints", self.config.data / "tokenizer.json"
         return checkpoint.save(root, tensors, state, tokenizer=tokenizer, keep=self.config.keep_checkpoints)
 

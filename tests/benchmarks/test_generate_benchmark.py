@@ -126,10 +126,9 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
 def test_weights_of_a_checkpoint_are_taken(tmp_path: Path) -> None:
     Tokenizer.train(["prices fell"], 262).save(tmp_path / "tokenizer.json")
     model = lively().to(torch.bfloat16)
-    checkpoint.save(
-        tmp_path / "run" / "checkpoints", model, torch.optim.SGD(model.parameters()),
-        {"step": 1, "config": {"kernels": "plain"}}, tokenizer=tmp_path / "tokenizer.json", keep=1,
-    )  # fmt: skip
+    state = {"step": 1, "config": {"kernels": "plain"}, "model": vars(model.config)}
+    tensors, root = checkpoint.Tensors(model.state_dict(), {}), tmp_path / "run" / "checkpoints"
+    checkpoint.save(root, tensors, state, tokenizer=tmp_path / "tokenizer.json", keep=1)
     taken = generate.weights_of(tmp_path / "run", "seed")
     assert taken.head.weight.dtype == torch.float32
     assert torch.equal(taken.head.weight, model.head.weight.float())

@@ -40,9 +40,9 @@ def save_run(out: Path, tokenizer: Path, dtype: torch.dtype = torch.float32, **s
         noise = torch.randn(parameter.shape, generator=generator) * (0.3 if parameter.ndim == 2 else 0.2)
         parameter.data = noise + (1.0 if name.endswith("weight") and parameter.ndim == 1 else 0.0)
     model = model.to(dtype)
-    state = {"step": 3, "config": {"kernels": "plain"}}
-    optimizer = torch.optim.SGD(model.parameters())
-    checkpoint.save(out / "checkpoints", model, optimizer, state, tokenizer=tokenizer, keep=1)
+    state = {"step": 3, "config": {"kernels": "plain"}, "model": vars(model.config)}
+    tensors = checkpoint.Tensors(model.state_dict(), {})
+    checkpoint.save(out / "checkpoints", tensors, state, tokenizer=tokenizer, keep=1)
     return out
 
 
@@ -122,10 +122,8 @@ def test_pipeline_continues_a_prompt_as_generate_does(stored, runs, tmp_path, ca
 def float_run(run: Path, tmp_path: Path) -> Path:
     """The weights of `run` in float32."""
     model, saved, state = checkpoint.load_model(run, kernels="plain")
-    optimizer = torch.optim.SGD(model.float().parameters())
-    state = {"step": state["step"], "config": state["config"]}
-    out = tmp_path / "float"
-    checkpoint.save(out / "checkpoints", model, optimizer, state, tokenizer=saved / "tokenizer.json", keep=1)
+    tensors, out = checkpoint.Tensors(model.float().state_dict(), {}), tmp_path / "float"
+    checkpoint.save(out / "checkpoints", tensors, state, tokenizer=saved / "tokenizer.json", keep=1)
     return out
 
 
