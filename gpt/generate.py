@@ -117,7 +117,8 @@ def generate(
     cache = KVCache(model.config.n_layer) if use_cache else None
     for _ in range(max_new_tokens):
         pending = context if cache is None else context[len(cache) :]
-        logits = model.logits(torch.tensor([pending], device=device), cache)[0, -1, :vocab_size]
+        last = model.hidden(torch.tensor([pending], device=device), cache)[0, -1:]
+        logits = model.ops.linear(last, model.head.weight, None)[0, :vocab_size]
         token = choose(logits, sampling, generator)
         yield token
         context.append(token)
