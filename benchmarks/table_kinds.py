@@ -12,7 +12,7 @@ from gpt.forecast import direction_line
 
 NOT_OPS = (
     "train", "ladder", "removal", "peers", "scaling", "loader", "open", "encode", "load", "cold", "warm",
-    "merges", "llama", "decode",
+    "merges", "llama", "prefill", "decode",
 )  # fmt: skip
 """How the subjects begin whose rows are not of one op."""
 BEGINS = {"AdamW": "+ our AdamW", "bf16": "+ bf16"}
@@ -198,6 +198,28 @@ def _in_summary(rows: Sequence[tuple[float, Row]]) -> tuple[str, str]:
     return " to ".join(ends) + "×", f"{longest.fraction_of_ceiling:.0%}"
 
 
+def generation(results: Results) -> str:
+    """Reading a prompt, and a further token of each variant."""
+    prefill = {row.variant: row for row in chosen(results, "prefill ")}
+    decode = {row.variant: row for row in chosen(results, "decode ")}
+    first = next(iter(prefill.values()))
+    name = first.subject.removeprefix("prefill ")
+    return markdown(
+        (
+            f"{name}, {first.shape} tokens", "prompt", "a further token", "tokens/s", "speed-up",
+            "of the copy bandwidth",
+        ),
+        [
+            (
+                variant, f"{prefill[variant].median_ms:.1f} ms", f"{row.median_ms:.2f} ms",
+                f"{row.extra['tokens_per_second']:,.0f}", f"{_speed_up(row):.1f}×",
+                f"{row.fraction_of_ceiling:.0%}",
+            )
+            for variant, row in decode.items()
+        ],
+    )  # fmt: skip
+
+
 def tokenizer(results: Results) -> str:
     """Passes in MB/s; loading and training in seconds."""
     first = chosen(results, "cold")
@@ -319,5 +341,6 @@ def scaling(results: Results) -> str:
 
 KINDS: dict[str, Callable[[Results], str]] = {
     "steps": steps, "ladder": ladder, "removal": removal, "ops": ops, "summary": summary,
-    "tokenizer": tokenizer, "loader": loader, "texts": texts, "forecasts": forecasts, "scaling": scaling,
+    "generation": generation, "tokenizer": tokenizer, "loader": loader, "texts": texts,
+    "forecasts": forecasts, "scaling": scaling,
 }  # fmt: skip

@@ -60,12 +60,15 @@ class Tensors(NamedTuple):
     optimizer: dict[str, Tensor]
 
 
-def tensors_of(model: Saved, optimizer: torch.optim.Optimizer) -> Tensors:
-    """Without copies; what is cut among ranks is put together, which all of them have to do."""
-    states = _optimizer_tensors(model, optimizer)
-    return Tensors(
-        *({name: whole(tensor) for name, tensor in d.items()} for d in (model.state_dict(), states))
-    )
+def tensors_of(model: Saved, optimizer: torch.optim.Optimizer, keep: bool = True) -> Tensors:
+    """Without copies. What is cut among ranks is put together, which all of them do and one may keep."""
+    found: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+    for tensors, kept in zip((model.state_dict(), _optimizer_tensors(model, optimizer)), found, strict=True):
+        for name, tensor in tensors.items():
+            together = whole(tensor)
+            if keep:
+                kept[name] = together
+    return Tensors(*found)
 
 
 def save(root: Path, tensors: Tensors, state: dict[str, Any], *, tokenizer: Path, keep: int) -> Path:

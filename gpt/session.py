@@ -200,7 +200,7 @@ class Training:
 
     def save(self) -> Path | None:
         """The checkpoint of this step, on rank 0, which writes it."""
-        tensors = checkpoint.tensors_of(self.model, self.optimizer)
+        tensors = checkpoint.tensors_of(self.model, self.optimizer, keep=self.ranks.leads)
         generators = self.ranks.gather(checkpoint.generators(self.device))
         peak_memory = self._peak_memory()
         if not self.ranks.leads:

@@ -73,6 +73,21 @@ def test_summary_has_the_range_of_an_op_and_the_ceiling_of_its_longest_shape(tmp
     assert "| gelu fwd | 1.0 to 3.2× | 77% |  |  | copy |" in made and "99" not in made
 
 
+def test_generation_has_a_line_for_each_variant(tmp_path: Path) -> None:
+    rows = []
+    for subject, milliseconds in (("prefill seed", 30.0), ("decode seed", 4.0)):
+        for variant, factor in (("plain", 1.0), ("ours", 0.5)):
+            times = (milliseconds * factor,) * 3
+            ratios = {"plain": 1 / factor}
+            row = Row(subject, variant, "8 + 4", "float32", "cpu", *times, ratios, "60 GB/s copy", 0.25)
+            row.extra["tokens_per_second"] = 1e3 / times[0]
+            rows.append(row)
+    write_results(tmp_path / "a.json", CPU, rows)
+    made = tables.splice("<!-- table generation a.json -->\n<!-- end -->", tmp_path)
+    assert "| seed, 8 + 4 tokens | prompt | a further token |" in made
+    assert "| ours | 15.0 ms | 2.00 ms | 500 | 2.0× | 25% |" in made
+
+
 @pytest.mark.parametrize("path", sorted(tables.RESULTS.glob("*-all-*.json")), ids=lambda path: path.stem)
 def test_every_removal_of_committed_results_is_in_the_table(path: Path) -> None:
     results = tables.opened(path)
