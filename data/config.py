@@ -14,6 +14,7 @@ from data.documents import END_OF_TEXT, DataError
 
 MOST_EMBARGO_DAYS = 36_500  # further back, dates leave the calendar
 MOST_WEIGHT = 100.0
+NO_DATE = "none"  # as the name of a column
 
 
 @dataclass
@@ -44,10 +45,10 @@ class Config:
     """Commit or branch of the dataset."""
     vocab_size: int = 8192
     """Most tokens the vocabulary may have."""
-    text_column: str = "text"
-    """Column or key that holds the text in .jsonl, .csv and .parquet."""
-    date_column: str = "date"
-    """Column or key that holds the ISO date; where there is a column available_at, that decides the split."""
+    text_column: tuple[str, ...] = ("text",)
+    """Column or key that holds the text in .jsonl, .csv and .parquet; of several the first that a row has."""
+    date_column: tuple[str, ...] = ("date",)
+    """The same for the ISO date, "none" for undated text; a column available_at decides the split instead."""
     split: Literal["date", "hash"] = "date"
     """date: by release date, undated documents by hash of the text. hash: all by hash, 90/5/5."""
     validation_from: date | None = None
@@ -77,10 +78,11 @@ class Config:
 
     def settings(self) -> dict[str, Any]:
         """The settings that decide the result, as they go into the card."""
-        names = ("view", "vocab_size", "text_column", "date_column", "split", "embargo_days", "min_block")
+        names = ("view", "vocab_size", "split", "embargo_days", "min_block")
         names += ("language", "min_chars", "deduplicate")
         settings: dict[str, Any] = {"source": list(self.source)}
         settings |= {name: getattr(self, name) for name in names}
+        settings |= {name: " ".join(getattr(self, name)) for name in ("text_column", "date_column")}
         settings |= {"tickers": list(self.tickers), "dataset": self.dataset, "revision": self.revision}
         for name in ("validation_from", "test_from", "until", "since", "to"):
             day: date | None = getattr(self, name)
@@ -117,6 +119,9 @@ def check(config: Config) -> None:
         raise DataError(
             f"embargo_days must not be negative or above {MOST_EMBARGO_DAYS}, got {config.embargo_days}"
         )
+    for name in ("text_column", "date_column"):
+        if not all(getattr(config, name) or ("",)):
+            raise DataError(f"--{name.replace('_', '-')} takes one or more names")
     config.domain_weights()
     if not config.source or len(set(config.source)) != len(config.source):
         raise DataError("--source takes one or more different sources")

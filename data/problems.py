@@ -6,12 +6,14 @@ can be shown to anyone.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from data.documents import DataError
 
 EXAMPLES = 5
+LINE = re.compile(r"(.*), (?:line|row) (\d+)", re.DOTALL)
 
 
 @dataclass
@@ -19,23 +21,27 @@ class Problems:
     """What could not be used.
 
     strict: the first bad row raises instead of being skipped. rows: how many by kind. places: the first
-    EXAMPLES of a kind. dropped: documents that cleaning, filters or deduplication left out, by source and
-    reason.
+    EXAMPLES of a kind, by line. dropped: documents that cleaning, filters or deduplication left out, by
+    source and reason. notes: how many and the first place, by sentence.
     """
 
     strict: bool = False
     rows: dict[str, int] = field(default_factory=dict)
     places: dict[str, list[str]] = field(default_factory=dict)
     dropped: dict[str, dict[str, int]] = field(default_factory=dict)
+    notes: dict[str, tuple[int, str]] = field(default_factory=dict)
+
+    def note(self, sentence: str, place: str) -> None:
+        """Count what was kept and the user should know, as in note("no column 'date'", "news.csv")."""
+        count, first = self.notes.get(sentence, (0, place))
+        self.notes[sentence] = (count + 1, min(first, place, key=_order))
 
     def skip(self, kind: str, place: str, advice: str = "") -> None:
         """Count a bad row, as in skip("not JSON", "news.jsonl, line 3"). Raises DataError when strict."""
         if self.strict:
             raise DataError(f"{place}: {kind}" + (f"; {advice}" if advice else ""))
         self.rows[kind] = self.rows.get(kind, 0) + 1
-        places = self.places.setdefault(kind, [])
-        if len(places) < EXAMPLES:
-            places.append(place)
+        self.places[kind] = sorted([*self.places.get(kind, []), place], key=_order)[:EXAMPLES]
 
     def drop(self, source: str, reason: str, count: int = 1) -> None:
         """Count documents of a source that are left out on purpose."""
@@ -43,15 +49,19 @@ class Problems:
         reasons[reason] = reasons.get(reason, 0) + count
 
     def warnings(self) -> list[str]:
-        """One sentence about bad rows, naming the first of the commonest kind; none when there are none."""
-        if not self.rows:
-            return []
-        kinds = sorted(self.rows, key=lambda kind: (-self.rows[kind], kind))
-        told = ", ".join(f"{self.rows[kind]} {kind}" for kind in kinds)
-        return [
-            f"bad rows were skipped: {told}; the first: {self.places[kinds[0]][0]}: {kinds[0]} "
-            "(data_card.json names more, --strict stops at the first)"
-        ]
+        """A sentence on each note, and one on all bad rows that names the first of them."""
+        told = []
+        for sentence, (count, first) in self.notes.items():
+            told.append(f"{first}: {sentence}" + (f" (and {count - 1:,} more)" if count > 1 else ""))
+        if self.rows:
+            kinds = sorted(self.rows, key=lambda kind: (-self.rows[kind], kind))
+            counts = ", ".join(f"{self.rows[kind]} {kind}" for kind in kinds)
+            kind = min(kinds, key=lambda kind: _order(self.places[kind][0]))
+            told.append(
+                f"bad rows were skipped: {counts}; the first: {self.places[kind][0]}: {kind} "
+                "(data_card.json names more, --strict stops at the first)"
+            )
+        return told
 
     def entry(self) -> dict[str, Any]:
         """What the data card says about it."""
@@ -63,3 +73,9 @@ class Problems:
                 source: dict(sorted(reasons.items())) for source, reasons in sorted(self.dropped.items())
             },
         }
+
+
+def _order(place: str) -> tuple[str, int]:
+    """Files by name, their lines by number."""
+    match = LINE.fullmatch(place)
+    return (match[1], int(match[2])) if match else (place, 0)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import datetime
 import glob
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,31 +17,18 @@ from data.config import Config
 from data.corpus import Corpus
 from data.documents import END_OF_TEXT, DataError, Document, is_unicode
 from data.problems import Problems
+from data.sources.columns import HEAD_ROWS, Columns, check_columns, first_of, listed, quoted, to_day
 from data.sources.formats import PACKED, Record, csv_records, json_records, parquet_records, unpacked_name
 from data.sources.packing import read_texts
 
 SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
 
 
-@dataclass(frozen=True, slots=True)
-class Columns:
-    """Names of the columns that hold text and date in .jsonl, .csv and .parquet files.
-
-    `available_at` (release date), `source` (domain) and `id` are used too where a file has them.
-    """
-
-    text: str = "text"
-    date: str = "date"
-
-    def all(self) -> list[str]:
-        return [self.text, self.date, "available_at", "source", "id"]
-
-
 def open_corpus(config: Config, progress: Progress) -> Corpus:
     """The files of --input, less those inside --out and what killed runs have left beside it."""
     out = config.out.resolve()
     paths = [path for path in find_files(config.input) if not _is_output(path.resolve(), out)]
-    columns = Columns(text=config.text_column, date=config.date_column)
+    columns = Columns.of(config)
     tracked = progress.track(paths, description="input files")
     inputs = {str(path): sha256_of(path) for path in tracked}
     return Corpus(lambda problems: read_files(paths, columns, problems), inputs)
@@ -93,8 +79,11 @@ def read_files(paths: Sequence[Path], columns: Columns, problems: Problems) -> I
     """Documents of all files, in order, streaming.
 
     Rows that cannot be used are counted in `problems`; DataError is raised for a file that is nothing of
-    what its name says, or whose first row has no text column.
+    what its name says or lacks columns, before any document is given (see check_columns).
     """
+    for path in paths:
+        if kind_of(path) != ".txt":
+            check_columns(str(path), first_rows(path), columns, problems)
     for path in paths:
         kind = kind_of(path)
         stem = unpacked_name(path).rsplit(".", 1)[0]
@@ -108,24 +97,24 @@ def read_files(paths: Sequence[Path], columns: Columns, problems: Problems) -> I
 def read_table(
     records: Iterable[Record], columns: Columns, default_source: str, problems: Problems
 ) -> Iterator[Document]:
-    """Documents out of the rows of one table. Raises DataError when the first has no text column."""
-    checked = False
+    """Documents out of the rows of one table, whose columns have been checked."""
     for place, record in records:
-        if columns.text not in record:
-            names = ", ".join(str(name) for name in record) or "none"
-            advice = f"found: {names}; pass --text-column"
-            if not checked:
-                raise DataError(f"{place}: no column {columns.text!r} ({advice})")
-            problems.skip(f"no column {columns.text!r}", place, advice)
+        if first_of(columns.text, record) is None:
+            advice = f"found: {listed(map(str, record))}; pass --text-column"
+            problems.skip(f"no column {quoted(columns.text)}", place, advice)
             continue
-        checked = True
         document = _document(record, columns, default_source=default_source, place=place, problems=problems)
         if document is not None:
             yield document
 
 
-def read_records(path: Path, columns: list[str], problems: Problems) -> Iterator[Record]:
-    """(place, fields) of the rows of a .jsonl, .csv or .parquet file."""
+def first_rows(path: Path) -> list[Mapping[str, Any]]:
+    """Some rows from the beginning of a table, with all of their columns."""
+    return [record for _, record in islice(read_records(path, None, Problems()), HEAD_ROWS)]
+
+
+def read_records(path: Path, columns: list[str] | None, problems: Problems) -> Iterator[Record]:
+    """(place, fields) of the rows of a .jsonl, .csv or .parquet file, of this with `columns` alone."""
     kind = kind_of(path)
     if kind == ".jsonl":
         return json_records(path, problems)
@@ -136,7 +125,7 @@ def _document(
     record: Mapping[str, Any], columns: Columns, *, default_source: str, place: str, problems: Problems
 ) -> Document | None:
     """None, and counted, for what is no usable document."""
-    text, source = record[columns.text], record.get("source")
+    text, source = record[first_of(columns.text, record) or ""], record.get("source")
     source = source if isinstance(source, str) and source else default_source
     if text is None or (isinstance(text, str) and not text.strip()):
         problems.drop(source, "no text")
@@ -149,7 +138,8 @@ def _document(
         problems.skip(fault, place)
         return None
     try:
-        day, released = to_day(record.get(columns.date)), to_day(record.get("available_at"))
+        day = to_day(record.get(first_of(columns.date, record) or ""))
+        released = to_day(record.get("available_at"))
     except ValueError:
         problems.skip("date is not ISO", place, "expected a date such as 2015-01-31")
         return None
@@ -168,19 +158,3 @@ def _fault(text: Any) -> str | None:
     if END_OF_TEXT in text or (INVISIBLE.search(text) and END_OF_TEXT in INVISIBLE.sub("", text)):
         return f"text contains the reserved mark {END_OF_TEXT}"
     return None if is_unicode(text) else "lone surrogate"
-
-
-def to_day(value: Any) -> datetime.date | None:
-    """A day (UTC) out of a date, a datetime or ISO text; None for nothing. Raises ValueError for all else."""
-    if value is None or value == "":
-        return None
-    if isinstance(value, str):
-        value = datetime.datetime.fromisoformat(value.strip())
-    if not isinstance(value, datetime.date):
-        raise ValueError(f"{type(value).__name__} is no date")
-    if not isinstance(value, datetime.datetime):
-        return value
-    try:
-        return value.date() if value.tzinfo is None else value.astimezone(datetime.UTC).date()
-    except OverflowError as error:  # in the year 1 or 9999
-        raise ValueError(f"{value} has no day in UTC") from error

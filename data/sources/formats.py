@@ -167,12 +167,12 @@ def csv_records(path: Path, problems: Problems) -> Iterator[Record]:
             yield place, record
 
 
-def parquet_records(path: Path, columns: list[str]) -> Iterator[Record]:
-    """The rows of a parquet file with those of `columns` that it has."""
+def parquet_records(path: Path, columns: list[str] | None) -> Iterator[Record]:
+    """The rows of a parquet file with those of `columns` that it has, or with all."""
     arrow, parquet = _library("pyarrow", path), _library("pyarrow.parquet", path)
     try:
         file = parquet.ParquetFile(path)
-        names = [name for name in file.schema_arrow.names if name in columns]
+        names = [name for name in file.schema_arrow.names if columns is None or name in columns]
         row = 0
         for batch in file.iter_batches(batch_size=1024, columns=names):
             for record in batch.to_pylist():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from hashlib import sha256
 from importlib import import_module
+from itertools import chain, islice
 from typing import Any
 
 from rich.progress import Progress
@@ -13,7 +14,8 @@ from data.config import Config
 from data.corpus import Corpus, Origin
 from data.documents import DataError, Document
 from data.problems import Problems
-from data.sources.files import Columns, read_table
+from data.sources.columns import HEAD_ROWS, Columns, check_columns
+from data.sources.files import read_table
 
 
 def open_corpus(config: Config, progress: Progress) -> Corpus:
@@ -33,12 +35,14 @@ def open_corpus(config: Config, progress: Progress) -> Corpus:
     except (OSError, ValueError) as error:  # what the library raises for unknown names and no connection
         raise DataError(f"cannot load dataset {name} at {revision}: {type(error).__name__}") from error
     progress.advance(task)
-    columns = Columns(text=config.text_column, date=config.date_column)
+    columns = Columns.of(config)
     domain = name.split("/")[-1]
 
     def read(problems: Problems) -> Iterator[Document]:
         records = ((f"{name}, row {number}", record) for number, record in enumerate(table))
-        return read_table(records, columns, domain, problems)
+        head = list(islice(records, HEAD_ROWS))
+        check_columns(name, [record for _, record in head], columns, problems)
+        return read_table(chain(head, records), columns, domain, problems)
 
     # The hub's revision stands for the content: rows are streamed and never on this disk.
     inputs = {f"{name}@{revision}": sha256(f"{name}@{revision}".encode()).hexdigest()}

@@ -20,8 +20,8 @@ from data.config import Config
 from data.corpus import Corpus, Origin, cache_folder
 from data.documents import END_OF_TEXT, DataError, Document, read_jsonl
 from data.problems import Problems
+from data.sources.columns import to_day
 from data.sources.fetch import Fetcher
-from data.sources.files import to_day
 
 ADDRESS = "https://eodhd.com/api"
 KEY = "EODHD_API_KEY"

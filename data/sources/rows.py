@@ -19,7 +19,8 @@ from data.corpus import Corpus
 from data.documents import DataError, Document
 from data.problems import Problems
 from data.series import MAIN_FIELDS, Row
-from data.sources.files import find_files, kind_of, read_records, to_day
+from data.sources.columns import to_day
+from data.sources.files import find_files, kind_of, read_records
 from data.sources.formats import unpacked_name
 from data.tape import write_notes
 

@@ -22,8 +22,8 @@ from data.config import Config
 from data.corpus import Corpus, Origin, cache_folder
 from data.documents import END_OF_TEXT, DataError, Document
 from data.problems import Problems
+from data.sources.columns import to_day
 from data.sources.fetch import Fetcher, html_text
-from data.sources.files import to_day
 
 FILES, DATA = "https://www.sec.gov", "https://data.sec.gov"
 INTERVAL = 0.125  # seconds

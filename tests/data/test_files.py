@@ -9,7 +9,8 @@ import pytest
 
 from data.documents import DataError
 from data.problems import Problems
-from data.sources.files import Columns, find_files, read_files, to_day
+from data.sources.columns import Columns, to_day
+from data.sources.files import find_files, read_files
 from data.sources.formats import CHUNK_BYTES
 from data.sources.packing import MAX_BYTES, PACK_BYTES
 
@@ -130,7 +131,7 @@ def test_jsonl_columns_and_dates(tmp_path):
     ]
     path.write_text("\n".join(json.dumps(record) for record in records) + "\n\n")
     problems = Problems(strict=True)
-    columns = Columns(text="body", date="when")
+    columns = Columns(text=("body",), date=("when",))
     first, second, third, fourth = read(path, columns=columns, problems=problems)
     assert problems.dropped == {"news": {"no text": 2}}
     assert (first.id, fourth.id) == (None, "8")
@@ -233,6 +234,55 @@ def test_a_file_without_the_column_is_an_error(tmp_path, content):
         read(path, problems=Problems())
 
 
+RECORDS = [{"body": f"Article {n}.", "id": n, "published": f"2015-01-{n % 28 + 1:02}"} for n in range(40)]
+
+
+def table_of(tmp_path, suffix, records):
+    path = tmp_path / f"desk{suffix}"
+    if suffix == ".jsonl":
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    elif suffix == ".csv":
+        lines = [",".join(map(str, record.values())) for record in records]
+        path.write_text("\n".join([",".join(records[0]), *lines]) + "\n")
+    else:
+        arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(arrow.Table.from_pylist(records), path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_dates_under_another_name_are_an_error(tmp_path, suffix):
+    """A random split in place of one by date would be a leak that nothing else sees."""
+    path = table_of(tmp_path, suffix, RECORDS)
+    message = "desk{}: no column 'date', but 'published' holds dates: pass --date-column published, or "
+    with pytest.raises(DataError, match=message.format(suffix) + "--date-column none for undated text"):
+        read(path, columns=Columns(text=("body",)))
+    assert {d.available_at for d in read(path, columns=Columns(("body",), undated=True))} == {None}
+    dated = read(path, columns=Columns(("text", "body"), ("when", "published")))
+    assert len(dated) == 40 and dated[1].available_at == date(2015, 1, 2)
+    with pytest.raises(DataError, match=r"no column 'when', but .* pass --date-column when published"):
+        read(path, columns=Columns(("body",), ("when",)))
+
+
+@pytest.mark.parametrize("stamp", ["31.01.2015", "1/31/2015 10:00", "Sat, 31 Jan 2015 10:00:00 GMT"])
+def test_dates_of_another_form_are_an_error(tmp_path, stamp):
+    path = table_of(tmp_path, ".jsonl", [record | {"published": stamp} for record in RECORDS])
+    with pytest.raises(DataError, match="'published' holds dates that are not ISO: write them as 2015-01-31"):
+        read(path, columns=Columns(("body",)))
+
+
+def test_a_table_where_nothing_looks_like_a_date_is_named_with_its_columns(tmp_path):
+    first = table_of(tmp_path, ".jsonl", [{"body": "Rates rose.", "id": 20150102, "n": "12345678"}] * 3)
+    second = table_of(tmp_path, ".csv", [{"body": "10-K", "id": 3, "n": 0.5}] * 3)
+    problems = Problems()
+    read(first, second, columns=Columns(("body",), ("date",)), problems=problems)
+    assert problems.warnings() == [
+        f"{second}: no column 'date' (found: body, id, n), so its documents have no date (and 1 more)"
+    ]
+    with pytest.raises(DataError, match=r"no column 'day' \(found: body, id, n; pass --date-column, or"):
+        read(second, columns=Columns(("body",), ("day",)))
+
+
 def test_parquet(tmp_path):
     arrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
@@ -248,7 +298,7 @@ def test_parquet(tmp_path):
         ("Two.", date(2016, 1, 2)),
     ]
     with pytest.raises(DataError, match="no column 'body'"):
-        read(path, columns=Columns(text="body"))
+        read(path, columns=Columns(text=("body",)))
     path.write_bytes(b"PAR1 not really")
     with pytest.raises(DataError, match="not a readable parquet file"):
         read(path)

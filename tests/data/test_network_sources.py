@@ -269,7 +269,7 @@ def test_a_dataset_of_the_hub(tmp_path, monkeypatch):
         return [{"body": body, "when": when} for body, when in rows]
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    config = Config(out=tmp_path / "o", dataset="owner/name", text_column="body", date_column="when")
+    config = Config(out=tmp_path / "o", dataset="owner/name", text_column=("body",), date_column=("when",))
     problems = Problems()
     found = documents(open_quietly(hf, config), problems)
     assert [(d.text, d.source, d.available_at) for d in found] == [

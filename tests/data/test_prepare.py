@@ -397,3 +397,20 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, arguments, message
     assert code == 2
     assert len(messages) == 1 and messages[0].startswith("error: ") and message in messages[0]
     assert hashes(tmp_path) == before and not (tmp_path / "out").exists()
+
+
+def test_a_misnamed_date_column_is_no_random_split(tmp_path, monkeypatch, capsys):
+    path = write_corpus(tmp_path / "desk.jsonl")
+    path.write_text(path.read_text().replace('"date"', '"published"').replace('"text"', '"body"'))
+    arguments = ("--source", "files", "--input", path, "--out", tmp_path / "out", "--min-block", "64")
+    arguments += ("--text-column", "text", "body")
+    code, _, messages = run(monkeypatch, capsys, *arguments)
+    assert code == 2 and len(messages) == 1
+    assert messages[0].startswith(f"error: {path}: no column 'date', but 'published' holds dates: pass")
+    code, _, messages = run(monkeypatch, capsys, *arguments, "--date-column", "none")
+    assert code == 0 and messages[0].startswith("warning: 300 of 300 documents have no date")
+    write_corpus(tmp_path / "wire.jsonl")
+    arguments += ("--input", path, tmp_path / "wire.jsonl", "--date-column", "date", "published", "--force")
+    assert run(monkeypatch, capsys, *arguments)[0] == 0
+    card = json.loads((tmp_path / "out" / "data_card.json").read_text())
+    assert card["undated_documents"] == 0 and card["settings"]["date_column"] == "date published"

@@ -96,7 +96,18 @@ def test_a_card_keeps_the_first_places_of_a_kind():
     for line in range(20):
         problems.skip("not JSON", f"a.jsonl, line {line}")
     problems.skip("not UTF-8", "b.txt, line 1")
+    problems.skip("not a number", "a.jsonl, line 9")
     entry = problems.entry()["bad_rows"]
     assert entry["not JSON"] == {"count": 20, "first": [f"a.jsonl, line {n}" for n in range(EXAMPLES)]}
     (warning,) = problems.warnings()
-    assert "20 not JSON, 1 not UTF-8" in warning and "a.jsonl, line 0: not JSON" in warning
+    assert "20 not JSON, 1 not UTF-8, 1 not a number" in warning and "a.jsonl, line 0: not JSON" in warning
+
+
+def test_the_first_bad_row_is_that_of_the_first_line():
+    """Series are read by name and checked after all rows are: later lines may be found first."""
+    problems = Problems()
+    for kind, line in (("bad", 90), ("bad", 62), ("worse", 61), ("worse", 7)):
+        problems.skip(kind, f"a.csv, line {line}")
+    (warning,) = problems.warnings()
+    assert "the first: a.csv, line 7: worse" in warning
+    assert problems.places["worse"] == ["a.csv, line 7", "a.csv, line 61"]
