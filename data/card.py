@@ -7,7 +7,7 @@ import json
 import math
 import platform
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
@@ -180,7 +180,42 @@ def print_table(card: dict[str, Any]) -> None:
             numbers = (f"{tally['documents']:,}", f"{tally['bytes'] / 1e6:.3f}", f"{tally['tokens']:,}")
             table.add_row(split, source, *numbers, span)
         table.add_section()
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    for line in _left_out(card):
+        console.print(line, soft_wrap=True, highlight=False)
+
+
+def _left_out(card: Mapping[str, Any]) -> Iterator[str]:
+    """Sentences on the cuts, and on the documents that are in no split."""
+    dates = card["split_dates"]
+    if dates is not None:
+        until = f", until {dates['until']}" if dates["until"] else ""
+        yield f"validation from {dates['validation_from']}, test from {dates['test_from']}{until}"
+    told = []
+    if card["left_out_documents"]:
+        told.append(f"{card['left_out_documents']:,} left out ({left_out_of(card)})")
+    reasons: Counter[str] = Counter()
+    for dropped in card["dropped_documents"].values():
+        reasons.update(dropped)
+    told += [f"{count:,} dropped ({reason})" for reason, count in reasons.items()]
+    if told:
+        yield f"{'rows' if is_tape(card) else 'documents'}: {', '.join(told)}"
+
+
+def is_tape(card: Mapping[str, Any]) -> bool:
+    """Whether the card is that of a tape of numbers, whose documents are runs of rows."""
+    return card["settings"].get("view") == "numbers"
+
+
+def left_out_of(card: Mapping[str, Any]) -> str:
+    """Where what is in no split was released, as in 31 days before a cut."""
+    dates = card["split_dates"]
+    if is_tape(card):
+        gap = f"{card['leak_check']['embargo_rows']} rows before a cut"
+    else:
+        gap = f"{dates['embargo_days']} days before a cut"
+    return f"{gap} or from {dates['until']} on" if dates["until"] else gap
 
 
 def check_sizes(counts: Counts, min_block: int, *, encoded: bool = False) -> None:

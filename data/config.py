@@ -14,7 +14,8 @@ from data.documents import END_OF_TEXT, DataError
 
 MOST_EMBARGO_DAYS = 36_500  # further back, dates leave the calendar
 MOST_WEIGHT = 100.0
-NO_DATE = "none"  # as the name of a column
+COLUMNS = ("text_column", "date_column", "entity_column", "value_column")
+NO_COLUMN = "none"  # as the name of a column
 
 
 @dataclass
@@ -28,7 +29,8 @@ class Config:
     news: EODHD. sec: EDGAR filings. fed: FOMC minutes and Beige Books. hf: a Hugging Face dataset."""
     input: tuple[str, ...] = ()
     """Files, folders or globs of .txt, .jsonl, .csv and .parquet, plain, .gz or .zst, of text for --source
-    files, of numbers for rows: columns date, entity, value, and if need be field, unit, available_at."""
+    files, of numbers for rows: date, entity, value (if need be field, unit, available_at), or date and a
+    column for each entity, or the prices of one entity, after which the file is named."""
     view: Literal["text", "numbers"] = "text"
     """text: prose, and numbers told in words. numbers: daily rows as calendar and bin tokens."""
     tickers: tuple[str, ...] = ()
@@ -49,12 +51,18 @@ class Config:
     """Column or key that holds the text in .jsonl, .csv and .parquet; of several the first that a row has."""
     date_column: tuple[str, ...] = ("date",)
     """The same for the ISO date, "none" for undated text; a column available_at decides the split instead."""
+    entity_column: tuple[str, ...] = ("entity",)
+    """Column of --source rows that names the series; "none": the file is named after it."""
+    value_column: tuple[str, ...] = ("value",)
+    """Column of --source rows that holds its value."""
     split: Literal["date", "hash"] = "date"
     """date: by release date, undated documents by hash of the text. hash: all by hash, 90/5/5."""
     validation_from: date | None = None
-    """First release day of the validation split; default: fixed for packages, else the last 10% of bytes."""
+    """First release day of the validation split; default: fixed for packages, else the last 10% of bytes,
+    of the days of rows the last 20%."""
     test_from: date | None = None
-    """First release day of the test split; default: fixed for packages, else the last 5% of bytes."""
+    """First release day of the test split; default: fixed for packages, else the last 5% of bytes,
+    of the days of rows the last 10%."""
     until: date | None = None
     """Documents released on or after this day are left out; default: fixed for packages, else none."""
     embargo_days: int = 31
@@ -82,7 +90,7 @@ class Config:
         names += ("language", "min_chars", "deduplicate")
         settings: dict[str, Any] = {"source": list(self.source)}
         settings |= {name: getattr(self, name) for name in names}
-        settings |= {name: " ".join(getattr(self, name)) for name in ("text_column", "date_column")}
+        settings |= {name: " ".join(getattr(self, name)) for name in COLUMNS}
         settings |= {"tickers": list(self.tickers), "dataset": self.dataset, "revision": self.revision}
         for name in ("validation_from", "test_from", "until", "since", "to"):
             day: date | None = getattr(self, name)
@@ -119,8 +127,8 @@ def check(config: Config) -> None:
         raise DataError(
             f"embargo_days must not be negative or above {MOST_EMBARGO_DAYS}, got {config.embargo_days}"
         )
-    for name in ("text_column", "date_column"):
-        if not all(getattr(config, name) or ("",)):
+    for name in COLUMNS:
+        if not getattr(config, name):
             raise DataError(f"--{name.replace('_', '-')} takes one or more names")
     config.domain_weights()
     if not config.source or len(set(config.source)) != len(config.source):
@@ -131,6 +139,8 @@ def check(config: Config) -> None:
         raise DataError("--source files and rows would both read --input: prepare them one by one")
     if config.view == "numbers" and (config.split == "hash" or config.weights):
         raise DataError("--view numbers is split by date and has no --weights")
+    if config.view == "numbers" and (others := sorted(set(config.source) - {"packages", "rows"})):
+        raise DataError(f"--view numbers takes no --source {others[0]}: tables of numbers are --source rows")
     cuts = (config.validation_from, config.test_from, config.until)
     if config.split == "hash" and cuts != (None, None, None):
         raise DataError("--validation-from, --test-from and --until go with --split date")

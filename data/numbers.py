@@ -99,6 +99,18 @@ def context_rows(block: int) -> int:
     return (block - 2) // 2
 
 
+def choose_cuts(rows: Iterable[tuple[str, Row]], until: date | None = None) -> SplitDates:
+    """Cuts before the last fifth and the last tenth of the days on which (domain, row) were released.
+
+    Raises DataError for fewer than ten days.
+    """
+    days = sorted({row.available_at for _, row in rows if until is None or row.available_at < until})
+    tenth = len(days) // 10
+    if not tenth:
+        raise DataError(f"the rows are of {len(days)} days: give --validation-from and --test-from")
+    return SplitDates(days[-2 * tenth], days[-tenth], until, embargo_days=0)
+
+
 def make_tape(rows: Iterable[tuple[str, Row]], dates: SplitDates, block: int, problems: Problems) -> Tape:
     """The tape of (domain, row). Raises DataError when a split has no rows or train too few."""
     context = context_rows(block)
@@ -218,7 +230,10 @@ def write_tape(tape: Tape, staging: Path) -> Counts:
                 yield tokens
 
         if not np.any(tape.rows["split"] == SPLITS.index(split)):
-            raise DataError(f"the {split} split has no rows: move --validation-from, --test-from or --until")
+            raise DataError(
+                f"the {split} split has no rows, the last {tape.context} before a cut being left out: move "
+                "--validation-from, --test-from or --until, or lower --min-block"
+            )
         write_shards(encoded(), staging / split, vocab_size=tokenizer.vocab_size, end_of_text=ids.end_of_text)
     counts.left_out = int(np.sum(tape.rows["split"] == NO_SPLIT))
     return counts

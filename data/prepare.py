@@ -28,7 +28,7 @@ from data.collect import check_sources, collect, given_dates
 from data.config import Config, check
 from data.corpus import UNKNOWN, Corpus, join, progress_on_terminal
 from data.documents import SPLITS, DataError, SplitDates
-from data.numbers import make_tape, write_tape
+from data.numbers import choose_cuts, make_tape, write_tape
 from data.problems import Problems
 from data.sources import fed, files, hf, news, packages, rows, sec
 from data.tokens import write_tokens
@@ -98,11 +98,13 @@ def _build(config: Config, corpus: Corpus, staging: Path, progress: Progress) ->
     """Fill the staging directory and return its card."""
     problems = Problems(strict=config.strict)
     if config.view == "numbers":
-        dates: SplitDates | None = given_dates(config, corpus)
-        if dates is None:
-            raise DataError("--view numbers needs --validation-from and --test-from for these sources")
+        rows = list(corpus.rows(problems))
+        dates: SplitDates | None = given_dates(config, corpus) or choose_cuts(rows, config.until)
         dates = replace(dates, embargo_days=0)  # the embargo is counted in rows
-        counts = write_tape(make_tape(corpus.rows(problems), dates, config.min_block, problems), staging)
+        try:
+            counts = write_tape(make_tape(rows, dates, config.min_block, problems), staging)
+        except DataError as error:
+            raise DataError("; ".join((str(error), *problems.warnings()))) from error
     else:
         try:
             counts, dates = collect(config, corpus, staging, problems, progress)

@@ -13,7 +13,7 @@ from typing import Any
 from data.documents import DataError
 
 EXAMPLES = 5
-LINE = re.compile(r"(.*), (?:line|row) (\d+)", re.DOTALL)
+LINE = re.compile(r"(.*), (?:line|row) (\d+)(?:, column .*)?", re.DOTALL)
 
 
 @dataclass

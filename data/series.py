@@ -56,6 +56,7 @@ UNITS = {
     "volatility points": Unit("points", change="points"),
     "percent": Unit("percent", change="percentage points"),
     "adjusted dollars": Unit("dollars", hidden=True),
+    "adjusted price": Unit("points", hidden=True),
     "price index": Unit("on the 1982-84 base"),
     "shares": Unit("shares"),
 }

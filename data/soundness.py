@@ -16,6 +16,11 @@ LONGEST_GAP = timedelta(days=7)  # between daily rows: markets closed that long 
 SPLIT_RATIOS = (1.5, 2, 3, 4, 5, 6, 7, 8, 10, 15, 20, 50)
 SPLIT_TOLERANCE = 0.08
 LIKELY_SPLIT = "likely split"
+LARGE_JUMP = 1.9  # a split of two for one, on a day when the market moved by 5% against it
+JUMP = (
+    "the price nearly doubles or halves from one row to the next and is kept: a crash, a slip or a split? "
+    '(where a column unit says "dollars a share", the series begins anew at splits)'
+)
 
 
 def sound_series(
@@ -44,7 +49,9 @@ def sound_series(
             known = splits.get((after.entity, after.date))
             if known is not None and kind in (None, LIKELY_SPLIT):
                 starts += [after.date] if known else []
-            elif kind is not None:
+            elif kind is None:
+                _note_jump(before, after, problems)
+            else:
                 problems.skip(kind, place_of(after), "the series begins anew there")
                 starts.append(after.date)
         for start, end in pairwise([*starts, None]):
@@ -81,3 +88,14 @@ def _break(before: Row, after: Row, daily: bool) -> str | None:
         if any(abs(jump - math.log(ratio)) < SPLIT_TOLERANCE for ratio in SPLIT_RATIOS):
             return LIKELY_SPLIT
     return None
+
+
+def _note_jump(before: Row, after: Row, problems: Problems) -> None:
+    """Note a change of the user's prices that no series is ended for: crashes look like slips and splits.
+
+    Rows without a place are those of the packages, which are fixed, and whose crashes are known.
+    """
+    if not after.place or unit_of(after.unit).change != "percent":
+        return
+    if abs(math.log(after.value / before.value)) > math.log(LARGE_JUMP):
+        problems.note(JUMP, after.place)

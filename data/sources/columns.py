@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from email.utils import parsedate_tz
 from typing import Any
 
-from data.config import NO_DATE, Config
+from data.config import NO_COLUMN, Config
 from data.documents import DataError
 from data.problems import Problems
 
@@ -35,8 +35,8 @@ class Columns:
 
     @classmethod
     def of(cls, config: Config) -> Columns:
-        undated = NO_DATE in config.date_column or config.split == "hash"
-        return cls(config.text_column, tuple(n for n in config.date_column if n != NO_DATE), undated)
+        undated = NO_COLUMN in config.date_column or config.split == "hash"
+        return cls(config.text_column, tuple(n for n in config.date_column if n != NO_COLUMN), undated)
 
     def all(self) -> list[str]:
         return [*self.text, *self.date, "available_at", "source", "id"]
@@ -76,10 +76,10 @@ def check_columns(table: str, head: Head, columns: Columns, problems: Problems) 
     if columns.undated or first_of((*columns.date, "available_at"), names) is not None:
         return
     if found := other_date_column(head, columns.date):
-        raise DataError(f"{table}: {found}, or --date-column {NO_DATE} for undated text")
+        raise DataError(f"{table}: {found}, or --date-column {NO_COLUMN} for undated text")
     missing = f"no column {quoted(columns.date)} (found: {listed(names)}"
     if columns.date != Columns().date:
-        raise DataError(f"{table}: {missing}; pass --date-column, or --date-column {NO_DATE})")
+        raise DataError(f"{table}: {missing}; pass --date-column, or --date-column {NO_COLUMN})")
     problems.note(f"{missing}), so its documents have no date", table)
 
 

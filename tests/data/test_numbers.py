@@ -208,7 +208,7 @@ def test_a_table_without_days_or_columns(tmp_path):
         "no date or entity": [f"{path}, line 7"],
     }
     (tmp_path / "rates.csv").write_text("day,entity,value\n2009-01-01,a,1\n")
-    with pytest.raises(DataError, match=r"rates\.csv, line 2: no column 'date'"):
+    with pytest.raises(DataError, match=r"rates\.csv: no column 'date', but 'day' holds dates"):
         prepare(Config(out=tmp_path / "x", source=("rows",), input=(str(tmp_path / "rates.csv"),)))
 
 

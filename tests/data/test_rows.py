@@ -1,0 +1,183 @@
+"""Tables of numbers of every shape that people have, and one clear line for those that cannot be told."""
+
+import json
+import math
+import random
+from datetime import date, timedelta
+
+import numpy as np
+import pytest
+
+from data.card import print_table
+from data.documents import DataError
+from data.numbers import Tape
+from data.prepare import Config, prepare
+from data.problems import Problems
+from data.sources.rows import read_rows
+from data.sources.shapes import Wanted
+
+YAHOO = "Date,Open,High,Low,Close,Adj Close,Volume"
+
+
+def days_of(count):
+    days = (date(2009, 1, 1) + timedelta(days=offset) for offset in range(2 * count))
+    return [day for day in days if day.weekday() < 5][:count]
+
+
+def prices(entity, count):
+    generator, level, levels = random.Random(entity), 100.0, []
+    for _ in range(count):
+        level *= math.exp(generator.gauss(0, 0.01))
+        levels.append(round(level, 4))
+    return levels
+
+
+def write_wide(path, *entities, count=1300, header=None):
+    columns = [prices(entity, count) for entity in entities]
+    lines = [
+        f"{day},{','.join(map(str, values))}" for day, *values in zip(days_of(count), *columns, strict=True)
+    ]
+    path.write_text("\n".join([header or f"Date,{','.join(entities)}", *lines]) + "\n")
+    return path
+
+
+def write_yahoo(folder, entity, header=YAHOO, count=1300):
+    lines = []
+    for day, close in zip(days_of(count), prices(entity, count), strict=True):
+        cells = {"open": close, "high": close + 1, "low": close - 1, "close": close, "adj close": close / 2}
+        cells |= {"date": day, "volume": 1000, "adj_close": close / 2, "": 3}
+        lines.append(",".join(str(cells[name.strip().lower()]) for name in header.split(",")))
+    path = folder / f"{entity}.csv"
+    path.write_text("\n".join([header, *lines]) + "\n")
+    return path
+
+
+def found(paths, wanted=None, problems=None):
+    rows = read_rows(paths, problems or Problems(strict=True), wanted)
+    return {(domain, row.entity, row.date): row.value for domain, row in rows}
+
+
+def test_a_wide_table_has_an_entity_in_every_column(tmp_path):
+    path = write_wide(tmp_path / "markets.csv", "SPX", "AAPL", count=30)
+    lines = path.read_text().splitlines()
+    lines[3] = lines[3].rsplit(",", 1)[0] + ","
+    lines[4] = lines[4].rsplit(",", 1)[0] + ",n/a"
+    path.write_text("\n".join(lines))
+    rows = found([path])
+    assert len(rows) == 59 and math.isnan(rows.pop(("markets", "AAPL", days_of(4)[3])))
+    assert {(domain, entity) for domain, entity, _ in rows} == {("markets", "SPX"), ("markets", "AAPL")}
+    assert rows[("markets", "SPX", date(2009, 1, 1))] == prices("SPX", 1)[0]
+    (_, spoiled), *_ = [pair for pair in read_rows([path], Problems()) if math.isnan(pair[1].value)]
+    assert spoiled.place == f"{path}, line 5, column AAPL"
+    one = write_wide(tmp_path / "fred.csv", "DGS10", header="DATE,DGS10", count=30)
+    assert {entity for _, entity, _ in found([one])} == {"DGS10"}
+
+
+HEADERS = [
+    (YAHOO, 0.5),
+    (YAHOO.lower(), 0.5),
+    (f",{YAHOO}", 0.5),
+    ("date,close,adj_close", 0.5),
+    ("Date, Close, Volume", 1),
+    ("Date,Close", 1),
+]
+
+
+@pytest.mark.parametrize(("header", "scale"), HEADERS)
+def test_a_file_of_prices_is_one_entity(tmp_path, header, scale):
+    path = write_yahoo(tmp_path, "BRK.B", header, count=30)
+    rows = list(read_rows([path], Problems(strict=True)))
+    assert [row.value for _, row in rows] == [value * scale for value in prices("BRK.B", 30)]
+    assert {(domain, row.entity, row.field) for domain, row in rows} == {("brk.b", "BRK.B", "close")}
+    assert {row.unit for _, row in rows} == {"adjusted price" if scale == 0.5 else "points"}
+
+
+def test_columns_of_other_names(tmp_path):
+    path = tmp_path / "table.csv"
+    lines = [f"{day},{ticker},{n},1.5" for n, day in enumerate(days_of(30), 1) for ticker in ("A", "B")]
+    path.write_text("\n".join(["day,Ticker,Close,Volume", *lines]))
+    wanted = Wanted(date=("date", "day"), entity=("ticker",))
+    assert found([path], wanted)[("table", "B", date(2009, 1, 2))] == 2
+    volume = Wanted(date=("day",), entity=("Ticker",), value=("Volume",))
+    assert found([path], volume)[("table", "B", date(2009, 1, 2))] == 1.5
+    path.write_text("\n".join(["Date,Entity,VALUE,x", *lines]))
+    assert found([path])[("table", "A", date(2009, 1, 2))] == 2
+    long = [json.dumps({"Date": str(day), "px": 3, "note": "x"}) for day in days_of(3)]
+    (tmp_path / "one.jsonl").write_text("\n".join(long))
+    one = Wanted(entity=("none",), value=("px",))
+    assert set(found([tmp_path / "one.jsonl"], one).values()) == {3}
+
+
+NAMED = "does not hold numbers .*pass --entity-column"
+VALUES = "cannot tell which values to take"
+UNCLEAR = [
+    ("day,SPX", "2015-01-01,1", {}, "no column 'date', but 'day' holds dates: pass --date-column day$"),
+    ("when,SPX", "1 May,1", {}, r"no column 'date' \(found: when, SPX\); a table of numbers has columns"),
+    ("date,ticker,value", "2015-01-01,A,1", {}, f"column 'ticker' {NAMED} ticker where"),
+    ("date,SPX,note", "2015-01-01,1,x", {}, f"column 'note' {NAMED}"),
+    ("date,entity,px,size", "2015-01-01,A,1,2", {}, f"{VALUES} .*pass --value-column"),
+    ("date,SPX,Close", "2015-01-01,1,2", {}, VALUES),
+    ("date,Open,High", "2015-01-01,1,2", {}, VALUES),
+    ("date", "2015-01-01", {}, rf"{VALUES} \(found: date\)"),
+    ("date,a,value", "2015-01-01,A,1", {"entity": ("b",)}, r"no column 'b' \(found: date, a, value; pass"),
+    ("date,entity,px", "2015-01-01,A,1", {"value": ("b",)}, r"no column 'b' .*pass --value-column"),
+]
+
+
+@pytest.mark.parametrize(("header", "row", "wanted", "message"), UNCLEAR)
+def test_tables_that_cannot_be_told(tmp_path, header, row, wanted, message):
+    path = tmp_path / "table.csv"
+    path.write_text(f"{header}\n{row}\n")
+    with pytest.raises(DataError, match=message):
+        found([path], Wanted(**wanted))
+
+
+def test_a_tape_of_own_tables_without_dates_given(tmp_path, capsys):
+    pytest.importorskip("pyarrow")
+    settings = {"source": ("rows",), "view": "numbers", "min_block": 32}
+    write_yahoo(tmp_path, "AAPL")
+    write_wide(tmp_path / "markets.csv", "SPX", "NDX", header="Day,SPX,NDX")
+    paths = tuple(str(tmp_path / name) for name in ("AAPL.csv", "markets.csv"))
+    config = Config(out=tmp_path / "out", input=paths, date_column=("Date", "Day"), **settings)
+    card = prepare(config)
+    days = days_of(1300)
+    assert card["split_dates"]["validation_from"] == str(days[-260])
+    assert card["split_dates"]["test_from"] == str(days[-130])
+    assert [name for name, _ in Tape.load(config.out).entities] == ["AAPL", "NDX", "SPX"]
+    assert np.unique(Tape.load(config.out).rows["split"]).tolist() == [0, 1, 2, 3]
+    print_table(card)
+    assert f"validation from {days[-260]}, test from {days[-130]}" in capsys.readouterr().out
+    with pytest.raises(DataError, match="no rows, the last 255 before a cut being left out"):
+        prepare(Config(out=tmp_path / "long", input=paths[:1], **settings | {"min_block": 512}))
+    write_yahoo(tmp_path, "AAPL", count=8)
+    with pytest.raises(DataError, match="the rows are of 8 days: give --validation-from"):
+        prepare(Config(out=tmp_path / "short", input=paths[:1], **settings))
+
+
+@pytest.mark.parametrize("sources", [("files",), ("packages", "files")])
+def test_numbers_are_not_read_from_texts(tmp_path, sources):
+    path = write_wide(tmp_path / "prices.csv", "SPX")
+    with pytest.raises(DataError, match="no --source files: tables of numbers are --source rows"):
+        prepare(Config(out=tmp_path / "out", source=sources, input=(str(path),), view="numbers"))
+
+
+def test_prices_become_notes_too(tmp_path):
+    """Levels of adjusted prices would tell of later dividends: only their changes are told."""
+    path = write_yahoo(tmp_path, "AAPL")
+    config = Config(out=tmp_path / "out", source=("rows",), input=(str(path),), vocab_size=300, min_block=64)
+    assert prepare(config)["splits"]["train"]["aapl"]["documents"] > 100
+    text = (config.out / "documents" / "train.jsonl").read_text()
+    assert "AAPL, week to Friday" in text and " points" not in text
+
+
+def test_a_jump_is_told_and_kept(tmp_path):
+    path = write_wide(tmp_path / "m.csv", "SPX", count=1300)
+    lines = path.read_text().splitlines()
+    lines[600] = lines[600].split(",")[0] + ",2000"
+    path.write_text("\n".join(lines))
+    settings = {"source": ("rows",), "view": "numbers", "min_block": 32, "strict": True}
+    card = prepare(Config(out=tmp_path / "out", input=(str(path),), **settings))
+    (warning,) = card["warnings"]
+    assert warning.startswith(f"{path}, line 601, column SPX: the price nearly doubles or halves")
+    assert warning.endswith("(and 1 more)") and card["bad_rows"] == {}
+    assert 2000 in Tape.load(tmp_path / "out").rows["level"]
