@@ -44,12 +44,14 @@ BOILERPLATE = re.compile(
 class Filters:
     """What a document of prose must be.
 
-    min_chars, max_chars: of the cleaned text. language: "any", or "en" for English only.
+    min_chars, max_chars: of the cleaned text. language: "any", or "en" for English only. reserved: text that
+    is a tokenizer's, besides END_OF_TEXT.
     """
 
     min_chars: int = 1
     max_chars: int = 10_000_000
     language: Literal["any", "en"] = "any"
+    reserved: tuple[str, ...] = ()
 
 
 def clean_text(text: str) -> str:
@@ -76,6 +78,8 @@ def clean_document(document: Document, filters: Filters, problems: Problems) -> 
         reason = "lone surrogate"
     elif END_OF_TEXT in text:
         reason = f"{END_OF_TEXT} in the text"
+    elif any(mark in text for mark in filters.reserved):
+        reason = "a special token of the tokenizer in the text"
     elif len(text) < filters.min_chars:
         reason = "too short"
     elif len(text) > filters.max_chars:

@@ -19,7 +19,7 @@ import numpy as np
 from rich.progress import Progress
 
 from data.card import Counts
-from data.cleaning import clean_document
+from data.cleaning import Filters, clean_document
 from data.config import Config
 from data.corpus import Corpus
 from data.documents import (
@@ -70,7 +70,7 @@ def _hash(content: bytes) -> int:
 
 
 def collect(
-    config: Config, corpus: Corpus, staging: Path, problems: Problems, progress: Progress
+    config: Config, corpus: Corpus, filters: Filters, staging: Path, problems: Problems, progress: Progress
 ) -> tuple[Counts, SplitDates | None]:
     """Write staging/documents/{train,val,test}.jsonl; returns their counts and the cuts, if by date.
 
@@ -83,7 +83,6 @@ def collect(
     ledger = Ledger()
     sketches = NearDuplicates(scratch) if config.deduplicate else None
     scratch.mkdir(exist_ok=True)
-    filters = config.filters()
     with open(spill, "w", encoding="utf-8", newline="\n") as file:
         for document in progress.track(corpus.read(problems), total=None, description="documents"):
             cleaned = clean_document(document, filters, problems)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from data import card
 from data.cleaning import Filters
 from data.documents import END_OF_TEXT, DataError
+from tapelm import Tokenizer
 
 MOST_EMBARGO_DAYS = 36_500  # further back, dates leave the calendar
 MOST_WEIGHT = 100.0
@@ -47,6 +48,9 @@ class Config:
     """Commit or branch of the dataset."""
     vocab_size: int = 8192
     """Most tokens the vocabulary may have."""
+    tokenizer: Path | None = None
+    """A tokenizer.json, or a data directory or model that has one, to use instead of training one: what an
+    earlier model can read. Nothing later than the training text should have gone into it."""
     text_column: tuple[str, ...] = ("text",)
     """Column or key that holds the text in .jsonl, .csv and .parquet; of several the first that a row has."""
     date_column: tuple[str, ...] = ("date",)
@@ -88,7 +92,7 @@ class Config:
         """The settings that decide the result, as they go into the card."""
         names = ("view", "vocab_size", "split", "embargo_days", "min_block")
         names += ("language", "min_chars", "deduplicate")
-        settings: dict[str, Any] = {"source": list(self.source)}
+        settings: dict[str, Any] = {"source": list(self.source), "tokenizer": None}  # SHA-256 of a given one
         settings |= {name: getattr(self, name) for name in names}
         settings |= {name: " ".join(getattr(self, name)) for name in COLUMNS}
         settings |= {"tickers": list(self.tickers), "dataset": self.dataset, "revision": self.revision}
@@ -98,8 +102,10 @@ class Config:
         settings["weights"] = self.domain_weights()
         return settings
 
-    def filters(self) -> Filters:
-        return Filters(min_chars=self.min_chars, language=self.language)
+    def filters(self, tokenizer: Tokenizer | None = None) -> Filters:
+        """What a document must be, for a given tokenizer without the text of its special tokens."""
+        reserved = () if tokenizer is None else tuple(tokenizer.special_tokens)
+        return Filters(min_chars=self.min_chars, language=self.language, reserved=reserved)
 
     def domain_weights(self) -> dict[str, float]:
         """--weights by domain. Raises DataError for what is not DOMAIN=NUMBER."""
@@ -120,6 +126,10 @@ def check(config: Config) -> None:
     """Raise DataError for settings that cannot be right, before anything is read or written."""
     if config.vocab_size < 257:
         raise DataError(f"--vocab-size must be at least 257: 256 bytes and {END_OF_TEXT}")
+    if config.tokenizer is not None and config.vocab_size != Config.vocab_size:
+        raise DataError("--vocab-size goes with a tokenizer that is trained, not with --tokenizer")
+    if config.tokenizer is not None and config.view == "numbers":
+        raise DataError("--view numbers makes its own tokenizer of bins and entities: leave out --tokenizer")
     for name in ("min_block", "min_chars"):
         if getattr(config, name) < 1:
             raise DataError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")

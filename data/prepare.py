@@ -31,8 +31,9 @@ from data.documents import SPLITS, DataError, SplitDates
 from data.numbers import choose_cuts, make_tape, write_tape
 from data.problems import Problems
 from data.sources import fed, files, hf, news, packages, rows, sec
-from data.tokens import write_tokens
+from data.tokens import hash_of, open_tokenizer, write_tokens
 from gpt.cli import UserError, parse_options
+from tapelm import Tokenizer
 from tapelm.shards import replace_directory, sibling
 
 SOURCES: dict[str, Callable[[Config, Progress], Corpus]] = {
@@ -55,8 +56,12 @@ def prepare(config: Config) -> dict[str, Any]:
     check(config)
     out = config.out.resolve()
     settings = config.settings()
+    tokenizer = None if config.tokenizer is None else open_tokenizer(config.tokenizer)
     with progress_on_terminal() as progress:
         corpus = join([SOURCES[name](config, progress) for name in config.source])
+        if tokenizer is not None:
+            settings |= {"tokenizer": hash_of(tokenizer), "vocab_size": tokenizer.vocab_size}
+            corpus = replace(corpus, inputs=corpus.inputs | {str(config.tokenizer): settings["tokenizer"]})
         present = card.read_card(out)
         if present is not None and not config.force:
             if present["fingerprint"] != card.fingerprint(settings, corpus.inputs):
@@ -71,7 +76,7 @@ def prepare(config: Config) -> dict[str, Any]:
         staging = sibling(out, "tmp")
         staging.mkdir()
         try:
-            made = _build(config, corpus, staging, progress)
+            made = _build(config, settings, tokenizer, corpus, staging, progress)
             _refuse_to_lose(config, present)  # what has come there meanwhile
             replace_directory(staging, out)
         finally:
@@ -94,7 +99,14 @@ def _refuse_to_lose(config: Config, present: Mapping[str, Any] | None) -> None:
         raise DataError(f"{config.out} holds {others[0]}, which would be lost: move it elsewhere")
 
 
-def _build(config: Config, corpus: Corpus, staging: Path, progress: Progress) -> dict[str, Any]:
+def _build(
+    config: Config,
+    settings: Mapping[str, Any],
+    tokenizer: Tokenizer | None,
+    corpus: Corpus,
+    staging: Path,
+    progress: Progress,
+) -> dict[str, Any]:
     """Fill the staging directory and return its card."""
     problems = Problems(strict=config.strict)
     if config.view == "numbers":
@@ -107,12 +119,12 @@ def _build(config: Config, corpus: Corpus, staging: Path, progress: Progress) ->
             raise DataError("; ".join((str(error), *problems.warnings()))) from error
     else:
         try:
-            counts, dates = collect(config, corpus, staging, problems, progress)
+            counts, dates = collect(config, corpus, config.filters(tokenizer), staging, problems, progress)
             card.check_sizes(counts, config.min_block)
         except DataError as error:
             raise DataError("; ".join((str(error), *problems.warnings()))) from error
         check_sources(config, counts)
-        write_tokens(config, staging, counts, problems, progress)
+        write_tokens(config, staging, counts, problems, progress, tokenizer)
         if "news" in config.source:
             news.write_plain(staging / "documents" / "train.jsonl", staging / "finance_corpus.txt")
         card.check_sizes(counts, config.min_block, encoded=True)
@@ -124,7 +136,7 @@ def _build(config: Config, corpus: Corpus, staging: Path, progress: Progress) ->
     made = card.make_card(
         staging,
         counts,
-        settings=config.settings(),
+        settings=settings,
         inputs=corpus.inputs,
         origins={domain: (origin.what, origin.licence) for domain, origin in origins.items()},
         dates=dates,

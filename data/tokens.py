@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from hashlib import blake2b
@@ -14,9 +15,9 @@ import numpy as np
 from rich.progress import Progress
 
 from data import leaks
-from data.card import Counts
+from data.card import Counts, sha256_of
 from data.config import Config
-from data.documents import END_OF_TEXT, SPLITS, Document, read_jsonl, write_jsonl
+from data.documents import END_OF_TEXT, SPLITS, DataError, Document, read_jsonl, write_jsonl
 from data.problems import Problems
 from tapelm import Tokenizer, write_shards
 
@@ -25,19 +26,46 @@ ENCODE_BATCH = 256
 TOKENIZER_BYTES = 256_000_000
 
 
+def open_tokenizer(path: Path) -> Tokenizer:
+    """A tokenizer to encode documents with. Raises DataError for none, or one that cannot end a document."""
+    try:
+        tokenizer = Tokenizer.load(path)
+    except OSError as error:
+        raise DataError(f"--tokenizer {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise DataError(f"--tokenizer: {error}") from error
+    if END_OF_TEXT not in tokenizer.special_tokens:
+        raise DataError(f"--tokenizer {path} has no {END_OF_TEXT}, which ends every document")
+    return tokenizer
+
+
+def hash_of(tokenizer: Tokenizer) -> str:
+    """SHA-256 of the tokenizer.json that it is saved as."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tokenizer.json"
+        tokenizer.save(path)
+        return sha256_of(path)
+
+
 def write_tokens(
-    config: Config, staging: Path, counts: Counts, problems: Problems, progress: Progress
+    config: Config,
+    staging: Path,
+    counts: Counts,
+    problems: Problems,
+    progress: Progress,
+    tokenizer: Tokenizer | None = None,
 ) -> None:
-    """Write tokenizer.json and the shards of every split; tokens go into the tallies of `counts`.
+    """Write tokenizer.json, trained unless given, and the shards; tokens go into the tallies of `counts`.
 
     Held-out documents of which train has most are left out: boilerplate, and parts of one text that a hash
     has put into several splits.
     """
     task = progress.add_task("tokenizer", total=None)
-    train = staging / "documents" / "train.jsonl"
-    share = min(1.0, TOKENIZER_BYTES / max(1, counts.total("train", "bytes")))
-    texts = (document.text for document in read_jsonl(train) if chance(document, 0) < share)
-    tokenizer = Tokenizer.train(texts, config.vocab_size, (END_OF_TEXT,))
+    if tokenizer is None:
+        train = staging / "documents" / "train.jsonl"
+        share = min(1.0, TOKENIZER_BYTES / max(1, counts.total("train", "bytes")))
+        texts = (document.text for document in read_jsonl(train) if chance(document, 0) < share)
+        tokenizer = Tokenizer.train(texts, config.vocab_size, (END_OF_TEXT,))
     tokenizer.save(staging / "tokenizer.json")
     progress.update(task, total=1, completed=1)
     weights = config.domain_weights()

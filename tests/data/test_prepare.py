@@ -414,3 +414,43 @@ def test_a_misnamed_date_column_is_no_random_split(tmp_path, monkeypatch, capsys
     assert run(monkeypatch, capsys, *arguments)[0] == 0
     card = json.loads((tmp_path / "out" / "data_card.json").read_text())
     assert card["undated_documents"] == 0 and card["settings"]["date_column"] == "date published"
+
+
+def test_the_tokenizer_of_earlier_data_reads_later_text(tmp_path, monkeypatch, capsys):
+    earlier = config_for(tmp_path)
+    prepare(earlier)
+    path = write_corpus(tmp_path / "later.jsonl", documents=200)
+    with open(path, "a") as file:
+        file.write(json.dumps({"text": "a <|im_end|> b", "date": "2012-01-01"}) + "\n")
+    later = replace(earlier, out=tmp_path / "later", input=(str(path),), vocab_size=Config.vocab_size)
+    given = replace(later, tokenizer=earlier.out)
+    card = prepare(given)
+    used = (earlier.out / "tokenizer.json").read_bytes()
+    assert (given.out / "tokenizer.json").read_bytes() == used
+    digest = hashlib.sha256(used).hexdigest()
+    assert card["settings"]["tokenizer"] == card["inputs"][str(earlier.out)] == digest
+    assert card["settings"]["vocab_size"] == 300
+    assert prepare(given) == card  # up to date
+    with pytest.raises(program.DataError, match=r"tokenizer was \w+, now None"):
+        prepare(later)
+
+    Tokenizer.train(["bank rates"] * 9, 280, ("<|endoftext|>", "<|im_end|>")).save(tmp_path / "chat.json")
+    card = prepare(replace(given, tokenizer=tmp_path / "chat.json", force=True))
+    assert card["dropped_documents"]["later"]["a special token of the tokenizer in the text"] == 1
+    Tokenizer.train(["bank rates"], 270, ("<|end|>",)).save(tmp_path / "other.json")
+    arguments = ("--source", "files", "--input", path, "--out", tmp_path / "new", "--tokenizer")
+    for wrong, message in (
+        (["gone.json"], "--tokenizer gone.json: No such file"),
+        ([path], "later.jsonl"),
+        ([tmp_path / "other.json"], "other.json has no <|endoftext|>, which ends every document"),
+        (
+            [tmp_path / "chat.json", "--vocab-size", "300"],
+            "--vocab-size goes with a tokenizer that is trained",
+        ),
+    ):
+        code, _, messages = run(monkeypatch, capsys, *arguments, *wrong)
+        assert code == 2 and len(messages) == 1 and message in messages[0], messages
+    code, _, messages = run(
+        monkeypatch, capsys, *arguments, earlier.out, "--view", "numbers", "--source", "rows"
+    )
+    assert code == 2 and "leave out --tokenizer" in messages[0]
