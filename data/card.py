@@ -170,15 +170,17 @@ def write_card(directory: Path, card: Mapping[str, Any]) -> None:
 
 
 def print_table(card: dict[str, Any]) -> None:
-    """Print documents, megabytes, tokens and time span of every split and source of a card."""
+    """Print size and time span of every split and source of a card, and how much is in no split."""
+    tape = is_tape(card)
+    units = ("runs", "rows", "tokens") if tape else ("docs", "MB", "tokens")
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in ("split", "source", "docs", "MB", "tokens", "released"):
-        table.add_column(name, justify="right" if name in ("docs", "MB", "tokens") else "left", no_wrap=True)
+    for name in ("split", "source", *units, "released"):
+        table.add_column(name, justify="right" if name in units else "left", no_wrap=True)
     for split, sources in card["splits"].items():
         for source, tally in sources.items():
             span = f"{tally['first']}..{tally['last']}" if tally["first"] else "no dates"
-            numbers = (f"{tally['documents']:,}", f"{tally['bytes'] / 1e6:.3f}", f"{tally['tokens']:,}")
-            table.add_row(split, source, *numbers, span)
+            size = f"{tally['bytes']:,}" if tape else f"{tally['bytes'] / 1e6:.3f}"
+            table.add_row(split, source, f"{tally['documents']:,}", size, f"{tally['tokens']:,}", span)
         table.add_section()
     console = Console()
     console.print(table)

@@ -10,6 +10,7 @@ from typing import Any
 
 import matplotlib
 
+from data.card import is_tape, left_out_of
 from data.documents import SPLITS
 from gpt.report import STYLE, html_table
 
@@ -24,10 +25,19 @@ def to_html(card: Mapping[str, Any]) -> str:
     dates = card["split_dates"]
     cuts = (
         f"Validation from {dates['validation_from']}, test from {dates['test_from']}, "
-        f"until {dates['until'] or 'the end'}, {dates['embargo_days']} days before a cut left out."
+        f"until {dates['until'] or 'the end'}."
         if dates
         else "Split by hash of the text."
     )
+    tape = is_tape(card)
+    if tape:
+        cuts += f" {card['left_out_documents']:,} rows belong to no split ({left_out_of(card)})."
+    else:
+        gap = f" ({left_out_of(card)})" if dates else ""
+        cuts += f" {card['left_out_documents']:,} documents belong to no split{gap}, "
+        cuts += f"{card['undated_documents']:,} have no date."
+    if (given := card["settings"].get("tokenizer")) is not None:
+        cuts += f" The tokenizer was given, not trained on this text; its SHA-256 is {given}."
     warnings = "".join(f"<p><b>Warning:</b> {html.escape(text)}</p>" for text in card["warnings"])
     domains = [(name, entry["what"], entry["licence"]) for name, entry in card["domains"].items()]
     dropped = [
@@ -40,25 +50,43 @@ def to_html(card: Mapping[str, Any]) -> str:
     ]
     inputs = [(name, digest) for name, digest in card["inputs"].items()]
     outputs = [(name, f"{entry['bytes']:,}", entry["sha256"]) for name, entry in card["outputs"].items()]
+    units = ("runs of rows", "rows") if tape else ("documents", "bytes")
+    leaks = (
+        f"<p>{tape_check(card)}</p>"
+        if tape
+        else _table(("split", "13-grams", "seen in train", "most in a document"), leak_rows(card))
+    )
     return f"""<!doctype html>
 <html lang="en">
 <head><meta charset="utf-8"><title>Data card</title><style>{STYLE}</style></head>
 <body>
 <h1>Data card</h1>
-<p>{html.escape(cuts)} {card["left_out_documents"]:,} documents belong to no split,
-{card["undated_documents"]:,} have no date.</p>
+<p>{html.escape(cuts)}</p>
 {warnings}
-{html_table(("split", "domain", "documents", "bytes", "tokens", "released"), split_rows(card))}
+{_table(("split", "domain", *units, "tokens", "released"), split_rows(card))}
 {plot(card)}
-<h2>Domains</h2>{html_table(("domain", "what", "licence"), domains)}
-<h2>Leak check</h2>{html_table(("split", "13-grams", "seen in train", "most in a document"), leak_rows(card))}
-<h2>Dropped documents</h2>{html_table(("domain", "reason", "documents"), dropped)}
-<h2>Bad rows</h2>{html_table(("kind", "rows", "first"), rows)}
-<h2>Inputs</h2>{html_table(("input", "SHA-256"), inputs)}
-<h2>Outputs</h2>{html_table(("file", "bytes", "SHA-256"), outputs)}
+<h2>Domains</h2>{_table(("domain", "what", "licence"), domains)}
+<h2>Leak check</h2>{leaks}
+<h2>Dropped documents</h2>{_table(("domain", "reason", "documents"), dropped)}
+<h2>Bad rows</h2>{_table(("kind", "rows", "first"), rows)}
+<h2>Inputs</h2>{_table(("input", "SHA-256"), inputs)}
+<h2>Outputs</h2>{_table(("file", "bytes", "SHA-256"), outputs)}
 <p class="note">Fingerprint of settings and inputs: {html.escape(card["fingerprint"])}</p>
 </body></html>
 """
+
+
+def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    return html_table(header, rows) if rows else "<p>none</p>"
+
+
+def tape_check(card: Mapping[str, Any]) -> str:
+    """What was checked of a tape of numbers."""
+    found = card["leak_check"]
+    return (
+        f"{found['rows']:,} rows: each on a day of its split, bins fitted on train, volatility from the rows "
+        f"before, {found['embargo_rows']} rows between two splits."
+    )
 
 
 def split_rows(card: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -106,7 +134,8 @@ def plot(card: Mapping[str, Any]) -> str:
             sources = sorted(by_source)
             heights = [[by_source[source].get(year, 0) for year in every] for source in sources]
             axes.stackplot(every, heights, labels=sources, step="mid")
-            axes.set(xlabel="year of release", ylabel=f"{what} a year")
+            told = "runs of rows" if what == "documents" and is_tape(card) else what
+            axes.set(xlabel="year of release", ylabel=f"{told} a year")
             axes.spines[["top", "right"]].set_visible(False)
         both[0].legend(frameon=False, fontsize=8, loc="upper left")
         image = io.StringIO()

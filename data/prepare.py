@@ -45,6 +45,7 @@ SOURCES: dict[str, Callable[[Config, Progress], Corpus]] = {
     "fed": fed.open_corpus,
     "hf": hf.open_corpus,
 }
+FEW_DOCUMENTS, FEW_BLOCKS, FEW_ROWS = 20, 20, 250  # of a held-out split; fewer are warned of
 
 
 def prepare(config: Config) -> dict[str, Any]:
@@ -142,7 +143,12 @@ def _build(
         dates=dates,
         problems=problems,
         leaks=found,
-        warnings=[*_split_warnings(config, counts), *_date_warnings(counts), *problems.warnings()],
+        warnings=[
+            *_split_warnings(config, counts),
+            *_date_warnings(counts),
+            *_size_warnings(config, counts),
+            *problems.warnings(),
+        ],
     )
     card.write_card(staging, made)
     write_page(staging / card.PAGE, made)
@@ -159,6 +165,22 @@ def _split_warnings(config: Config, counts: card.Counts) -> list[str]:
         f"{counts.undated} of {of} documents have no date and are split by hash of their text: "
         "training may have seen what is later than validation and test"
     ]
+
+
+def _size_warnings(config: Config, counts: card.Counts) -> list[str]:
+    """A sentence on every held-out split of which too little is left to measure anything well."""
+    told = []
+    for split in SPLITS[1:]:
+        documents, size, tokens = (counts.total(split, name) for name in ("documents", "bytes", "tokens"))
+        if config.view == "numbers":
+            few = f"{size} rows" if size < FEW_ROWS else ""  # a tape counts rows where texts count bytes
+        elif documents < FEW_DOCUMENTS or tokens < FEW_BLOCKS * config.min_block:
+            few = f"{documents} documents of {tokens:,} tokens"
+        else:
+            few = ""
+        if few:
+            told.append(f"the {split} split has only {few}: what is measured on it will be rough")
+    return told
 
 
 def _date_warnings(counts: card.Counts) -> list[str]:

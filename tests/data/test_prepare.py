@@ -24,6 +24,14 @@ from tapelm import Tokenizer
 WORDS = ["rates", "rose", "fell", "bank", "credit", "growth", "prices", "market", "demand", "yield"]
 
 
+@pytest.fixture(autouse=True)
+def small_splits(monkeypatch, request):
+    """The corpora of these tests are small; only one test is about the warning of that."""
+    if request.node.name != "test_what_is_left_out_is_printed_and_small_splits_are_warned_of":
+        for name in ("FEW_DOCUMENTS", "FEW_BLOCKS", "FEW_ROWS"):
+            monkeypatch.setattr(program, name, 0)
+
+
 def write_corpus(path, *, documents=300, dated=True, words=60):
     generator = random.Random(5)
     with open(path, "w", encoding="utf-8") as file:
@@ -416,6 +424,28 @@ def test_a_misnamed_date_column_is_no_random_split(tmp_path, monkeypatch, capsys
     assert card["undated_documents"] == 0 and card["settings"]["date_column"] == "date published"
 
 
+def test_what_is_left_out_is_printed_and_small_splits_are_warned_of(tmp_path, monkeypatch, capsys):
+    path = write_corpus(tmp_path / "news.jsonl")
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines, *lines[10:15]]))
+    arguments = ("--source", "files", "--input", path, "--out", tmp_path / "out", "--min-block", "64")
+    code, out, messages = run(monkeypatch, capsys, *arguments, "--until", "2015-06-01")
+    assert code == 0
+    card = json.loads((tmp_path / "out" / "data_card.json").read_text())
+    cuts = card["split_dates"]
+    assert (
+        f"validation from {cuts['validation_from']}, test from {cuts['test_from']}, until 2015-06-01" in out
+    )
+    left_out = f"{card['left_out_documents']} left out (31 days before a cut or from 2015-06-01 on)"
+    assert f"documents: {left_out}, 5 dropped (same text)" in out
+    tally = card["splits"]["val"]["news"]
+    few = f"the val split has only {tally['documents']} documents of {tally['tokens']:,} tokens"
+    assert messages[0] == f"warning: {few}: what is measured on it will be rough"
+    page = (tmp_path / "out" / "data_card.html").read_text()
+    assert left_out.split(" left")[0] + " documents belong to no split (31 days before a cut" in page
+    assert "<h2>Bad rows</h2><p>none</p>" in page
+
+
 def test_the_tokenizer_of_earlier_data_reads_later_text(tmp_path, monkeypatch, capsys):
     earlier = config_for(tmp_path)
     prepare(earlier)
@@ -440,7 +470,7 @@ def test_the_tokenizer_of_earlier_data_reads_later_text(tmp_path, monkeypatch, c
     Tokenizer.train(["bank rates"], 270, ("<|end|>",)).save(tmp_path / "other.json")
     arguments = ("--source", "files", "--input", path, "--out", tmp_path / "new", "--tokenizer")
     for wrong, message in (
-        (["gone.json"], "--tokenizer gone.json: No such file"),
+        (["gone.json"], "--tokenizer gone.json: there is nothing here"),
         ([path], "later.jsonl"),
         ([tmp_path / "other.json"], "other.json has no <|endoftext|>, which ends every document"),
         (

@@ -147,6 +147,9 @@ def test_a_tape_of_own_tables_without_dates_given(tmp_path, capsys):
     assert np.unique(Tape.load(config.out).rows["split"]).tolist() == [0, 1, 2, 3]
     print_table(card)
     assert f"validation from {days[-260]}, test from {days[-130]}" in capsys.readouterr().out
+    page = (config.out / "data_card.html").read_text()
+    assert "rows belong to no split (15 rows before a cut)" in page and "days before a cut" not in page
+    assert "<th>runs of rows</th><th>rows</th>" in page and "13-grams" not in page
     with pytest.raises(DataError, match="no rows, the last 255 before a cut being left out"):
         prepare(Config(out=tmp_path / "long", input=paths[:1], **settings | {"min_block": 512}))
     write_yahoo(tmp_path, "AAPL", count=8)
@@ -177,7 +180,8 @@ def test_a_jump_is_told_and_kept(tmp_path):
     path.write_text("\n".join(lines))
     settings = {"source": ("rows",), "view": "numbers", "min_block": 32, "strict": True}
     card = prepare(Config(out=tmp_path / "out", input=(str(path),), **settings))
-    (warning,) = card["warnings"]
+    few, few_too, warning = card["warnings"]
+    assert few.startswith("the val split has only 115 rows:") and "test split has only 130 rows" in few_too
     assert warning.startswith(f"{path}, line 601, column SPX: the price nearly doubles or halves")
     assert warning.endswith("(and 1 more)") and card["bad_rows"] == {}
     assert 2000 in Tape.load(tmp_path / "out").rows["level"]
