@@ -120,9 +120,8 @@ class SplitDates:
             raise DataError(f"embargo_days must not be negative, got {self.embargo_days}")
         ends = [self.validation_from, self.test_from, self.until or date.max]
         if not ends[0] < ends[1] < ends[2]:
-            raise DataError(
-                f"cut dates must rise: --validation-from {ends[0]}, --test-from {ends[1]}, --until {ends[2]}"
-            )
+            until = f", --until {self.until}" if self.until else ""
+            raise DataError(f"cut dates must rise: --validation-from {ends[0]}, --test-from {ends[1]}{until}")
 
     def split_of(self, released: date) -> str | None:
         """'train', 'val', 'test', or None for a document that is left out."""

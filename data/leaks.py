@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tyro
 
 from data import card
 from data.documents import END_OF_TEXT, SPLITS, DataError, Document, SplitDates, read_jsonl
 from data.numbers import TAPE, check_tape
-from gpt.cli import UserError, run_program
+from gpt.cli import UserError, parse_options, run_program
 from gpt.corpus import token_arrays
 from tapelm import Tokenizer
 
@@ -178,10 +179,15 @@ def _overlaps(seen: np.ndarray, documents: np.ndarray, fewest: int) -> np.ndarra
     return np.where(totals >= fewest, shared / np.maximum(totals, 1), 0.0)
 
 
+@dataclass(frozen=True)
+class LeaksConfig:
+    directory: tyro.conf.Positional[Path]
+    """What data.prepare has written."""
+
+
 def main(arguments: list[str]) -> int:
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        raise UserError("usage: python -m data.leaks DIRECTORY")
-    directory = Path(arguments[0])
+    config = parse_options(LeaksConfig, arguments, prog="python -m data.leaks", description=__doc__)
+    directory = config.directory
     made = card.read_card(directory)
     if made is None:
         raise UserError(f"{directory} holds no {card.NAME}: prepare it with python -m data.prepare")

@@ -22,6 +22,9 @@ from rich.console import Console
 Options = TypeVar("Options")
 # What PyTorch's RuntimeErrors say: on CPUs, on GPUs, and of sizes that no memory has.
 OUT_OF_MEMORY = r"can't allocate memory|out of memory|[Ss]torage size calculation overflowed"
+# What tyro says of an option that may also be left out, and what it calls the kinds of values.
+NO_SUCH_TYPE = re.compile(r"no type matching \{None\}\|(.*?) could be instantiated from \[(.*?)\]")
+KINDS = {"YYYY-MM-DD": "a date as YYYY-MM-DD", "INT": "a whole number", "FLOAT": "a number"}
 
 
 class UserError(Exception):
@@ -82,7 +85,10 @@ def _without_box(message: str) -> str:
     lines = [line.strip("│ ") for line in plain.splitlines() if not line.startswith(("╭", "╰"))]
     sections = re.split(r"\n─+\n", "\n".join(lines))
     told = [text for text in sections if not text.startswith(("For full help", "Argument help"))]
-    return " ".join("; ".join(text.split("\n\n")[0] for text in told).split()).rstrip(".")
+    message = " ".join("; ".join(text.split("\n\n")[0] for text in told).split()).rstrip(".")
+    return NO_SUCH_TYPE.sub(
+        lambda match: f"expected {KINDS.get(match[1], match[1])}, got {match[2]}", message
+    )
 
 
 class StopRequest:

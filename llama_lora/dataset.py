@@ -30,6 +30,11 @@ def find_split(data: Path, split: str) -> Path:
     for path in (data / "documents" / f"{split}.jsonl", data / f"{split}.jsonl"):
         if path.is_file():
             return path
+    if data.exists() and not data.is_dir():
+        raise UserError(
+            f"--data {data} is a file: name a directory with train.jsonl and val.jsonl, or make one of it: "
+            f"python -m data.prepare --source files --input {data} --out runs/{data.stem}"
+        )
     raise UserError(
         f"no {split}.jsonl in {data}: run python -m data.prepare --out {data}, or write one with a JSON "
         "object with text or messages on each line"

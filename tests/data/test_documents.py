@@ -65,8 +65,10 @@ def test_split_dates_at_the_cuts():
 
 
 def test_split_dates_must_rise():
-    with pytest.raises(DataError, match="must rise"):
+    with pytest.raises(DataError, match=r"must rise: --validation-from 2017-01-01, --test-from 2015-01-01$"):
         SplitDates(date(2017, 1, 1), date(2015, 1, 1))
+    with pytest.raises(DataError, match=r"--test-from 2015-01-01, --until 2014-01-01$"):
+        SplitDates(date(2013, 1, 1), date(2015, 1, 1), date(2014, 1, 1))
     with pytest.raises(DataError, match="embargo_days"):
         SplitDates(date(2015, 1, 1), date(2017, 1, 1), embargo_days=-1)
 

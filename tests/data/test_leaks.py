@@ -160,8 +160,11 @@ def test_prepare_drops_the_later_copy_and_the_program_checks(tmp_path, capsys):
         leaks.main([str(out)])
     with pytest.raises(UserError, match=r"holds no data_card\.json"):
         leaks.main([str(tmp_path)])
-    with pytest.raises(UserError, match="usage"):
+    with pytest.raises(UserError, match=r"Missing .*python -m data\.leaks --help"):
         leaks.main([])
+    with pytest.raises(SystemExit) as ended:
+        leaks.main(["--help"])
+    assert not ended.value.code and "What data.prepare has written" in capsys.readouterr().out
 
 
 def test_what_is_mostly_in_train_is_left_out_and_counted(tmp_path):

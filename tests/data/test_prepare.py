@@ -388,6 +388,10 @@ def test_dates_on_the_command_line(tmp_path, monkeypatch, capsys):
         ),
         ("--source files --input news.jsonl --split hash --until 2015-01-01", "go with --split date"),
         ("--source files --input news.jsonl --embargo-days -1", "embargo_days must not be negative"),
+        (
+            "--source files --input news.jsonl --until 2005",
+            "--until: expected a date as YYYY-MM-DD, got '2005';",
+        ),
         ("--source packages --input news.jsonl", "--input goes with --source files"),
         ("--source files --input news.jsonl --out small.txt", "is a file"),
         ("--source files --input news.jsonl --out .", "holds other files"),

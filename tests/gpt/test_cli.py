@@ -78,7 +78,7 @@ class Program:
         (["--out", "o", "--nonsense", "3"], "--nonsense"),
         (["--out", "o", "--step", "3"], "--step"),
         (["--out", "o", "stray"], "stray"),
-        (["--out", "o", "--steps", "3a"], "3a"),
+        (["--out", "o", "--steps", "3a"], "--steps: expected a whole number, got '3a'"),
         (["--out", "o", "--kind", "x"], "'plain', 'optimized'"),
     ],
 )

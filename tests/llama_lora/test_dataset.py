@@ -94,3 +94,5 @@ def test_empty_file_and_missing_split(tmp_path, tokenizer) -> None:
         read_examples(write(tmp_path / "a.jsonl"), tokenizer)
     with pytest.raises(UserError, match=r"no val\.jsonl"):
         find_split(tmp_path, "val")
+    with pytest.raises(UserError, match=r"a\.jsonl is a file: .* --input .*a\.jsonl --out runs/a$"):
+        find_split(tmp_path / "a.jsonl", "val")
