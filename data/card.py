@@ -23,7 +23,7 @@ from data.problems import Problems
 NAME = "data_card.json"
 PAGE = "data_card.html"
 # Raised when the same settings and inputs begin to give other documents.
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass

@@ -53,5 +53,5 @@ class Voice:
         size = f"{abs(change) * 100:.1f}" if unit.change == "percent" else f"{abs(change):.2f}"
         if float(size) == 0:
             return self.pick("little changed", "almost unchanged", "flat")
-        words = ("up", "higher by", "ahead") if change > 0 else ("down", "lower by", "off")
+        words = ("up", "higher by", "up by") if change > 0 else ("down", "lower by", "off")
         return f"{self.pick(*words)} {size} {unit.change}"

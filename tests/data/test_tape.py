@@ -145,3 +145,10 @@ def test_two_values_for_a_day_are_refused():
     rows = daily_rows()
     with pytest.raises(DataError, match="two values"):
         Series([*rows, rows[5]])
+
+
+@pytest.mark.parametrize("rhythm", ["week", "month", "release"])
+def test_a_change_that_has_been_does_not_sound_like_one_to_come(rhythm):
+    """Over twenty trading days "ahead 4.1 percent" would be read as a look into the future."""
+    texts = [note.text for note in notes(rows_for(rhythm), rhythm)]
+    assert any(" up by " in text for text in texts) and not any("ahead" in text for text in texts)
