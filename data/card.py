@@ -232,7 +232,7 @@ def check_sizes(counts: Counts, min_block: int, *, encoded: bool = False) -> Non
     needed = max(90 * size / documents, 40 * (min_block + 1) * size / tokens)
     advice = f"the corpus has {size / 1e3:,.3f} kB, about {math.ceil(needed / 1e3):,} kB are needed"
     if size >= needed:
-        advice = "move --validation-from, --test-from or --until"
+        advice = "move --validation-from, --test-from or --until, or lower --embargo-days"
     for split in SPLITS:
         if not counts.total(split, "documents"):
             raise DataError(f"the {split} split is empty: {advice}")

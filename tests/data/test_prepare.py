@@ -392,6 +392,7 @@ def test_dates_on_the_command_line(tmp_path, monkeypatch, capsys):
             "--source files --input news.jsonl --until 2005",
             "--until: expected a date as YYYY-MM-DD, got '2005';",
         ),
+        ("--source files --input news.jsonl --embargo-days 200", "split is empty: move --validation-from"),
         ("--source packages --input news.jsonl", "--input goes with --source files"),
         ("--source files --input news.jsonl --out small.txt", "is a file"),
         ("--source files --input news.jsonl --out .", "holds other files"),
