@@ -169,6 +169,9 @@ def make_tokenizer(tape: Tape) -> Tokenizer:
     calendar = [f"<|{month[:3]} {day[:3]}|>".lower() for month in MONTHS for day in DAYS]
     names = [f"<|{entity}|>" for entity, _ in tape.entities]
     specials = (END_OF_TEXT, *calendar, *names)
+    taken = [name for name in names if name in {END_OF_TEXT, *calendar}]
+    if taken:
+        raise DataError(f"an entity cannot be called {taken[0][2:-2]!r}, a word of the tape's own: rename it")
     return Tokenizer.train(["0"], BINS + len(specials), specials)
 
 
@@ -245,6 +248,8 @@ def check_tape(directory: Path, dates: SplitDates) -> dict[str, Any]:
     Raises DataError naming what is wrong.
     """
     tape = Tape.load(directory)
+    if np.any(tape.rows["released"] < tape.rows["day"]):
+        raise DataError(f"leak: {directory / ROWS}: rows are released before their day")
     for split in SPLITS:
         rows = tape.rows[tape.rows["split"] == SPLITS.index(split)]
         for released in np.unique(rows["released"]):

@@ -16,6 +16,8 @@ LONGEST_GAP = timedelta(days=7)  # between daily rows: markets closed that long 
 SPLIT_RATIOS = (1.5, 2, 3, 4, 5, 6, 7, 8, 10, 15, 20, 50)
 SPLIT_TOLERANCE = 0.08
 LIKELY_SPLIT = "likely split"
+LATE = timedelta(days=31)
+LATE_ROW = "released a month or more after the row behind it, which counts as released no earlier"
 LARGE_JUMP = 1.9  # a split of two for one, on a day when the market moved by 5% against it
 JUMP = (
     "the price nearly doubles or halves from one row to the next and is kept: a crash, a slip or a split? "
@@ -32,8 +34,8 @@ def sound_series(
 ) -> Iterator[Series]:
     """The rows of every entity, in order of its name, as one or more series without breaks.
 
-    A row is left out when it is not a number, no positive price, or a second value for a day. A series ends
-    and another begins where days are missing (daily) or the price jumps as it does in a split, so that no
+    A row is left out when it is not a number, no positive price, released before its day, or a later value for a
+    day, as a revision is. A series ends and another begins where days are missing (daily) or the price jumps as it does in a split, so that no
     change is computed across. All are counted in `problems`, and DataError is raised if it is strict.
     splits: (entity, day) of jumps that are known to be splits (True) or not to be (False): not counted.
     """
@@ -45,6 +47,8 @@ def sound_series(
             continue
         starts = [main[0].date]
         for before, after in pairwise(main):
+            if before.available_at - after.available_at >= LATE:
+                problems.note(LATE_ROW, place_of(before))
             kind = _break(before, after, daily)
             known = splits.get((after.entity, after.date))
             if known is not None and kind in (None, LIKELY_SPLIT):
@@ -66,12 +70,14 @@ def place_of(row: Row) -> str:
 
 def _sound_rows(rows: Iterable[Row], problems: Problems) -> Iterator[Row]:
     seen = set()
-    for row in rows:
+    for row in sorted(rows, key=lambda row: (row.field, row.date, row.available_at)):
         priced = unit_of(row.unit).change == "percent"
         if not math.isfinite(row.value):
             problems.skip("not a number", place_of(row))
         elif priced and (row.value < 0 or (row.value == 0 and row.field != "volume")):
             problems.skip("not a positive price", place_of(row))
+        elif row.available_at < row.date:
+            problems.skip("released before its day", place_of(row))
         elif (row.field, row.date) in seen:
             problems.skip("second value for a day", place_of(row))
         else:

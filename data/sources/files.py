@@ -143,6 +143,8 @@ def _document(
     except ValueError:
         problems.skip("date is not ISO", place, "expected a date such as 2015-01-31")
         return None
+    if day and released and released < day:
+        problems.note("available_at is earlier than the date, and decides the split", place)
     return Document(
         text=text.strip(),
         source=source,

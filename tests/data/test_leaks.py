@@ -143,14 +143,16 @@ def test_prepare_drops_the_later_copy_and_the_program_checks(tmp_path, capsys):
         text = f"Note {number}: " + " ".join(generator.choices(WORDS, k=60))
         rows.append({"id": number, "text": text, "date": str(date(2000 + number // 12, number % 12 + 1, 1))})
     rows += [rows[3] | {"id": 999, "date": "2019-11-15"}, rows[4] | {"text": "Another text of some words."}]
+    rows.append(rows[200] | {"id": 998, "date": "2001-02-03"})  # released first, though it comes last
     path.write_text("\n".join(map(json.dumps, rows)))
     out = tmp_path / "out"
     card = prepare(Config(out=out, source=("files",), input=(str(path),), vocab_size=300, min_block=64))
-    assert card["dropped_documents"] == {"news": {"same id": 1, "same text": 1}}
+    assert card["dropped_documents"] == {"news": {"same id": 1, "same text": 2}}
     ids = [
         d.id for split in ("train", "val", "test") for d in read_jsonl(out / "documents" / f"{split}.jsonl")
     ]
     assert "999" not in ids and ids.count("4") == 1
+    assert "998" in ids and "200" not in ids
 
     assert leaks.main([str(out)]) == 0
     assert "no leak" in capsys.readouterr().out

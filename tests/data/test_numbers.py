@@ -247,6 +247,7 @@ def test_bins_fitted_on_validation_are_caught(tmp_path):
     ("field", "row", "value", "message"),
     [
         ("split", slice(None), 0, "rows released .* are in the train split"),
+        ("day", -1, 738_000, "rows are released before their day"),
         ("volatility", 500, 0.3, "is not that of the rows before"),
         ("change", 500, 0.05, "is not that of the rows before"),
         ("bin", 700, 3, "tokens are not the bins"),
@@ -282,6 +283,9 @@ def test_an_embargo_shorter_than_a_context_is_caught(tmp_path):
 def test_mistakes_are_named(tmp_path):
     with pytest.raises(DataError, match="even number of tokens"):
         make_tape(rows(), DATES, 33, Problems())
+    for taken in ("endoftext", "jan mon"):
+        with pytest.raises(DataError, match=f"cannot be called '{taken}'"):
+            make_tokenizer(make_tape(rows(taken), DATES, BLOCK, Problems()))
     with pytest.raises(DataError, match="no entity has more than 21 daily rows"):
         make_tape(rows()[:20], DATES, BLOCK, Problems())
     with pytest.raises(DataError, match="holds no tape of numbers"):

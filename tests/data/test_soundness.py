@@ -61,6 +61,33 @@ def test_the_first_of_two_values_for_a_day_stays():
     assert problems.places == {"second value for a day": ["prices.csv, line 9"]}
 
 
+def test_a_revision_does_not_take_the_place_of_what_was_released_before_it():
+    """Wherever it stands in the file: else every later row would count as released as late as it."""
+    table = rows([100.0, 101.0, 102.0])
+    table.insert(0, table[0]._replace(value=99.0, available_at=date(2018, 5, 5), place="prices.csv, line 9"))
+    problems = Problems()
+    (series,) = sound_series(table, problems, daily=True)
+    assert series.values == [100.0, 101.0, 102.0] and series.released == series.dates
+    assert problems.places == {"second value for a day": ["prices.csv, line 9"]} and not problems.notes
+
+
+def test_a_row_released_before_its_day_is_left_out():
+    table = rows([100.0, 101.0, 102.0])
+    table[1] = table[1]._replace(available_at=date(2008, 1, 1))
+    problems = Problems()
+    assert lengths(table, problems) == [2]
+    assert problems.places == {"released before its day": ["prices.csv, line 3"]}
+
+
+def test_a_late_row_that_delays_those_behind_it_is_noted():
+    table = rows([100.0, 101.0, 102.0])
+    table[1] = table[1]._replace(available_at=date(2012, 1, 1))
+    problems = Problems()
+    (series,) = sound_series(table, problems, daily=True)
+    assert series.released[1:] == [date(2012, 1, 1)] * 2
+    assert list(problems.notes.values()) == [(1, "prices.csv, line 3")]
+
+
 @pytest.mark.parametrize("ratio", [1.5, 2, 3, 7, 1 / 2, 1 / 10])
 @pytest.mark.parametrize("drift", [0.95, 1.0, 1.05])
 def test_a_split_begins_the_series_anew(ratio, drift):

@@ -124,6 +124,15 @@ def test_numbers_in_a_monthly_figure_are_right():
     assert f"{(values[-1] / values[-13] - 1) * 100:.2f} percent compares" in note.text
 
 
+def test_numbers_in_a_ranking_are_those_of_seven_days():
+    rows = rows_for("wrap")
+    note = next(note for note in notes(rows, "wrap") if note.available_at == date(2014, 12, 12))
+    values = {(row.entity, row.date): row.value for row in rows}
+    for name in "abcde":
+        change = values[name, date(2014, 12, 12)] / values[name, date(2014, 12, 5)] - 1
+        assert f"{name} {100 * change:+.1f}%".replace("-0.0", "0.0") in note.text.replace("\u2212", "-")
+
+
 def test_adjusted_prices_never_show_a_level():
     """Multiplying the whole past by a later split factor must leave the text as it is."""
     rows = daily_rows("Apple (AAPL)", "adjusted dollars", scale=100.0)
