@@ -34,9 +34,10 @@ def sound_series(
 ) -> Iterator[Series]:
     """The rows of every entity, in order of its name, as one or more series without breaks.
 
-    A row is left out when it is not a number, no positive price, released before its day, or a later value for a
-    day, as a revision is. A series ends and another begins where days are missing (daily) or the price jumps as it does in a split, so that no
-    change is computed across. All are counted in `problems`, and DataError is raised if it is strict.
+    A row is left out when it is not a number, no positive price, released before its day, or a second value
+    for a day, of which the one released first stays. A series ends and another begins where days are missing
+    (daily) or the price jumps as it does in a split, so that no change is computed across. All are counted in
+    `problems`, and DataError is raised if it is strict.
     splits: (entity, day) of jumps that are known to be splits (True) or not to be (False): not counted.
     """
     ordered = sorted(rows, key=lambda row: row.entity)
