@@ -35,11 +35,36 @@ def trailing_volatility(returns: np.ndarray) -> np.ndarray:
     volatility = np.full(returns.size, np.nan)
     if returns.size <= HISTORY + 1:
         return volatility
-    variance = float(np.mean(returns[1 : HISTORY + 1] ** 2))
+    variance = np.array(np.mean(returns[1 : HISTORY + 1] ** 2))
     for row in range(HISTORY + 1, returns.size):
-        volatility[row] = max(np.sqrt(variance), SMALLEST_VOLATILITY)
-        variance = DECAY * variance + (1 - DECAY) * returns[row] ** 2
+        volatility[row] = volatility_of(variance)
+        variance = next_variance(variance, returns[row])
     return volatility
+
+
+def next_variance(variance: np.ndarray, returns: np.ndarray) -> np.ndarray:
+    """The exponentially weighted variance (...,) once each of `returns` (...,) has come."""
+    return DECAY * variance + (1 - DECAY) * returns**2
+
+
+def volatility_of(variance: np.ndarray) -> np.ndarray:
+    """What returns are told in units of: the root of `variance` (...,), but SMALLEST_VOLATILITY at least."""
+    return np.maximum(np.sqrt(variance), SMALLEST_VOLATILITY)
+
+
+def variance_after(returns: np.ndarray, volatility: np.ndarray) -> float:
+    """The exponentially weighted variance behind the last of consecutive rows, at least one, of a series.
+
+    returns, volatility (rows,): what trailing_volatility was given and made. At SMALLEST_VOLATILITY the
+    variance itself is not known: it is followed from the last row above it, and where all are there, from
+    the most that it can be in the first.
+    """
+    above = np.flatnonzero(volatility > SMALLEST_VOLATILITY)
+    start = int(above[-1]) if above.size else 0
+    variance = volatility[start] ** 2
+    for change in returns[start:]:
+        variance = next_variance(variance, change)
+    return float(variance)
 
 
 @dataclass(frozen=True)

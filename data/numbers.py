@@ -166,13 +166,22 @@ def _apply_embargo(records: np.ndarray, context: int) -> None:
 
 def make_tokenizer(tape: Tape) -> Tokenizer:
     """The end-of-text mark, calendar tokens and entities; behind them the 256 bytes, which are the bins."""
-    calendar = [f"<|{month[:3]} {day[:3]}|>".lower() for month in MONTHS for day in DAYS]
+    calendar = [_calendar_token(month, day) for month in MONTHS for day in DAYS]
     names = [f"<|{entity}|>" for entity, _ in tape.entities]
     specials = (END_OF_TEXT, *calendar, *names)
     taken = [name for name in names if name in {END_OF_TEXT, *calendar}]
     if taken:
         raise DataError(f"an entity cannot be called {taken[0][2:-2]!r}, a word of the tape's own: rename it")
     return Tokenizer.train(["0"], BINS + len(specials), specials)
+
+
+def is_of_numbers(tokenizer: Tokenizer) -> bool:
+    """Whether make_tokenizer made it: its tokens are days, entities and bins instead of text."""
+    return _calendar_token(MONTHS[0], DAYS[0]) in tokenizer.special_tokens
+
+
+def _calendar_token(month: str, day: str) -> str:
+    return f"<|{month[:3]} {day[:3]}|>".lower()
 
 
 @dataclass(frozen=True)
@@ -186,7 +195,7 @@ class Ids:
 
     @classmethod
     def of(cls, tape: Tape, tokenizer: Tokenizer) -> Ids:
-        first = tokenizer.special_tokens[f"<|{MONTHS[0][:3]} {DAYS[0][:3]}|>".lower()]
+        first = tokenizer.special_tokens[_calendar_token(MONTHS[0], DAYS[0])]
         days = [date.fromordinal(int(day)) for day in np.unique(tape.rows["day"])]
         codes = np.array([first + (day.month - 1) * len(DAYS) + day.weekday() for day in days])
         calendar = codes[np.searchsorted(np.unique(tape.rows["day"]), tape.rows["day"])]

@@ -179,7 +179,7 @@ def check_same_tape(checkpoint: Path, state: dict[str, Any], data: Path) -> None
     if trained_on != Tape.sha256(data):
         raise UserError(
             f"{checkpoint} was trained on the tape that {state['config']['data']} held, {data} has other "
-            "rows, splits or bins: evaluate on that one or train again on this one"
+            "rows, splits or bins: use that one or train again on this one"
         )
 
 

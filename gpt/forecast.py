@@ -128,19 +128,21 @@ def row_scores(tape: Tape, rows: np.ndarray, forecasts: Forecasts) -> dict[str, 
         low, high = (np.interp(level, LEVELS, np.arange(LEVELS.size)) for level in _ends(interval))
         inside = (change >= _quantile(forecasts, low)) & (change <= _quantile(forecasts, high))
         scores[f"coverage_{interval}"] = inside.astype(np.float64)
-    scores["up"] = np.where(forecasts.probabilities @ _sides(tape) > 0, 1.0, -1.0)
+    rises, falls = sides(tape)
+    scores["up"] = np.where(forecasts.probabilities @ (rises - falls) > 0, 1.0, -1.0)
     scores["rose"] = np.sign(change)
     return scores
 
 
-def _sides(tape: Tape) -> np.ndarray:
-    """(BINS,) 1 for a bin above 0, -1 for one below; for that with 0, its mean sign in train."""
-    train = tape.rows[tape.rows["split"] == TRAIN]
+def sides(tape: Tape) -> tuple[np.ndarray, np.ndarray]:
+    """Two (BINS,): the share of each bin above 0 and that below; of the bin with 0, those of train's rows."""
     with_zero = int(tape.bins.encode(np.zeros(1))[0])
-    sides = np.where(np.arange(BINS) > with_zero, 1.0, -1.0)
-    inside = train["bin"] == with_zero
-    sides[with_zero] = np.sign(train["change"][inside]).sum() / max(1, inside.sum())
-    return sides
+    inside = tape.rows["change"][(tape.rows["split"] == TRAIN) & (tape.rows["bin"] == with_zero)]
+    rises, falls = ((np.arange(BINS) > with_zero).astype(float), (np.arange(BINS) < with_zero).astype(float))
+    rises[with_zero], falls[with_zero] = (
+        np.sum(outside) / max(1, inside.size) for outside in (inside > 0, inside < 0)
+    )
+    return rises, falls
 
 
 def _ends(interval: int) -> tuple[float, float]:

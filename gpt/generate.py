@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from data.numbers import is_of_numbers
 from gpt.checkpoint import load_model
 from gpt.cli import UserError, parse_options, prepare_output, run_program, write_atomically
 from gpt.corpus import END_OF_TEXT, open_tokenizer
@@ -133,8 +134,13 @@ def main(arguments: list[str]) -> int:
     if config.json is not None:
         prepare_output(config.json)
     device = pick_device(config.device)
-    model, checkpoint, _ = load_model(config.checkpoint, kernels=config.kernels, device=str(device))
+    model, checkpoint, state = load_model(config.checkpoint, kernels=config.kernels, device=str(device))
     tokenizer = open_tokenizer(checkpoint / "tokenizer.json")
+    if is_of_numbers(tokenizer):
+        raise UserError(
+            f"{checkpoint} is a model of a tape of numbers and writes no text: its forecasts come from "
+            f"python -m gpt.predict --checkpoint {config.checkpoint} --data {state['config']['data']}"
+        )
     end_of_text = tokenizer.special_tokens[END_OF_TEXT]
     try:
         # Every training document follows an end of text, so a prompt starts after one as well.

@@ -1,0 +1,349 @@
+"""Forecasts of days to come: as the evaluation has them, from the last row, and by paths that are right."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import random
+from datetime import date, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from data.bins import BINS, HISTORY, SMALLEST_VOLATILITY, trailing_volatility, variance_after, volatility_of
+from data.documents import SPLITS
+from data.numbers import NO_SPLIT, Ids, Tape, make_tokenizer
+from data.prepare import Config, prepare
+from gpt import generate
+from gpt.baselines import from_probabilities
+from gpt.checkpoint import load_model
+from gpt.cli import UserError
+from gpt.config import ModelConfig, preset
+from gpt.forecast import _windows, bin_probabilities, row_scores, sides
+from gpt.model import GPT
+from gpt.ops import PLAIN
+from gpt.paths import _days_after, _Reader, continued, sample_paths
+from gpt.predict import LEVELS, PredictConfig, first_day, forecast, main, moments, open_tape
+from gpt.train import train
+from tapelm import Tokenizer
+
+SHAPE = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 32}
+CUTS = {"validation_from": date(2012, 1, 1), "test_from": date(2013, 1, 1), "until": date(2013, 10, 1)}
+LAST = date(2013, 12, 5)  # a Thursday
+
+
+def write_table(path: Path, names: tuple[str, ...] = ("saw", "walk"), last: date = LAST) -> Path:
+    """A saw goes up a percent and down a percent in turn, a walk anywhere; both on weekdays."""
+    lines = ["date,entity,value,unit"]
+    for name in names:
+        generator, level, turn = random.Random(name), 100.0, 1
+        for offset in range((last - date(2008, 1, 1)).days + 1):
+            day = date(2008, 1, 1) + timedelta(days=offset)
+            if day.weekday() < 5:
+                turn = -turn
+                step = turn * 0.01 if name == "saw" else generator.gauss(0, 0.01)
+                level *= math.exp(step)
+                lines.append(f"{day},{name},{level!r},yen to the euro")
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def prepared(out: Path, table: Path, **changes: Any) -> Path:
+    cuts: dict[str, Any] = CUTS | changes
+    prepare(Config(out=out, source=("rows",), input=(str(table),), view="numbers", min_block=32, **cuts))
+    return out
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tape")
+    return prepared(folder / "data", write_table(folder / "rates.csv"))
+
+
+@pytest.fixture(scope="module")
+def run(data: Path) -> Path:
+    shape: dict[str, Any] = SHAPE | {"batch_size": 16, "precision": "fp32", "threads": 1}
+    train(preset("demo", data=data, out=data.parent / "run", **shape, max_steps=200, learning_rate=3e-3))
+    return data.parent / "run"
+
+
+@pytest.fixture(scope="module")
+def tape(data: Path) -> Tape:
+    return Tape.load(data)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tape: Tape) -> Tokenizer:
+    return make_tokenizer(tape)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer: Tokenizer) -> GPT:
+    """Untrained, and far from uniform."""
+    shape = ModelConfig(**SHAPE, vocab_size=tokenizer.vocab_size, dropout=0.0)
+    made = GPT(shape, PLAIN).initialize(0).eval()
+    made.head.weight.data.mul_(30)
+    made.positions.weight.data.mul_(10)
+    return made
+
+
+def predicted(run: Path, data: Path, file: Path, *options: str) -> dict[str, dict[str, Any]]:
+    assert main(["--checkpoint", str(run), "--data", str(data), "--json", str(file), *options]) == 0
+    return {entry["entity"]: entry for entry in json.loads(file.read_text())["forecasts"]}
+
+
+def test_a_saw_is_predicted_and_nothing_of_a_walk(
+    run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tape = Tape.load(data)
+    last = tape.rows[tape.rows["entity"] == 0][-1]
+    one = predicted(run, data, tmp_path / "one.json")
+    saw, walk = one["saw"], one["walk"]
+    assert (saw["as_of"], saw["first_day"], saw["last_day"]) == ("2013-12-05", "2013-12-06", "2013-12-06")
+    assert last["split"] == NO_SPLIT and date.fromordinal(int(last["day"])) == LAST  # later than --until
+    up = float(last["change"]) < 0
+    assert saw["model"]["probability_of_gain"] == pytest.approx(float(up), abs=0.02)
+    assert saw["model"]["quantiles"]["50"] == pytest.approx(0.01 if up else -0.01, abs=0.001)
+    assert saw["model"]["mean"] == pytest.approx(0.01 if up else -0.01, abs=0.001)
+    assert saw["ewma"]["standard_deviation"] == pytest.approx(0.01, abs=0.001)
+    assert 0.25 < walk["model"]["probability_of_gain"] < 0.75
+    ratio = walk["model"]["standard_deviation"] / walk["ewma"]["standard_deviation"]
+    assert 0.7 < ratio < 1.4
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Change on the next day" in said and "direction is about chance" in said and "2013-12-05" in said
+
+    ten = predicted(run, data, tmp_path / "ten.json", "--horizon", "10", "--samples", "400")
+    assert ten["saw"]["last_day"] == "2013-12-19"
+    assert ten["saw"]["model"]["quantiles"]["50"] == pytest.approx(0, abs=0.003)
+    assert ten["saw"]["model"]["standard_deviation"] < 0.4 * ten["saw"]["ewma"]["standard_deviation"]
+    ratio = ten["walk"]["model"]["standard_deviation"] / ten["walk"]["ewma"]["standard_deviation"]
+    assert 0.7 < ratio < 1.4
+    assert "Sum of the changes on the next 10 days" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_day_is_what_the_evaluation_says_of_its_row(model: GPT, tokenizer: Tokenizer, tape: Tape) -> None:
+    rows = np.flatnonzero(tape.rows["split"] == SPLITS.index("val"))
+    evaluated = bin_probabilities(model, tokenizer, tape, rows, 16)
+    forecasts = from_probabilities(tape, rows, evaluated)
+    up = row_scores(tape, rows, forecasts)["up"]
+    for _, wanted in list(_windows(tape, rows))[:-1:7]:
+        row = wanted[-1]  # that of the window with the same context
+        at, entity = int(np.searchsorted(rows, row)), int(tape.rows["entity"][row])
+        before = date.fromordinal(int(tape.rows["day"][row - 1]))
+        name = tape.entities[entity][0]
+        made = forecast(model, tokenizer, tape, [name], as_of=before)["forecasts"][0]
+        assert made["as_of"] == before.isoformat()
+        assert made["first_day"] == date.fromordinal(int(tape.rows["day"][row])).isoformat()
+        assert made["volatility"] == pytest.approx(tape.rows["volatility"][row], rel=1e-12)
+        quantiles = made["model"]["quantiles"]
+        for level in (10, 25, 50, 75, 90):
+            assert quantiles[str(level)] == pytest.approx(forecasts.quantiles[at, level - 1], rel=1e-4)
+        for level, low in (("2.5", 1), ("97.5", 96)):
+            assert forecasts.quantiles[at, low] <= quantiles[level] <= forecasts.quantiles[at, low + 1]
+        rises, falls = sides(tape)
+        gain = made["model"]["probability_of_gain"]
+        assert gain == pytest.approx(evaluated[at] @ rises, rel=1e-4)
+        assert up[at] == (1 if gain > evaluated[at] @ falls else -1)
+
+
+def test_mean_and_deviation_are_those_of_the_quantiles(model: GPT, tokenizer: Tokenizer, tape: Tape) -> None:
+    made = forecast(model, tokenizer, tape, ["walk"])["forecasts"][0]
+    of = continued(tape, 1, 1, date.max)
+    assert of is not None
+    levels = (np.arange(200_000)[None] + 0.5) / 200_000
+    chances = first_day(model, tokenizer, tape, [of], 1)
+    cumulative = np.concatenate(([0.0], np.cumsum(chances[0])))
+    spread = np.interp(levels[0], cumulative, tape.bins.edges) * made["volatility"]
+    assert made["model"]["mean"] == pytest.approx(spread.mean(), abs=1e-6)
+    assert made["model"]["standard_deviation"] == pytest.approx(spread.std(), rel=1e-4)
+    assert moments(tape)[0].shape == (BINS,)
+
+
+@pytest.mark.parametrize("horizon", [1, 5])
+def test_rows_after_the_day_change_nothing(
+    model: GPT, tokenizer: Tokenizer, tape: Tape, horizon: int
+) -> None:
+    as_of = date(2013, 3, 6)
+    spoiled = dataclasses.replace(tape, rows=tape.rows.copy())
+    later = spoiled.rows["released"] > as_of.toordinal()
+    for field, factor in (("change", -5), ("volatility", 3), ("level", 2)):
+        spoiled.rows[field][later] *= factor
+    spoiled.rows["bin"][later] ^= 255
+    spoiled.rows["day"][later] += 3
+    options: dict[str, Any] = {"horizon": horizon, "samples": 100, "as_of": as_of}
+    before, after = (forecast(model, tokenizer, one, **options) for one in (tape, spoiled))
+    assert before == after
+    assert before["forecasts"][0]["as_of"] == "2013-03-06"
+    late = forecast(model, tokenizer, tape, **{**options, "as_of": as_of + timedelta(days=1)})
+    assert late["forecasts"][0]["model"] != before["forecasts"][0]["model"]
+
+
+def test_paths_come_again_with_their_seed(model: GPT, tokenizer: Tokenizer, tape: Tape) -> None:
+    options: dict[str, Any] = {"horizon": 3, "samples": 200, "seed": 7}
+    both = forecast(model, tokenizer, tape, **options)
+    assert both == forecast(model, tokenizer, tape, **options)
+    alone = forecast(model, tokenizer, tape, ["walk"], **options)["forecasts"]
+    assert alone == both["forecasts"][1:]
+    other = forecast(model, tokenizer, tape, ["walk"], **{**options, "seed": 8})["forecasts"]
+    assert other[0]["model"] != alone[0]["model"] and other[0]["ewma"] == alone[0]["ewma"]
+    parts = forecast(model, tokenizer, tape, ["walk"], **options, batch_size=64)["forecasts"]
+    close = 0.02 * alone[0]["model"]["standard_deviation"]
+    assert list(parts[0]["model"]["quantiles"].values()) == pytest.approx(
+        list(alone[0]["model"]["quantiles"].values()), abs=close
+    )
+
+
+def test_first_day_of_paths_is_the_exact_one(run: Path, tape: Tape, tokenizer: Tokenizer) -> None:
+    trained = load_model(run)[0]
+    of = continued(tape, 1, 2, date.max)
+    assert of is not None
+    chances = first_day(trained, tokenizer, tape, [of], 1)[0]
+    levels = np.random.default_rng(0).random((4000, 2))
+    changes = sample_paths(trained, tokenizer, of, chances, levels)
+    volatility = of.tape.rows["volatility"][of.last + 1]
+    cumulative = np.concatenate(([0.0], np.cumsum(chances)))
+    at = np.interp(np.sort(changes[:, 0]) / volatility, tape.bins.edges, cumulative)
+    assert np.abs(at - (np.arange(4000) + 0.5) / 4000).max() < 1.63 / math.sqrt(4000)  # Kolmogorov, 1%
+    exact = forecast(trained, tokenizer, tape, ["walk"])["forecasts"][0]["model"]
+    for level, value in zip(LEVELS, exact["quantiles"].values(), strict=True):
+        assert np.mean(changes[:, 0] <= value) == pytest.approx(level / 100, abs=0.03)
+
+
+@pytest.mark.parametrize("past", [40, 4])
+def test_paths_are_read_as_the_rows_of_a_tape_are(
+    model: GPT, tokenizer: Tokenizer, tape: Tape, past: int
+) -> None:
+    """With keys and values kept, past a whole context, after many rows and after few."""
+    first = int(np.flatnonzero(tape.rows["entity"] == 1)[0])
+    short = dataclasses.replace(tape, rows=tape.rows[first : first + past])
+    days, paths = 25, 3
+    of = continued(short, 1, days, date.max)
+    assert of is not None
+    bins = np.random.default_rng(1).integers(0, BINS, (paths, days))
+    reader, ids = _Reader(model, tokenizer, of, paths, days), Ids.of(of.tape, tokenizer)
+    sizes = []
+    for day in range(1, days):
+        found = reader.probabilities(bins[:, :day])
+        sizes.append(len(reader.cache) // 2)  # rows, this day's among them
+        for path in range(paths):
+            rows = of.tape.rows.copy()
+            rows["bin"][of.last + 1 :] = bins[path]
+            last = of.last + 1 + day
+            window = np.arange(last + 1 - sizes[-1], last + 1)
+            tokens = ids.document(dataclasses.replace(of.tape, rows=rows), window)[:-1].astype(np.int64)
+            with torch.no_grad():
+                logits = model.logits(torch.from_numpy(tokens)[None])[0, -1]
+            expected = torch.softmax(logits[ids.first_bin : ids.first_bin + BINS].double(), dim=-1).numpy()
+            assert np.allclose(found[path], expected, atol=1e-6)
+    assert max(sizes) == tape.context
+    assert min(sizes) >= (tape.context // 2 if past > tape.context else min(past + 2, tape.context // 2))
+
+
+def test_variance_goes_on_as_the_tape_has_it() -> None:
+    generator = np.random.default_rng(0)
+    changes = generator.standard_normal(300) * 0.01
+    volatility = trailing_volatility(changes)
+    for row in (HISTORY + 2, 40, 299):
+        known = slice(HISTORY + 1, row)
+        told = volatility_of(np.array(variance_after(changes[known], volatility[known])))
+        assert told == pytest.approx(volatility[row], rel=1e-12)
+    changes[100:] *= 1e-5  # the average stays known below the smallest volatility
+    changes[280:] = 2e-4
+    volatility = trailing_volatility(changes)
+    assert volatility[250] == SMALLEST_VOLATILITY < volatility[299]
+    for row in (250, 290, 299):
+        known = slice(HISTORY + 1, row)
+        told = volatility_of(np.array(variance_after(changes[known], volatility[known])))
+        assert told == pytest.approx(volatility[row], rel=1e-9)
+    assert variance_after(np.zeros(5), np.full(5, SMALLEST_VOLATILITY)) < SMALLEST_VOLATILITY**2
+
+
+def test_days_to_come_are_weekdays_that_the_entity_has() -> None:
+    start = date(2020, 1, 1).toordinal()
+    every = np.arange(start, start + 400)
+    work = every[(every - 1) % 7 < 5]
+    friday = work[: np.flatnonzero((work - 1) % 7 == 4)[-1] + 1]
+    following = _days_after(friday)
+    assert [next(following) - friday[-1] for _ in range(6)] == [3, 4, 5, 6, 7, 10]
+    once = np.sort(np.append(friday, friday[-1] - 20 - (friday[-21] - 1) % 7 - 1))  # one day of a weekend
+    assert next(_days_after(once)) - once[-1] == 3
+    assert next(_days_after(every)) - every[-1] == 1
+    assert next(_days_after(every[::7])) - every[::7][-1] == 7
+
+
+def test_later_rows_are_forecast_from_and_another_tape_is_refused(
+    run: Path, data: Path, tmp_path: Path
+) -> None:
+    newer = prepared(tmp_path / "newer", write_table(tmp_path / "rates.csv", last=date(2014, 1, 10)))
+    made = predicted(run, newer, tmp_path / "p.json", "--entity", "saw")
+    assert list(made) == ["saw"] and made["saw"]["as_of"] == "2014-01-10"
+    assert made["saw"]["first_day"] == "2014-01-13"
+    others = tmp_path / "others"
+    prepared(others, tmp_path / "rates.csv", validation_from=date(2011, 11, 1))
+    options = ["--checkpoint", str(run), "--data"]
+    with pytest.raises(
+        UserError, match=r"has other rows, splits or bins: use that one .*later rows are fine"
+    ):
+        main([*options, str(others)])
+    named = prepared(tmp_path / "named", write_table(tmp_path / "rates.csv", ("saw", "stroll")))
+    with pytest.raises(UserError, match="are different tokenizers: use the data the model was trained on"):
+        main([*options, str(named)])
+    _, checkpoint, state = load_model(run)
+    gone = state | {"config": state["config"] | {"data": str(tmp_path / "gone")}}
+    with pytest.raises(UserError, match="keep that one"):
+        open_tape(newer, checkpoint, gone)
+    assert open_tape(data, checkpoint, gone).rows.size == Tape.load(data).rows.size
+
+
+def test_mistakes(run: Path, data: Path, tiny_data: Path, tmp_path: Path) -> None:
+    options = ["--checkpoint", str(run), "--data"]
+    with pytest.raises(UserError, match=r"no entity 'Saw' among the 2 of the tape: did you mean 'saw'\?"):
+        main([*options, str(data), "--entity", "walk", "Saw"])
+    with pytest.raises(UserError, match="no entity 'SPX' among the 2 of the tape: it has no name like it"):
+        main([*options, str(data), "--entity", "SPX"])
+    with pytest.raises(UserError, match=r"saw: no train rows, .* or none released by 2008-01-02"):
+        main([*options, str(data), "--entity", "saw", "--as-of", "2008-01-02"])
+    with pytest.raises(UserError, match=r"holds no tape of numbers: use .*data, as in training"):
+        main([*options, str(tiny_data)])
+    with pytest.raises(UserError, match=r"does not exist: name one of python -m data.prepare"):
+        main([*options, str(tmp_path / "none")])
+    for option, value, message in (
+        ("--horizon", "0", "--horizon must be at least 1, got 0"),
+        ("--samples", "9", "--samples must be at least 100, got 9"),
+        ("--batch-size", "0", "--batch-size must be at least 1, got 0"),
+        ("--seed", "-1", r"--seed must be in \[0, 2\*\*63\), got -1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            main([*options, str(data), option, value])
+    assert PredictConfig(run, data).horizon == 1
+
+
+def test_entities_that_cannot_be_forecast_are_left_out_and_named(
+    model: GPT, tokenizer: Tokenizer, tape: Tape
+) -> None:
+    late = (tape.rows["entity"] == 1) & (tape.rows["split"] == 0)
+    shorter = dataclasses.replace(tape, rows=tape.rows[~late])
+    made = forecast(model, tokenizer, shorter)
+    assert made["left_out"] == ["walk"] and [entry["entity"] for entry in made["forecasts"]] == ["saw"]
+    with pytest.raises(UserError, match="walk: no train rows"):
+        forecast(model, tokenizer, shorter, ["saw", "walk"])
+
+
+def test_text_and_numbers_have_programs_of_their_own(
+    run: Path, data: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(
+        UserError, match=f"python -m gpt.predict --checkpoint {run} --data {data}$"
+    ) as refused:
+        generate.main(["--checkpoint", str(run), "--prompt", "SPX"])
+    assert "writes no text" in str(refused.value) and capsys.readouterr().out == ""
+    of_text = tmp_path / "text"
+    shape: dict[str, Any] = SHAPE | {"vocab_size": 300, "batch_size": 2, "max_steps": 1, "threads": 1}
+    train(preset("demo", data=tiny_data, out=of_text, **shape))
+    for where in (data, tiny_data):
+        with pytest.raises(UserError, match=r"is a model of text, with which python -m gpt\.generate"):
+            main(["--checkpoint", str(of_text), "--data", str(where)])
