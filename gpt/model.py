@@ -32,6 +32,11 @@ class KVCache:
         self.layers[layer] = (k, v)
         return k, v
 
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of q over the tokens so far and those of k and v, which are kept; all (B, H, T, D)."""
+        # A cached step has one query and many keys: a matrix-vector product, which needs no fused kernel.
+        return causal_attention(q, *self.append(layer, k, v))
+
 
 class Attention(nn.Module):
     """Causal self-attention with one fused projection for queries, keys and values."""
@@ -51,8 +56,7 @@ class Attention(nn.Module):
         if cache is None:
             attended = self.ops.attention(q, k, v, dropout)
         else:
-            # A cached step has one query and many keys: a matrix-vector product, which needs no fused kernel.
-            attended = causal_attention(q, *cache.append(self.layer, k, v))
+            attended = cache.attend(self.layer, q, k, v)
         merged = attended.transpose(1, 2).reshape(B, T, C)
         return self.ops.linear(merged, self.projection.weight, self.projection.bias)
 

@@ -9,12 +9,14 @@ evaluation, so that keys and values of the rows before are computed once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from data.bins import BINS, next_variance, variance_after, volatility_of
 from data.numbers import NO_SPLIT, Ids, Tape
@@ -131,9 +133,37 @@ class _Reader:
 
     def _cache_of_past(self, rows: int) -> KVCache:
         """Keys and values of the entity and its last `rows` past rows, for each path."""
-        cache = KVCache(self.model.config.n_layer)
+        past = KVCache(self.model.config.n_layer)
         kept = np.concatenate((self.past[:1], self.past[max(1, self.past.size - 2 * rows) :]))
-        self.model.hidden(torch.from_numpy(kept)[None].to(self.device), cache)
-        one = [layer for layer in cache.layers if layer is not None]
-        cache.layers = [(k.expand(self.paths, -1, -1, -1), v.expand(self.paths, -1, -1, -1)) for k, v in one]
-        return cache
+        self.model.hidden(torch.from_numpy(kept)[None].to(self.device), past)
+        return SharedCache(past)
+
+
+class SharedCache(KVCache):
+    """The tokens of each window behind tokens that all windows begin with, whose keys are kept once.
+
+    In attend(), the queries of all windows meet the common keys in one matrix product for each head.
+    """
+
+    def __init__(self, common: KVCache) -> None:
+        """common: of one window."""
+        super().__init__(len(common.layers))
+        self.common = common
+
+    def __len__(self) -> int:
+        return len(self.common) + super().__len__()
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        common = self.common.layers[layer]
+        assert common is not None
+        (B, H, T, D), k, v = q.shape, *self.append(layer, k, v)
+        keys, values = common[0][0], common[1][0]  # (H, S, D)
+        together = (q / math.sqrt(D)).transpose(0, 1).reshape(H, B * T, D)
+        of_common = (together @ keys.transpose(1, 2)).view(H, B, T, -1).transpose(0, 1)
+        own = q @ k.transpose(-2, -1) / math.sqrt(D)
+        later = torch.ones(T, k.shape[-2], dtype=torch.bool, device=q.device).triu(k.shape[-2] - T + 1)
+        scores = torch.cat((of_common, own.masked_fill(later, float("-inf"))), dim=-1)
+        weights = torch.softmax(scores, dim=-1)
+        on_common, on_own = weights.split((keys.shape[1], k.shape[-2]), dim=-1)
+        attended = on_common.transpose(0, 1).reshape(H, B * T, -1) @ values
+        return attended.view(H, B, T, D).transpose(0, 1) + on_own @ v

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from gpt.cli import wide_console
@@ -15,21 +17,23 @@ def print_predictions(result: dict[str, Any]) -> None:
     days = result["horizon"]
     what = "Change on the next day" if days == 1 else f"Sum of the changes on the next {days} days"
     how = "exact" if days == 1 else f"{result['samples']:,} paths, seed {result['seed']}"
-    table = Table(title=f"{what} by {result['checkpoint']}, {how}", title_justify="left")
+    title = f"{what} by {result['checkpoint']}, {how}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     forecasts = result["forecasts"]
-    for column in ("entity", "after", "day" if days == 1 else "to", "in", "by"):
-        table.add_column(column, no_wrap=column != "entity")
+    table.add_column("entity; after → " + ("day" if days == 1 else "last day"))
+    table.add_column("by", no_wrap=True)
     for column in (*(f"{level}%" for level in forecasts[0]["model"]["quantiles"]), "mean", "sd", "P(gain)"):
         table.add_column(column, justify="right", no_wrap=True)
     for entry in forecasts:
-        log_return = entry["change"] == "log-return"
-        scale, unit = (100, "%") if log_return else (1, "units")
-        head = (entry["entity"], entry["as_of"], entry["last_day"], unit, "model")
-        for cells, method in ((head, "model"), (("", "", "", "", "EWMA"), "ewma")):
+        unit, scale = ("%", 100) if entry["change"] == "log-return" else ("own units", 1)
+        when = f"{entry['as_of']} → {entry['last_day']}, {unit}"
+        size = scale * entry["ewma"]["standard_deviation"]
+        digits = min(4, max(0, 2 - math.floor(math.log10(size))))
+        for name, by, method in ((entry["entity"], "model", "model"), (when, "EWMA", "ewma")):
             says = entry[method]
             numbers = (*says["quantiles"].values(), says["mean"], says["standard_deviation"])
             gain = f"{100 * says['probability_of_gain']:.1f}%"
-            table.add_row(*cells, *(f"{scale * number:.2f}" for number in numbers), gain)
+            table.add_row(name, by, *(f"{scale * number:.{digits}f}" for number in numbers), gain)
         table.add_section()
     console = wide_console()
     console.print(table)

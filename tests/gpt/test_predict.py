@@ -67,7 +67,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(data: Path) -> Path:
     shape: dict[str, Any] = SHAPE | {"batch_size": 16, "precision": "fp32", "threads": 1}
-    train(preset("demo", data=data, out=data.parent / "run", **shape, max_steps=200, learning_rate=3e-3))
+    train(preset("demo", data=data, out=data.parent / "run", **shape, max_steps=500, learning_rate=3e-3))
     return data.parent / "run"
 
 
