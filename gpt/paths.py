@@ -66,17 +66,13 @@ def continued(tape: Tape, entity: int, horizon: int, as_of: date) -> Continued |
 
 def _days_after(days: np.ndarray) -> Iterator[int]:
     """Ordinals after the last of `days` (rows,) that fall on the weekdays of a year of rows before."""
-    counts = np.bincount(_weekdays(days[-YEAR:]), minlength=7)
+    counts = np.bincount((days[-YEAR:] - 1) % 7, minlength=7)  # ordinal 1 was a Monday
     usual = counts >= RARE * counts.sum()
     day = int(days[-1])
     while True:
         day += 1
         if usual[(day - 1) % 7]:
             yield day
-
-
-def _weekdays(days: np.ndarray) -> np.ndarray:
-    return (days - 1) % 7  # ordinal 1 was a Monday
 
 
 def sample_paths(

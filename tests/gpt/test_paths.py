@@ -1,0 +1,133 @@
+"""Paths through the days to come: their first day, what the model reads on them, volatility and days."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from datetime import date, timedelta
+
+import numpy as np
+import pytest
+import torch
+
+from data.bins import BINS, HISTORY, SMALLEST_VOLATILITY, trailing_volatility, variance_after, volatility_of
+from data.documents import SplitDates
+from data.numbers import Ids, Tape, make_tape, make_tokenizer
+from data.problems import Problems
+from data.series import Row
+from gpt.config import ModelConfig
+from gpt.model import GPT
+from gpt.ops import PLAIN
+from gpt.paths import _days_after, _Reader, continued, sample_paths
+from gpt.predict import LEVELS, first_day, forecast
+from tapelm import Tokenizer
+
+CUTS = SplitDates(date(2012, 1, 1), date(2013, 1, 1), date(2014, 1, 1), embargo_days=0)
+
+
+@pytest.fixture(scope="module")
+def tape() -> Tape:
+    generator, level, table = random.Random(0), 100.0, []
+    for offset in range(1800):
+        day = date(2009, 1, 1) + timedelta(days=offset)
+        if day.weekday() < 5:
+            level *= math.exp(generator.gauss(0, 0.01))
+            table += [("fx", Row(day, day, name, "rate", level, "yen to the euro")) for name in ("a", "walk")]
+    return make_tape(table, CUTS, 32, Problems(strict=True))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tape: Tape) -> Tokenizer:
+    return make_tokenizer(tape)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer: Tokenizer) -> GPT:
+    """Untrained, and far from uniform."""
+    size = tokenizer.vocab_size
+    shape = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=size, dropout=0.0)
+    made = GPT(shape, PLAIN).initialize(0).eval()
+    for name, parameter in made.named_parameters():
+        # The untrained model says the same of all days; this one follows what it has read.
+        parameter.data.mul_(
+            20 if name.startswith(("positions", "tokens")) else 8 if parameter.ndim == 2 else 1
+        )
+    return made
+
+
+def test_first_day_of_paths_is_the_exact_one(model: GPT, tape: Tape, tokenizer: Tokenizer) -> None:
+    of = continued(tape, 1, 2, date.max)
+    assert of is not None
+    chances = first_day(model, tokenizer, tape, [of], 1)[0]
+    levels = np.random.default_rng(0).random((4000, 2))
+    changes = sample_paths(model, tokenizer, of, chances, levels)
+    volatility = of.tape.rows["volatility"][of.last + 1]
+    cumulative = np.concatenate(([0.0], np.cumsum(chances)))
+    at = np.interp(np.sort(changes[:, 0]) / volatility, tape.bins.edges, cumulative)
+    assert np.abs(at - (np.arange(4000) + 0.5) / 4000).max() < 1.63 / math.sqrt(4000)  # Kolmogorov, 1%
+    exact = forecast(model, tokenizer, tape, ["walk"])["forecasts"][0]["model"]
+    for level, value in zip(LEVELS, exact["quantiles"].values(), strict=True):
+        assert np.mean(changes[:, 0] <= value) == pytest.approx(level / 100, abs=0.03)
+
+
+@pytest.mark.parametrize("past", [40, 4])
+def test_paths_are_read_as_the_rows_of_a_tape_are(
+    model: GPT, tokenizer: Tokenizer, tape: Tape, past: int
+) -> None:
+    """With keys and values kept, past a whole context, after many rows and after few."""
+    first = int(np.flatnonzero(tape.rows["entity"] == 1)[0])
+    short = dataclasses.replace(tape, rows=tape.rows[first : first + past])
+    days, paths = 25, 3
+    of = continued(short, 1, days, date.max)
+    assert of is not None
+    bins = np.random.default_rng(1).integers(0, BINS, (paths, days))
+    reader, ids = _Reader(model, tokenizer, of, paths, days), Ids.of(of.tape, tokenizer)
+    sizes = []
+    for day in range(1, days):
+        found = reader.probabilities(bins[:, :day])
+        sizes.append(len(reader.cache) // 2)  # rows, this day's among them
+        for path in range(paths):
+            rows = of.tape.rows.copy()
+            rows["bin"][of.last + 1 :] = bins[path]
+            last = of.last + 1 + day
+            window = np.arange(last + 1 - sizes[-1], last + 1)
+            tokens = ids.document(dataclasses.replace(of.tape, rows=rows), window)[:-1].astype(np.int64)
+            with torch.no_grad():
+                logits = model.logits(torch.from_numpy(tokens)[None])[0, -1]
+            expected = torch.softmax(logits[ids.first_bin : ids.first_bin + BINS].double(), dim=-1).numpy()
+            assert np.allclose(found[path], expected, atol=1e-6)
+    assert max(sizes) == tape.context
+    assert min(sizes) >= (tape.context // 2 if past > tape.context else min(past + 2, tape.context // 2))
+
+
+def test_variance_goes_on_as_the_tape_has_it() -> None:
+    generator = np.random.default_rng(0)
+    changes = generator.standard_normal(300) * 0.01
+    volatility = trailing_volatility(changes)
+    for row in (HISTORY + 2, 40, 299):
+        known = slice(HISTORY + 1, row)
+        told = volatility_of(np.array(variance_after(changes[known], volatility[known])))
+        assert told == pytest.approx(volatility[row], rel=1e-12)
+    changes[100:] *= 1e-5  # the average stays known below the smallest volatility
+    changes[280:] = 2e-4
+    volatility = trailing_volatility(changes)
+    assert volatility[250] == SMALLEST_VOLATILITY < volatility[299]
+    for row in (250, 290, 299):
+        known = slice(HISTORY + 1, row)
+        told = volatility_of(np.array(variance_after(changes[known], volatility[known])))
+        assert told == pytest.approx(volatility[row], rel=1e-9)
+    assert variance_after(np.zeros(5), np.full(5, SMALLEST_VOLATILITY)) < SMALLEST_VOLATILITY**2
+
+
+def test_days_to_come_are_weekdays_that_the_entity_has() -> None:
+    start = date(2020, 1, 1).toordinal()
+    every = np.arange(start, start + 400)
+    work = every[(every - 1) % 7 < 5]
+    friday = work[: np.flatnonzero((work - 1) % 7 == 4)[-1] + 1]
+    following = _days_after(friday)
+    assert [next(following) - friday[-1] for _ in range(6)] == [3, 4, 5, 6, 7, 10]
+    once = np.sort(np.append(friday, friday[-1] - 20 - (friday[-21] - 1) % 7 - 1))  # one day of a weekend
+    assert next(_days_after(once)) - once[-1] == 3
+    assert next(_days_after(every)) - every[-1] == 1
+    assert next(_days_after(every[::7])) - every[::7][-1] == 7
