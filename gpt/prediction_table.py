@@ -6,10 +6,13 @@ import math
 from typing import Any
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from gpt.cli import wide_console
 
+NARROW = 100  # characters in a line, below which only these quantiles are shown
+OUTER = ("2.5", "50", "97.5")
 WIDE = 1.05  # variance_of_bins from which on a reader is told
 
 
@@ -18,27 +21,32 @@ def print_predictions(result: dict[str, Any]) -> None:
     what = "Change on the next day" if days == 1 else f"Sum of the changes on the next {days} days"
     how = "exact" if days == 1 else f"{result['samples']:,} paths, seed {result['seed']}"
     title = f"{what} by {result['checkpoint']}, {how}"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    compact: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False, "padding": (0, 1, 0, 0)}
+    table = Table(title=escape(title), title_justify="left", **compact)
     forecasts = result["forecasts"]
-    table.add_column("entity; after → " + ("day" if days == 1 else "last day"))
+    table.add_column("entity; after → " + ("day" if days == 1 else "last day"), min_width=14)
     table.add_column("by", no_wrap=True)
-    for column in (*(f"{level}%" for level in forecasts[0]["model"]["quantiles"]), "mean", "sd", "P(gain)"):
+    console = wide_console()
+    shown = tuple(forecasts[0]["model"]["quantiles"]) if console.width >= NARROW else OUTER
+    for column in (*(f"{level}%" for level in shown), "mean", "sd", "P(gain)"):
         table.add_column(column, justify="right", no_wrap=True)
     for entry in forecasts:
-        unit, scale = ("%", 100) if entry["change"] == "log-return" else ("own units", 1)
+        unit, scale = ("%", 100) if entry["change"] == "log-return" else ("units", 1)
         when = f"{entry['as_of']} → {entry['last_day']}, {unit}"
         size = scale * entry["ewma"]["standard_deviation"]
         digits = min(4, max(0, 2 - math.floor(math.log10(size))))
-        for name, by, method in ((entry["entity"], "model", "model"), (when, "EWMA", "ewma")):
+        for name, by, method in ((escape(entry["entity"]), "model", "model"), (when, "EWMA", "ewma")):
             says = entry[method]
-            numbers = (*says["quantiles"].values(), says["mean"], says["standard_deviation"])
+            quantiles = (says["quantiles"][level] for level in shown)
+            numbers = (*quantiles, says["mean"], says["standard_deviation"])
             gain = f"{100 * says['probability_of_gain']:.1f}%"
             table.add_row(name, by, *(f"{scale * number:.{digits}f}" for number in numbers), gain)
         table.add_section()
-    console = wide_console()
     console.print(table)
+    if shown is OUTER:
+        console.print("This terminal is too narrow for the other quantiles; --json has them all.")
     for sentence in notes(result):
-        console.print(sentence)
+        console.print(sentence, markup=False, highlight=False)
 
 
 def notes(result: dict[str, Any]) -> list[str]:

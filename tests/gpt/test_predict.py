@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from data.bins import BINS
 from data.documents import SPLITS
@@ -27,6 +28,7 @@ from gpt.model import GPT
 from gpt.ops import PLAIN
 from gpt.paths import continued
 from gpt.predict import PredictConfig, first_day, forecast, main, moments, open_tape
+from gpt.prediction_table import print_predictions
 from gpt.train import train
 from tapelm import Tokenizer
 
@@ -252,6 +254,23 @@ def test_entities_that_cannot_be_forecast_are_left_out_and_named(
     assert made["left_out"] == ["walk"] and [entry["entity"] for entry in made["forecasts"]] == ["saw"]
     with pytest.raises(UserError, match="walk: no train rows"):
         forecast(model, tokenizer, shorter, ["saw", "walk"])
+
+
+def test_a_narrow_terminal_gets_fewer_quantiles_and_names_are_no_markup(
+    model: GPT,
+    tokenizer: Tokenizer,
+    tape: Tape,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("gpt.prediction_table.wide_console", lambda: Console(width=90))
+    made = forecast(model, tokenizer, tape, ["walk"])
+    made["forecasts"][0] |= {"entity": "walk [red]", "change": "difference"}
+    print_predictions(made | {"checkpoint": "run", "trained_on_rows_until": "2014-01-01", "left_out": ["x"]})
+    said = " ".join(capsys.readouterr().out.split())
+    assert "walk [red]" in said and "2013-12-05 → 2013-12-06, units" in said
+    assert " 97.5% " in said and " 75% " not in said and "too narrow" in said
+    assert "learned from rows after these: walk [red]." in said and "so early: x." in said
 
 
 def test_text_and_numbers_have_programs_of_their_own(
