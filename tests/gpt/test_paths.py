@@ -131,3 +131,21 @@ def test_days_to_come_are_weekdays_that_the_entity_has() -> None:
     assert next(_days_after(once)) - once[-1] == 3
     assert next(_days_after(every)) - every[-1] == 1
     assert next(_days_after(every[::7])) - every[::7][-1] == 7
+
+
+def test_volatility_moves_on_a_path_as_in_the_tape(model: GPT, tokenizer: Tokenizer, tape: Tape) -> None:
+    """A model without an opinion has the same bins each day, so that changes tell their volatilities."""
+    even = GPT(model.config, PLAIN).eval()
+    even.load_state_dict(model.state_dict())
+    even.head.weight.data.zero_()
+    of = continued(tape, 1, 12, date.max)
+    assert of is not None
+    levels = np.random.default_rng(3).random((5, 12))
+    changes = sample_paths(even, tokenizer, of, np.full(BINS, 1 / BINS), levels)
+    scaled = np.interp(levels, np.linspace(0, 1, BINS + 1), tape.bins.edges)
+    variance = of.tape.rows["volatility"][of.last] ** 2
+    before = of.tape.rows["change"][of.last]
+    for day in range(12):
+        variance = 0.94 * variance + 0.06 * before**2
+        assert np.allclose(changes[:, day], scaled[:, day] * np.sqrt(variance), rtol=1e-9)
+        before = changes[:, day]
