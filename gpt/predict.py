@@ -42,7 +42,7 @@ FEWEST_SAMPLES = 100
 
 @dataclasses.dataclass(frozen=True)
 class PredictConfig:
-    """Options of `python -m gpt.predict`."""
+    """Forecasts the returns of the next days from a model of a tape of numbers."""
 
     checkpoint: Path
     """A run directory or one of its checkpoints."""

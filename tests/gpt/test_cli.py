@@ -143,7 +143,7 @@ def test_threads_out_of_range_are_refused() -> None:
 @pytest.mark.parametrize(
     "module",
     [
-        "gpt.demo", "gpt.evaluate", "gpt.export", "gpt.generate", "gpt.report", "gpt.train",
+        "gpt.demo", "gpt.evaluate", "gpt.export", "gpt.generate", "gpt.predict", "gpt.report", "gpt.train",
         "llama_lora.finetune", "llama_lora.generate", "llama_lora.merge",
     ],
 )  # fmt: skip
