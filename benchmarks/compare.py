@@ -136,7 +136,7 @@ def run(before: Path, now: Path) -> int:
 
 def report(title: str, found: Sequence[Change]) -> None:
     table = Table(title=title)
-    for column in ("op", "shape", "dtype", "variant", "before", "now", "change", "noise", ""):
+    for column in ("op", "shape", "dtype", "variant", "before", "now", "change", "noise", "verdict"):
         table.add_column(
             column, justify="right" if column in ("before", "now", "change", "noise") else "left"
         )
