@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,8 +21,11 @@ import tapelm
 from gpt.hardware import synchronize
 
 GEMM_SHAPES = ((1024, 1024, 1024), (2048, 512, 2048), (2048, 2048, 512))  # rows, inner, columns
+CUDA_GEMM_SHAPES = ((4096, 4096, 4096), (8192, 4096, 8192), (8192, 8192, 8192))
+"""Smaller ones give a hundred multiprocessors too few tiles each to reach their rate."""
 ARRAY_BYTES = 1 << 27
-REPLAYS = 10
+COPIES, PRODUCTS = 10, 3
+"""Calls in a captured graph; a product of CUDA_GEMM_SHAPES takes longer than a copy."""
 HOPELESS = 0.4
 """A probe at this part of the best one's rate is not timed again; noise alone halves a rate."""
 
@@ -42,6 +46,8 @@ class Probe:
     run: Callable[[], Any]
     work: float
     seconds: list[float]
+    captured: Callable[[], Any] | None = None
+    """What a graph replays. It holds the tensors, whose memory the graph itself does not keep."""
 
 
 class Ceilings:
@@ -55,10 +61,11 @@ class Ceilings:
     ) -> None:
         self.device = device
         self.probes: dict[str, list[Probe]] = {}
+        shapes = CUDA_GEMM_SHAPES if device.type == "cuda" else GEMM_SHAPES
         if "gemm" in bounds:
             for dtype in dict.fromkeys(dtypes):
                 self.probes[f"gemm {dtype}"] = [
-                    probe for shape in GEMM_SHAPES for probe in self._gemm(dtype, *shape)
+                    probe for shape in shapes for probe in self._gemm(dtype, *shape)
                 ]
         if "copy" in bounds:
             self.probes["copy"] = self._bandwidth()
@@ -105,36 +112,36 @@ class Ceilings:
         b = torch.randn(inner, columns, device=self.device).to(dtype)
         out = torch.empty(rows, columns, device=self.device, dtype=dtype)
         name, work = f"{rows}x{inner}x{columns}", 2.0 * rows * inner * columns
-        probes = [self._probe(name, lambda: torch.mm(a, b, out=out), work)]
+        probes = [self._probe(name, lambda: torch.mm(a, b, out=out), work, PRODUCTS)]
         if self.device.type == "cpu":
             weight = b.t().contiguous()
-            probes.append(self._probe(f"{name} (ours)", lambda: tapelm.linear(a, weight), work))
+            probes.append(self._probe(f"{name} (ours)", lambda: tapelm.linear(a, weight), work, PRODUCTS))
         return probes
 
     def _bandwidth(self) -> list[Probe]:
         """PyTorch's, and on CPUs ours, which writes past the caches: the rows of a table, each once."""
         a, b, c = (torch.zeros(ARRAY_BYTES // 4, device=self.device) for _ in range(3))
         probes = [
-            self._probe("copy", lambda: a.copy_(b), 2.0 * ARRAY_BYTES),
-            self._probe("triad", lambda: torch.add(b, c, alpha=3.0, out=a), 3.0 * ARRAY_BYTES),
+            self._probe("copy", lambda: a.copy_(b), 2.0 * ARRAY_BYTES, COPIES),
+            self._probe("triad", lambda: torch.add(b, c, alpha=3.0, out=a), 3.0 * ARRAY_BYTES, COPIES),
         ]
         if self.device.type == "cpu":
             width = min(4096, len(a))
             table, zeros = a.view(-1, width), torch.zeros(1, width)
             ids = torch.arange(len(table))[:, None]
-            copy = self._probe("copy (ours)", lambda: tapelm.embedding(ids, table, zeros), 2.0 * ARRAY_BYTES)
-            probes.append(copy)
+            ours = partial(tapelm.embedding, ids, table, zeros)
+            probes.append(self._probe("copy (ours)", ours, 2.0 * ARRAY_BYTES, COPIES))
         return probes
 
-    def _probe(self, name: str, run: Callable[[], Any], work: float) -> Probe:
+    def _probe(self, name: str, run: Callable[[], Any], work: float, calls: int) -> Probe:
         if self.device.type != "cuda":
             return Probe(name, run, work, [])
         run()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            for _ in range(REPLAYS):
+            for _ in range(calls):
                 run()
-        return Probe(name, graph.replay, REPLAYS * work, [])
+        return Probe(name, graph.replay, calls * work, [], captured=run)
 
 
 def _rates(probes: list[Probe]) -> list[tuple[float, str]]:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
+import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -174,6 +180,31 @@ def test_what_cannot_be_the_ceiling_is_not_timed_again(clock) -> None:
     probes = [Probe(name, clock.taking(seconds), 1.0, []) for name, seconds in taking.items()]
     kept = Ceilings(CPU, [])._contenders(probes)
     assert [probe.name for probe in kept] == ["best", "near"]
+
+
+def test_captured_operands_live_as_long_as_their_graph(monkeypatch) -> None:
+    """A graph replays on the addresses that its tensors had, and holds no tensor itself."""
+    made: list[weakref.ref[torch.Tensor]] = []
+
+    def making(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def make(*size: int, device: object = None, **options: object) -> torch.Tensor:
+            tensor = factory(*size, **options)
+            made.append(weakref.ref(tensor))
+            return tensor
+
+        return make
+
+    for name in ("zeros", "randn", "empty"):
+        monkeypatch.setattr(torch, name, making(getattr(torch, name)))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
+    monkeypatch.setattr("benchmarks.ceilings.ARRAY_BYTES", 1 << 10)
+    monkeypatch.setattr("benchmarks.ceilings.CUDA_GEMM_SHAPES", ((8, 8, 8),))
+    monkeypatch.setattr("benchmarks.ceilings.timed", lambda *a: 1.0)
+    ceilings = Ceilings(cast(torch.device, SimpleNamespace(type="cuda")), [torch.float32])
+    gc.collect()
+    assert [len(probes) for probes in ceilings.probes.values()] == [1, 2]
+    assert len(made) == 6 and all(each() is not None for each in made)
 
 
 @pytest.mark.parametrize("native", [True, False])
