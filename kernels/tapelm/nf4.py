@@ -116,7 +116,7 @@ def dynamic_map(device: torch.device | str = "cpu") -> Tensor:
 
 def nf4_quantize_reference(w: Tensor, block_size: int = 64, double_quant: bool = True) -> NF4Weight:
     """The definition in plain PyTorch."""
-    codes, flat = torch.tensor(CODES), w.detach().float().flatten()
+    codes, flat = torch.tensor(CODES, device=w.device), w.detach().float().flatten()
     whole = flat.numel() // block_size * block_size
     absmax = flat[:whole].view(-1, block_size).abs().amax(1)
     scaled = flat[:whole].view(-1, block_size) * (1.0 / absmax.clamp(min=1e-38))[:, None]
@@ -129,12 +129,12 @@ def nf4_quantize_reference(w: Tensor, block_size: int = 64, double_quant: bool =
     packed = (q[::2] << 4 | q[1::2])[:, None]
     if not double_quant:
         return NF4Weight(packed, absmax, tuple(w.shape), w.dtype, block_size)
-    values, offset = dynamic_map(), absmax.mean() if absmax.numel() else torch.zeros(())
+    values, offset = dynamic_map(w.device), absmax.mean() if absmax.numel() else absmax.new_zeros(())
     parts = (absmax - offset).split(NESTED_BLOCK) if absmax.numel() else ()
-    nested = torch.tensor([float(part.abs().max()) for part in parts])
+    nested = torch.stack([part.abs().max() for part in parts]) if parts else absmax.new_zeros(0)
     grid = [(((part * (1.0 / top) + 1.0) * 0.5) * 65535.0 + 0.5).nan_to_num(0.0).floor()
             for part, top in zip(parts, nested, strict=True)]  # fmt: skip
-    near = -1.0 + 2.0 * torch.cat(grid or [torch.zeros(0)]) / 65535.0
+    near = -1.0 + 2.0 * torch.cat(grid or [absmax]) / 65535.0
     absmax = torch.bucketize(near, 0.5 * (values[:-1] + values[1:])).to(torch.uint8)
     return NF4Weight(packed, absmax, tuple(w.shape), w.dtype, block_size, nested, offset, values)
 

@@ -43,6 +43,14 @@ def test_equals_the_reference(shape, block_size, double_quant, dtype, device):
     assert y.dtype == dtype and torch.equal(y, nf4_dequantize_reference(q))
 
 
+@pytest.mark.parametrize("shape", [*SHAPES, (0,)])
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_the_reference_stays_on_the_device_of_the_weight(shape, double_quant):
+    """The meta device stands for a GPU: a value that is read from it raises."""
+    q = nf4_quantize_reference(torch.empty(shape, device="meta"), 64, double_quant)
+    assert {tensor.device.type for tensor in parts(q)} == {"meta"}
+
+
 def test_many_nested_blocks(dtype, device):
     w = (torch.randn(257, 64) * torch.rand(257, 1)).to(dtype).to(device)
     q, expected = tapelm.nf4_quantize(w, 32), nf4_quantize_reference(w, 32)
