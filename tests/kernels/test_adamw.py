@@ -224,22 +224,26 @@ def test_in_place_update_is_seen_by_autograd():
 
 @pytest.mark.parametrize("grad_dtype", [torch.float32, None], ids=["float32 gradients", "own gradients"])
 def test_devices_agree_bit_for_bit(dtype, stored, grad_dtype):
-    """The C++ kernel and the Triton kernel in the interpreter, parameters and states, over some steps."""
+    """The C++ kernel and the Triton kernel, on a GPU or in the interpreter, parameters and states."""
 
-    def trained():
+    def trained(device="cpu"):
         torch.manual_seed(3)
-        params = parameters(dtype, "cpu", LARGE_SHAPES)
+        params = parameters(dtype, device, LARGE_SHAPES)
         optimizer = tapelm.AdamW(params, **SETTINGS, **stored)
         for _ in range(3):
             for p in params:
                 p.grad_dtype = grad_dtype or dtype
-                p.grad = (torch.randn(p.shape) * torch.rand(p.shape) ** 8).to(p.grad_dtype)
+                p.grad = (torch.randn(p.shape) * torch.rand(p.shape) ** 8).to(device, p.grad_dtype)
             optimizer.step()
-        return [{"p": p.detach(), **tensors_of(optimizer.state[p])} for p in params]
+        tensors = [{"p": p.detach(), **tensors_of(optimizer.state[p])} for p in params]
+        return [{name: tensor.cpu() for name, tensor in each.items()} for each in tensors]
 
     by_cpu = trained()
-    with interpreted_triton():
-        by_triton = trained()
+    if torch.cuda.is_available():
+        by_triton = trained("cuda")
+    else:
+        with interpreted_triton():
+            by_triton = trained()
     for a, b in zip(by_cpu, by_triton, strict=True):
         assert a.keys() == b.keys()
         assert [name for name in a if not torch.equal(a[name], b[name])] == []
