@@ -2,6 +2,7 @@
 
 import glob
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,8 +20,11 @@ except ImportError:
 FLOATS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 FLAGS = ["-O3", "-g0", "-std=c++20", "-Wno-psabi", *FLOATS]
 TORCH_INCLUDE = str(Path(torch.__file__).parent / "include")
-# A module linked to CUDA loads only beside it.
-CUDA = torch.version.cuda is not None and CUDA_HOME is not None
+# A module linked to CUDA loads only beside it, and PyTorch refuses an nvcc of another major version.
+MAJOR, NVCC = (torch.version.cuda or "").split(".")[0], Path(CUDA_HOME or "/usr/local/cuda", "bin", "nvcc")
+TOLD = subprocess.run([NVCC, "--version"], capture_output=True, text=True) if NVCC.is_file() else None
+CUDA = MAJOR != "" and TOLD is not None and f"release {MAJOR}." in TOLD.stdout
+MISSING = f", no CUDA {MAJOR} in {NVCC}" if MAJOR else ""
 
 
 class Build(BuildExtension):
@@ -30,7 +34,7 @@ class Build(BuildExtension):
         compiler = self.compiler.compiler_cxx[0]
         if shutil.which(compiler) is None:
             sys.exit(f"tapelm: no C++ compiler `{compiler}`; install one (`apt-get install g++`) or set CXX")
-        parts = f"CPU kernels, text extension{' and CUDA loader' if CUDA else '; no CUDA loader'}"
+        parts = f"CPU kernels, text extension{' and CUDA loader' if CUDA else '; no CUDA loader' + MISSING}"
         print(f"tapelm: building {parts} with {compiler} for torch {torch.__version__}", flush=True)
         super().build_extensions()
 

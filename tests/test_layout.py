@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,3 +56,27 @@ def test_no_package_shadows_another() -> None:
 
 def test_setup_py_stays_small() -> None:
     assert len((ROOT / "setup.py").read_text(encoding="utf-8").splitlines()) < 60
+
+
+@pytest.mark.parametrize(
+    ("torch_cuda", "nvcc", "built"),
+    [("13.0", "13.2", True), ("13.0", "12.9", False), ("13.0", None, False), (None, "13.2", False)],
+)
+def test_the_cuda_module_is_built_by_an_nvcc_of_torchs_version_only(
+    torch_cuda: str | None, nvcc: str | None, built: bool, tmp_path: Path
+) -> None:
+    """CUDA_HOME alone says little: images for running programs have one without a compiler."""
+    (tmp_path / "bin").mkdir()
+    if nvcc is not None:
+        program = tmp_path / "bin" / "nvcc"
+        program.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {nvcc}, V{nvcc}.1'\n")
+        program.chmod(0o755)
+    script = f"""
+import setuptools, torch, torch.utils.cpp_extension
+torch.version.cuda, torch.utils.cpp_extension.CUDA_HOME = {torch_cuda!r}, {str(tmp_path)!r}
+setuptools.setup = lambda **options: print([module.name for module in options["ext_modules"]])
+exec(compile(open("setup.py").read(), "setup.py", "exec"))
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert ("tapelm._cuda" in done.stdout) is built
