@@ -156,7 +156,12 @@ def profile(step: ladder.Step, device: torch.device, steps: int = 2) -> Profile:
             with torch.profiler.record_function(STEP):
                 step()
             synchronize(device)
-    events = {event.key: event for event in profiler.key_averages()}
+    # On a GPU the kernels, and the range once more with their time, are events of that device.
+    events = {
+        event.key: event
+        for event in profiler.key_averages()
+        if event.device_type == torch.autograd.DeviceType.CPU
+    }
     whole = events.pop(STEP)
     ops = [
         (key, event.count / steps, event.self_cpu_time_total / steps / 1e3) for key, event in events.items()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import EventList, FunctionEvent
 
 from benchmarks import gpt_ladder, ladder, table_kinds, train
 from benchmarks.gpt_ladder import KERNELS, MasterAdamW, Place, Setting, ops_of
@@ -191,6 +194,28 @@ def test_masters_keep_what_bf16_rounds_away() -> None:
         optimizer.step()
     # Each step is a fiftieth of what bf16 resolves at 1.
     assert weight.tolist() == pytest.approx([1.001 - 30e-4] * 4, abs=4e-3) and weight[0] != 1
+
+
+def test_the_profile_counts_the_events_of_the_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the profiler has the range of a step once more, as an event of that device."""
+
+    def event(name: str, start: int, end: int, kind: DeviceType) -> FunctionEvent:
+        return FunctionEvent(
+            id=start, name=name, thread=1, start_us=start, end_us=end, device_type=kind, stack=[],
+            use_device="cuda", is_user_annotation=name == train.STEP,
+        )  # fmt: skip
+
+    made = EventList(
+        [
+            event(train.STEP, 0, 1000, DeviceType.CPU), event("aten::mm", 10, 900, DeviceType.CPU),
+            event(train.STEP, 50, 1900, DeviceType.CUDA), event("gemm_kernel", 60, 800, DeviceType.CUDA),
+        ],
+        use_device="cuda",
+    )  # fmt: skip
+    made._build_tree()
+    monkeypatch.setattr(torch.profiler, "profile", lambda: contextlib.nullcontext(made))
+    found = train.profile(lambda: None, CPU, steps=1)  # type: ignore[arg-type]
+    assert found.step_ms == 1.0 and found.ops == [("aten::mm", 1.0, 0.89)]
 
 
 def test_the_profile_accounts_for_the_step() -> None:
