@@ -83,7 +83,7 @@ def _with_tables(rotate: Function) -> Function:
 
 
 def _hidden(make: Function, rows: int, width: int, vocabulary: int) -> tuple[Any, ...]:
-    return make((rows, width)), make((vocabulary, width)), make((rows,), torch.int64)
+    return make((rows, width)), make((vocabulary, width)), make((rows,), torch.int64) % vocabulary
 
 
 NORMS = ((4096, 512), (8192, 1024), (4096, 4096))

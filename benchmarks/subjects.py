@@ -376,6 +376,8 @@ def random(dtype: torch.dtype, wrap: Callable[[Tensor], Tensor] = lambda tensor:
         kind = other or dtype
         if kind.is_floating_point:
             return wrap(torch.randn(size, generator=generator).to(kind))
-        return wrap(torch.randint(0, 3, size, generator=generator).to(kind))
+        # Seeds, and ids that an entry takes modulo its vocabulary; else documents and codes.
+        high = 2**40 if kind == torch.int64 else 3
+        return wrap(torch.randint(0, high, size, generator=generator).to(kind))
 
     return make
