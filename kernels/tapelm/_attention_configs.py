@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ._library import architecture, next_power_of_2
+from ._library import architecture, configured_architecture, next_power_of_2
 from ._tuning import choose
 
 Config = tuple[int, int, int, int]
@@ -97,10 +97,6 @@ DESCRIBED: dict[tuple[str, str], Configs] = {
     },
 }  # fmt: skip
 
-# GPUs without entries of their own take those of the one whose registers, shared memory and instructions they
-# share.
-RELATIVES = {"sm_87": "sm_86", "sm_103": "sm_100", "sm_120": "sm_89", "sm_121": "sm_89"}
-
 
 def launch_config(
     kernel: str, device: torch.device, itemsize: int, width: int, masked: bool, described: bool
@@ -112,8 +108,7 @@ def launch_config(
     """
     block_d = max(16, next_power_of_2(width))
     tile = max(64, block_d)
-    name = architecture(device)
-    name = RELATIVES.get(name, name)
+    name = configured_architecture(device)
     configs = TABLES[kernel] | BY_ARCHITECTURE.get((name, kernel), {})
     masked = masked or width * itemsize % 16 != 0
     if described:

@@ -155,6 +155,17 @@ def architecture(device: torch.device) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
+# GPUs that no launch configuration is proven for take those of the one whose registers, shared memory and
+# instructions they share.
+RELATIVES = {"sm_87": "sm_86", "sm_103": "sm_100", "sm_120": "sm_89", "sm_121": "sm_89"}
+
+
+def configured_architecture(device: torch.device) -> str:
+    """The one by whose name launch configurations for ``device`` are kept: its own or its relative's."""
+    name = architecture(device)
+    return RELATIVES.get(name, name)
+
+
 @contextmanager
 def assumed_architecture(name: str) -> Iterator[None]:
     """Within it, launchers given tensors that are on no GPU choose the configuration of ``name``."""

@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ._library import architecture, next_power_of_2, processors
+from ._library import configured_architecture, next_power_of_2, processors
 from ._norm_kernels import (
     norm_backward_kernel,
     norm_forward_kernel,
@@ -75,7 +75,7 @@ def launch_forward(
             config = choose("wide_norm_forward", x.device, variant, WIDE)
             wide_norm_forward_kernel[(rows,)](*tensors, cols, eps, *dropout, ALIGNED=aligned, **config)
         else:
-            shipped = forward_config(cols, architecture(x.device))
+            shipped = forward_config(cols, configured_architecture(x.device))
             config = choose("norm_forward", x.device, (_block(cols), *variant), shipped)
             persistent = _block(cols) <= 1024  # wider, weight and bias would cost occupancy
             programs = triton.cdiv(rows, config["BLOCK_R"])

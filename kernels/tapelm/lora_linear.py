@@ -26,7 +26,14 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ._library import architecture, autocast, check_tensors, register_cuda, register_fake
+from ._library import (
+    architecture,
+    autocast,
+    check_tensors,
+    configured_architecture,
+    register_cuda,
+    register_fake,
+)
 from ._nf4_kernels import check_state, codes_on, load_scales, scale_arguments
 from .nf4 import NF4Weight, nf4_dequantize_reference
 
@@ -147,7 +154,7 @@ BY_ARCHITECTURE = {"sm_80": NARROW, "sm_86": NARROW, "sm_89": NARROW}
 
 def tile_config(device: torch.device, itemsize: int, backward: bool) -> tuple[int, int, int, int, int]:
     """The entry of ``CONFIGS`` for a device."""
-    return (CONFIGS | BY_ARCHITECTURE.get(architecture(device), {}))[itemsize, backward]
+    return (CONFIGS | BY_ARCHITECTURE.get(configured_architecture(device), {}))[itemsize, backward]
 
 
 def _launch(

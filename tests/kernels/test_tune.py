@@ -16,7 +16,10 @@ from benchmarks import tune
 from benchmarks.subjects import FP32, SUBJECTS, Subject
 from benchmarks.tune import Choice, OnDevice, Question, fastest, neighbours
 from gpt.cli import UserError
-from tapelm import _tuning
+from tapelm import _norm_launches, _tuning
+from tapelm._attention_configs import launch_config
+from tapelm._library import CUDA_LAUNCHERS, RELATIVES, assumed_architecture
+from tapelm.lora_linear import tile_config
 from tapelm.testing import interpreted_triton
 
 ROOT = Path(__file__).parents[2]
@@ -189,3 +192,22 @@ for config in ((128, 64, 8, 2), (128, 128, 4, 3)):
     ):  # fmt: skip
         assert repr(kernel) in kernels
     assert "128" in shipped and (good, spilling) == ("True", "False")
+
+
+@pytest.mark.parametrize(("name", "relative"), RELATIVES.items())
+def test_gpus_without_configurations_take_those_of_a_relative_in_every_op(
+    name: str, relative: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launches = {"__getitem__": lambda self, grid: lambda *arguments, **tile: None}
+    monkeypatch.setattr(_norm_launches, "norm_forward_kernel", type("Stub", (), launches)())
+
+    def configurations(architecture: str) -> tuple:
+        device = torch.device("cpu")
+        with assumed_architecture(architecture), _tuning.asked() as choices:
+            for kernel in ("forward", "keys", "queries"):
+                launch_config(kernel, device, 2, 128, False, False)
+            tiles = [tile_config(device, 2, backward) for backward in (False, True)]
+            CUDA_LAUNCHERS["rms_norm_forward"](torch.empty(4, 1024), torch.empty(1024), 1e-5)
+            return dict(choices), tiles
+
+    assert configurations(name) == configurations(relative)
