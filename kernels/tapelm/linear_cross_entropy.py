@@ -61,9 +61,8 @@ def cross_entropy_kernel(
     target = tl.load(targets_ptr + row)
     share = 1.0 / tl.load(valid_ptr).to(tl.float32)
     logits_ptr += row * vocabulary
-    # A target outside the vocabulary makes the loss NaN rather than reading foreign memory.
     in_vocabulary = (target >= 0) & (target < vocabulary)
-    chosen = tl.load(logits_ptr + target, mask=in_vocabulary, other=float("nan")).to(tl.float32)
+    chosen = tl.load(logits_ptr + target, mask=in_vocabulary, other=0.0).to(tl.float32)
     largest = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK], dtype=tl.float32)
     for first in range(0, vocabulary, BLOCK):
@@ -75,7 +74,8 @@ def cross_entropy_kernel(
         total = total * tl.exp(largest - safe) + tl.exp(x - safe)
         largest = highest
     top = tl.max(largest, axis=0)
-    lse = top + tl.log(tl.sum(total * tl.exp(largest - top), axis=0))
+    # A target outside the vocabulary makes loss and gradients NaN rather than reading foreign memory.
+    lse = tl.where(in_vocabulary, top + tl.log(tl.sum(total * tl.exp(largest - top), axis=0)), float("nan"))
     ignored = target == ignore_index
     tl.store(losses_ptr + row, tl.where(ignored, 0.0, (lse - chosen) * share))
     if NEED_GRAD:
@@ -236,7 +236,8 @@ def linear_cross_entropy(
     Args:
         hidden: (..., C); float32 or bfloat16, on CUDA also float16.
         weight: (V, C), dtype of hidden.
-        targets: (...), int64, each in [0, V) or ``ignore_index``.
+        targets: (...), int64, each in [0, V) or ``ignore_index``. Of any other the loss is NaN on CUDA, as are
+            the gradients of its row of hidden, of weight and of bias: raising would wait for the GPU.
         bias: (V,) or None, dtype of hidden. Under autocast hidden, weight and bias are cast to its dtype.
         ignore_index: targets of this value count neither in the sum nor in the mean.
 
@@ -246,6 +247,7 @@ def linear_cross_entropy(
     Raises:
         TypeError: unsupported or differing dtypes, targets that are not int64.
         ValueError: shapes that do not match, or devices that differ.
+        IndexError: on CPUs, a target outside the vocabulary.
     """
     hidden, weight, bias = autocast(hidden, weight, bias)
     check_tensors("linear_cross_entropy", bias, hidden=hidden, weight=weight)

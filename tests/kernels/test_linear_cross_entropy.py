@@ -121,6 +121,22 @@ def test_no_valid_target_is_nan_as_in_torch(n, device):
     assert tapelm.linear_cross_entropy(hidden, weight, targets).isnan()
 
 
+@pytest.mark.parametrize("target", [-1, 40, 2**40])
+def test_a_target_outside_the_vocabulary_is_not_learned(target, dtype, device, request):
+    hidden, weight, bias, targets = make(7, 8, 40, dtype, device)
+    targets[3], targets[5] = target, -100
+    leaves = [each.requires_grad_() for each in (hidden, weight, bias)]
+    if request.node.callspec.params["device"] == "cpu":
+        with pytest.raises(IndexError):
+            tapelm.linear_cross_entropy(hidden, weight, targets, bias=bias)
+        return
+    loss = tapelm.linear_cross_entropy(hidden, weight, targets, bias=bias)
+    of_hidden, of_weight, of_bias = torch.autograd.grad(loss, leaves)
+    assert loss.isnan() and of_weight.isnan().all() and of_bias.isnan().all()
+    assert of_hidden.isnan().all(1).tolist() == [row == 3 for row in range(7)]
+    assert (of_hidden[5] == 0).all()
+
+
 def test_registration():
     hidden, weight, bias, targets = make(6, 4, 9, torch.float32)
     hidden, weight, bias = (t.requires_grad_() for t in (hidden, weight, bias))
