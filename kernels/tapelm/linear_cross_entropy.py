@@ -236,8 +236,8 @@ def linear_cross_entropy(
     Args:
         hidden: (..., C); float32 or bfloat16, on CUDA also float16.
         weight: (V, C), dtype of hidden.
-        targets: (...), int64, each in [0, V) or ``ignore_index``. Of any other the loss is NaN on CUDA, as are
-            the gradients of its row of hidden, of weight and of bias: raising would wait for the GPU.
+        targets: (...), int64, each in [0, V) or ``ignore_index``. Of another one the loss is NaN on CUDA, as
+            are the gradients of its row of hidden, of weight and of bias: raising would wait for the GPU.
         bias: (V,) or None, dtype of hidden. Under autocast hidden, weight and bias are cast to its dtype.
         ignore_index: targets of this value count neither in the sum nor in the mean.
 
