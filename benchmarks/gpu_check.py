@@ -2,8 +2,9 @@
 
 The static proofs; the kernel tests on the device; every launcher with the time that the roofline predicts;
 every op beside PyTorch, torch.compile, SDPA and, where installed, Liger; the `seed` preset trained plain and
-optimized. Writes benchmarks/results/<gpu>-<date>.json. What no time was left for is named. Without a GPU it
-says so and runs the static proofs alone.
+optimized. Writes benchmarks/results/<gpu>-<date>.json after each part. An error is a row of its part, and the
+check fails at its end. What no time was left for is named. Without a GPU it says so and runs the static
+proofs alone.
 """
 
 from __future__ import annotations
@@ -16,136 +17,118 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor
 
-from benchmarks import gpu_peers, harness, sweeps
-from benchmarks.ops import adamw
-from benchmarks.subjects import BF16, SUBJECTS, Subject, random
+from benchmarks import gpu_kernels, gpu_parts, gpu_peers, harness
+from benchmarks.gpu_parts import ROOT, finish
 from gpt.cli import write_atomically
 from gpt.hardware import device_name, fingerprint
-from tapelm._library import CUDA_LAUNCHERS, architecture
-from tapelm.roofline import DEVICES, minimum
+from tapelm._library import architecture
+from tapelm.roofline import datasheet
 
-ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 LIMIT = 460.0
 """Seconds after which nothing new is started."""
-TEST_SECONDS = 150
+STATIC_SECONDS, COMPILE_SECONDS, TEST_SECONDS = 60, 60, 150
+RESERVED = {"kernels": 170.0, "peers": 110.0, "optimizer": 90.0}
+"""Seconds before LIMIT at which a part's time is up, so that the last, training, has its own."""
 TRAIN_STEPS = 200
-ROUNDS = 5
-Bench = Callable[..., Any]
 
 
 def run() -> int:
-    started = time.monotonic()
-    arguments = ["static", "--check"] + (["--seconds", "20"] if torch.cuda.is_available() else [])
-    static = subprocess.run(
-        [sys.executable, "-m", "benchmarks", *arguments], cwd=ROOT, check=False
-    ).returncode
-    if not torch.cuda.is_available():
+    started, has_gpu = time.monotonic(), torch.cuda.is_available()
+    static = run_static(has_gpu)
+    if not has_gpu:
         print("gpu-check: PyTorch sees no GPU here; only the static proofs ran")
         return static
     device = torch.device("cuda")
-    tests = run_tests()
-    content = {"static": static, "tests": tests, **measure(device, started + LIMIT)}
-    content["seconds"] = round(time.monotonic() - started, 1)
-    print(f"gpu-check: {content['seconds']:.0f} s; wrote {write(content, device, RESULTS)}")
-    return static or tests or int(not content["trained_alike"])
+    path, machine = free_path(device, RESULTS), fingerprint(device)
+    content: dict[str, Any] = {"static": static}
+
+    def keep(found: dict[str, Any]) -> None:
+        content.update(found, seconds=round(time.monotonic() - started, 1))
+        write_atomically(path, json.dumps({"machine": machine, **content}, indent=1) + "\n")
+
+    if datasheet(device) is None:
+        print(f"gpu-check: no data sheet of {device_name(device)} is known: its ceilings are those measured")
+    keep({"compiled_ahead": compile_ahead(architecture(device))})
+    keep({"tests": run_tests()})
+    measure(device, started + LIMIT, keep)
+    found = failures(content)
+    print("".join(f"gpu-check: failed: {line}\n" for line in found), end="")
+    print(f"gpu-check: {content['seconds']:.0f} s; wrote {path}")
+    return static or content["tests"] or int(bool(found))
+
+
+def run_static(has_gpu: bool) -> int:
+    """Exit status of the static proofs, 124 when they took too long."""
+    command = [sys.executable, "-m", "benchmarks", "static", "--check"]
+    if not has_gpu:
+        return subprocess.run(command, cwd=ROOT, check=False).returncode
+    return _status("the static proofs", finish([*command, "--seconds", "20"], STATIC_SECONDS), STATIC_SECONDS)
+
+
+def compile_ahead(name: str) -> int:
+    """Exit status of compiling the kernels for the architecture `name`; what it leaves is compiled later."""
+    command = [sys.executable, "-m", "benchmarks.gpu_kernels", name, str(COMPILE_SECONDS)]
+    seconds = COMPILE_SECONDS + gpu_parts.GRACE
+    return _status("compiling ahead", finish(command, seconds), seconds)
 
 
 def run_tests() -> int:
     """The tests of tests/kernels and tests/gpt that run on CUDA; exit status, 124 when they took too long."""
     # Most of their time goes into compiling kernels, which processes share through Triton's cache.
     workers = str(max(1, min(8, (os.cpu_count() or 1) // 2)))
-    command = [
-        "-m",
-        "pytest",
-        "tests/kernels",
-        "tests/gpt",
-        "-k",
-        "cuda or agree",
-        "-m",
-        "not slow",
-        "-n",
-        workers,
-    ]
-    try:
-        return subprocess.run(
-            [sys.executable, *command], cwd=ROOT, timeout=TEST_SECONDS, check=False
-        ).returncode
-    except subprocess.TimeoutExpired:
-        print(f"gpu-check: the tests were stopped after {TEST_SECONDS} s")
-        return 124
+    tests = ["tests/kernels", "tests/gpt", "-k", "cuda or agree", "-m", "not slow", "-n", workers]
+    status = finish([sys.executable, "-m", "pytest", *tests], TEST_SECONDS)
+    return _status("the tests", status, TEST_SECONDS)
 
 
-def measure(device: torch.device, deadline: float) -> dict[str, Any]:
-    """Everything that is timed on the device."""
-    kernels, left = predictions(device, deadline - 150, triton.testing.do_bench)
-    report_predictions(kernels, DEVICES.get(architecture(device)))
-    peers, more = gpu_peers.measure(device, deadline - 80, triton.testing.do_bench)
-    gpu_peers.report(peers)
-    optimizer = sweeps.measure_all(adamw.cases(device), device, ROUNDS)
-    harness.report("clip and AdamW", optimizer, device)
-    try:
-        training = train(device, deadline, "seed", TRAIN_STEPS)
-    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-        # What was measured until here is still written.
-        print(f"gpu-check: training failed: {error}")
-        training = {"training": str(error), "trained_alike": False}
-    left += more
+def _status(what: str, status: int | None, seconds: float) -> int:
+    if status is None:
+        print(f"gpu-check: {what} were stopped after {seconds:.0f} s")
+    return 124 if status is None else status
+
+
+def measure(device: torch.device, deadline: float, keep: Callable[[dict[str, Any]], None]) -> None:
+    """Everything that is timed on the device; `keep` gets each part."""
+    left: list[str] = []
+    for part, reserved in RESERVED.items():
+        rows = gpu_parts.measure(part, deadline - reserved)
+        left += [f"{row['op']} {row['shape']}" for row in rows if "left_out" in row]
+        keep({part: rows, "left_out": left})
+        done = [row for row in rows if "left_out" not in row]
+        if part == "kernels":
+            gpu_kernels.report(done, datasheet(device))
+        elif part == "peers":
+            gpu_peers.report(done)
+        else:
+            found = [harness.Row(**each) for row in done for each in row.get("rows", ())]
+            harness.report("clip and AdamW", found, device)
     if left:
         print(f"gpu-check: no time was left for {', '.join(left)}")
-    rows = [asdict(row) for row in optimizer]
-    return {"kernels": kernels, "peers": peers, "optimizer": rows, **training, "left_out": left}
+    try:
+        keep(train(device, deadline, "seed", TRAIN_STEPS))
+    except (subprocess.SubprocessError, OSError, ValueError, KeyError) as error:
+        keep({"training": gpu_parts.reason(error), "trained_alike": False})
 
 
-def predictions(
-    device: torch.device, deadline: float, bench: Bench, subjects: Sequence[Subject] = SUBJECTS
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """Measured and predicted time of every launcher at its shipped bfloat16 shapes; and what was left out."""
-    ceilings = DEVICES.get(architecture(device))
-    rows, left = [], []
-    for subject in subjects:
-        for dtype, shape in subject.shipped:
-            if dtype != BF16:
-                continue
-            name = "x".join(map(str, shape))
-            if time.monotonic() > deadline:
-                left.append(f"{subject.launcher} {name}")
-                continue
-            arguments = subject.arguments(random(dtype, partial(Tensor.to, device=device)), *shape)
-            # The median of repeated launches with the cache flushed between them, in milliseconds.
-            launch = partial(CUDA_LAUNCHERS[subject.launcher], *arguments)
-            measured = 1e3 * float(bench(launch, warmup=5, rep=20, return_mode="median"))
-            row: dict[str, Any] = {"op": subject.launcher, "shape": name, "measured_us": measured}
-            if ceilings is not None:
-                row["predicted_us"] = 1e6 * minimum(subject.launcher, *arguments).seconds(ceilings, dtype)
-                row["fraction_of_ceiling"] = row["predicted_us"] / measured
-            rows.append(row)
-    return rows, left
-
-
-def report_predictions(rows: list[dict[str, Any]], ceilings: Any) -> None:
-    table = Table(title=f"predicted from the datasheet of {ceilings.name if ceilings else 'nothing known'}")
-    for column in ("launcher", "shape", "predicted us", "measured us", "of the ceiling"):
-        table.add_column(column, justify="right" if "us" in column else "left")
-    nothing = float("nan")
-    for row in rows:
-        table.add_row(
-            row["op"], row["shape"], f"{row.get('predicted_us', nothing):.1f}", f"{row['measured_us']:.1f}",
-            f"{row.get('fraction_of_ceiling', nothing):.0%}",
-        )  # fmt: skip
-    Console(width=120).print(table)
+def failures(content: dict[str, Any]) -> list[str]:
+    """What makes the check fail beside the static proofs and the tests, one line each."""
+    found = [
+        f"{row['op']} {row['shape']}: {row['error']}"
+        for part in RESERVED
+        for row in content.get(part, ())
+        if "error" in row
+    ]
+    if not content.get("trained_alike"):
+        training = content.get("training")
+        found.append(f"training: {training if isinstance(training, str) else 'the losses differ'}")
+    return found
 
 
 def train(device: torch.device, deadline: float, preset: str, steps: int) -> dict[str, Any]:
@@ -188,17 +171,20 @@ def own_text() -> list[str]:
 
 def program(arguments: list[str], deadline: float) -> None:
     """Runs one of our programs to its end, which must be a good one and before the deadline."""
-    subprocess.run(
-        [sys.executable, "-m", *arguments],
-        cwd=ROOT,
-        timeout=max(1.0, deadline - time.monotonic()),
-        check=True,
-    )
+    seconds = deadline - time.monotonic()
+    status = finish([sys.executable, "-m", *arguments], seconds)
+    if status is None:
+        raise subprocess.TimeoutExpired(arguments[0], seconds)
+    if status:
+        raise subprocess.CalledProcessError(status, arguments[0])
 
 
-def write(content: dict[str, Any], device: torch.device, folder: Path) -> Path:
-    """Writes the results with the machine's fingerprint; returns the file."""
+def free_path(device: torch.device, folder: Path) -> Path:
+    """Where results of this device and day go; those of an earlier run of the same day stay."""
     name = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
-    path = folder / f"{name}-{datetime.date.today().isoformat()}.json"
-    write_atomically(path, json.dumps({"machine": fingerprint(device), **content}, indent=1) + "\n")
+    stem, count = f"{name}-{datetime.date.today().isoformat()}", 1
+    path = folder / f"{stem}.json"
+    while path.exists():
+        count += 1
+        path = folder / f"{stem}-{count}.json"
     return path

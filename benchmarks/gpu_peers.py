@@ -1,11 +1,13 @@
-"""Every op, forward and backward in bfloat16, beside PyTorch, torch.compile, SDPA and an installed Liger."""
+"""Every op, forward and backward in bfloat16, beside PyTorch, torch.compile, SDPA and an installed Liger.
+
+Results are compared with PyTorch's before anything is timed.
+"""
 
 from __future__ import annotations
 
 import functools
 import importlib
 import importlib.util
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,21 +15,23 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import triton
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 import tapelm
+from benchmarks.gpu_parts import Unit, reason
 from benchmarks.subjects import BF16, SUBJECTS, meta, random
-from tapelm._library import architecture
 from tapelm.attention import attention_reference
 from tapelm.bias_gelu import bias_gelu_reference
 from tapelm.layer_norm import layer_norm_reference
 from tapelm.linear_cross_entropy import linear_cross_entropy_reference
 from tapelm.rms_norm import rms_norm_reference
-from tapelm.roofline import DEVICES, minimum
+from tapelm.roofline import datasheet, minimum
 from tapelm.rope import rope_reference
 from tapelm.swiglu import swiglu_reference
+from tapelm.testing import assert_close
 
 Function = Callable[..., Any]
 
@@ -119,60 +123,91 @@ TASKS = (
 )  # fmt: skip
 
 
+def compile_for_shape(function: Function, **options: Any) -> Function:
+    """torch.compile for one shape: having seen another one, it would take sizes for variables."""
+    torch._dynamo.reset()
+    return torch.compile(function, dynamic=False, **options)
+
+
+def peers(
+    device: torch.device, bench: Function = triton.testing.do_bench, tasks: Sequence[Task] = TASKS,
+    compiled: Callable[[Function], Function] = compile_for_shape,
+) -> list[Unit]:  # fmt: skip
+    """Of every task and shape; the first shapes of all before the second ones, as the time may not do."""
+    each = [(index, task, shape) for task in tasks for index, shape in enumerate(task.shapes)]
+    return [
+        Unit(task.op, "x".join(map(str, shape)), partial(measure, task, shape, device, bench, compiled))
+        for _, task, shape in sorted(each, key=lambda found: found[0])
+    ]
+
+
 def measure(
-    device: torch.device, deadline: float, bench: Function, tasks: Sequence[Task] = TASKS,
-    compiled: Callable[[Function], Function] = torch.compile,
-) -> tuple[list[dict[str, Any]], list[str]]:  # fmt: skip
-    """A row of milliseconds for each task and shape; and what was left out."""
-    rows, left = [], []
-    liger = importlib.util.find_spec("liger_kernel") is not None and device.type == "cuda"
-    for task in tasks:
-        for shape in task.shapes:
-            name = "x".join(map(str, shape))
-            if time.monotonic() > deadline:
-                left.append(f"{task.op} {name}")
-                continue
-            inputs = task.inputs(random(BF16, partial(Tensor.to, device=device)), *shape)
-            variants = {"torch": task.torch, "compile": compiled(task.torch), "tapelm": task.ours}
-            if task.sdpa is not None:
-                variants["sdpa"] = task.sdpa
-            if liger and task.liger:
-                functional = importlib.import_module("liger_kernel.transformers.functional")
-                function = getattr(functional, task.liger)
-                variants["liger"] = lambda *tensors, f=function, t=task: f(*tensors, *t.liger_arguments)
-            row: dict[str, Any] = {
-                "op": task.op,
-                "shape": name,
-                "predicted_ms": predicted(task, shape, device),
-            }
-            for variant, function in variants.items():
-                row[variant] = timed(variant, partial(forward_backward, function, inputs), bench)
-            rows.append(row)
-    return rows, left
+    task: Task, shape: tuple[Any, ...], device: torch.device, bench: Function,
+    compiled: Callable[[Function], Function],
+) -> dict[str, Any]:  # fmt: skip
+    """Milliseconds of every implementation; a peer's error in place of its time, ours also as `error`."""
+    inputs = task.inputs(random(BF16, partial(Tensor.to, device=device)), *shape)
+    variants = {"torch": task.torch, "compile": compiled(task.torch), "tapelm": task.ours}
+    if task.sdpa is not None:
+        variants["sdpa"] = task.sdpa
+    if task.liger and device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None:
+        functional = importlib.import_module("liger_kernel.transformers.functional")
+        function = getattr(functional, task.liger)
+        variants["liger"] = lambda *tensors: function(*tensors, *task.liger_arguments)
+    row: dict[str, Any] = {"predicted_ms": predicted(task, shape, device), **compare(task, inputs)}
+    if "error" not in row:
+        for variant, run in variants.items():
+            row[variant] = timed(partial(forward_backward, run, inputs), bench)
+        if isinstance(row["tapelm"], str):
+            row["error"] = row["tapelm"]
+    return row
 
 
-def timed(variant: str, function: Function, bench: Function) -> float | str:
-    """Median milliseconds; of a peer that does not run here, its error."""
+def compare(task: Task, inputs: tuple[Tensor, ...]) -> dict[str, str]:
+    """`error` where our results differ from PyTorch's in float32 by more than the tests allow; `compared`
+    where there is nothing to hold them against."""
+    if task.op == "dropout":
+        return {"compared": "no: it drops other elements than PyTorch"}
+    try:
+        exact = forward_backward(task.torch, tuple(_widened(x) for x in inputs))
+        theirs = forward_backward(task.torch, inputs)
+    except torch.OutOfMemoryError as error:
+        return {"compared": f"no: PyTorch: {reason(error)}"}
+    try:
+        ours = forward_backward(task.ours, inputs)
+        for index, (a, b, c) in enumerate(zip(ours, theirs, exact, strict=True)):
+            assert_close(f"result {index}", BF16, a, b, c)
+    except AssertionError as error:
+        return {"error": f"wrong: {error}"}
+    return {}
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.float() if x.is_floating_point() else x
+
+
+def timed(function: Function, bench: Function) -> float | str:
+    """Median milliseconds, or the error of what does not run here."""
     try:
         return float(bench(function, warmup=5, rep=20, return_mode="median"))
     except Exception as error:
-        if variant == "tapelm":
-            raise
-        return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        return reason(error)
 
 
 def forward_backward(function: Function, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Results and gradients."""
     leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
     results = function(*leaves)
     results = [results] if isinstance(results, Tensor) else [each for each in results if each is not None]
-    return torch.autograd.grad(
+    gradients = torch.autograd.grad(
         results, [x for x in leaves if x.requires_grad], [torch.ones_like(y) for y in results]
     )
+    return *(result.detach() for result in results), *gradients
 
 
 def predicted(task: Task, shape: tuple[Any, ...], device: torch.device) -> float | None:
     """Milliseconds of the op's launchers at the ceilings of the device's datasheet, None for another one."""
-    ceilings = DEVICES.get(architecture(device))
+    ceilings = datasheet(device)
     if ceilings is None:
         return None
     passes = [s for s in SUBJECTS if s.launcher in (task.op, f"{task.op}_forward", f"{task.op}_backward")]
@@ -185,7 +220,7 @@ def predicted(task: Task, shape: tuple[Any, ...], device: torch.device) -> float
 def report(rows: list[dict[str, Any]]) -> None:
     """Prints a line per op and shape, a column per implementation."""
     table = Table(title="forward + backward in bfloat16, milliseconds")
-    columns = ("predicted_ms", "tapelm", "torch", "compile", "sdpa", "liger")
+    columns = ("predicted_ms", "tapelm", "torch", "compile", "sdpa", "liger", "error")
     for column in ("op", "shape", *columns):
         table.add_column(column, justify="left" if column in ("op", "shape") else "right")
     for row in rows:

@@ -10,6 +10,7 @@ seconds    max(bytes / bandwidth, flops / matrix rate)
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
+
+from ._library import architecture
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,36 @@ DEVICES = {
     "sm_100": Device("B200", 8.0e12, 2250e12, 1100e12, 180e9),
     "gfx942": Device("MI300X", 5.3e12, 1307e12, 163e12, 192e9),
 }
+
+# Where products of one architecture differ; the first pattern that a GPU's name has is its own.
+PRODUCTS = (
+    ("A100.*PCI.*40GB", Device("A100 PCIe 40GB", 1.555e12, 312e12, 156e12, 40e9)),
+    ("A100.*SXM.*40GB", Device("A100 SXM 40GB", 1.555e12, 312e12, 156e12, 40e9)),
+    ("A100.*80GB PCI", Device("A100 PCIe 80GB", 1.935e12, 312e12, 156e12, 80e9)),
+    ("A100.*SXM.*80GB", DEVICES["sm_80"]),
+    ("A10G", DEVICES["sm_86"]),
+    ("L40S", DEVICES["sm_89"]),
+    (r"\bH100 PCIe", Device("H100 PCIe", 2.0e12, 756e12, 378e12, 80e9)),
+    (r"\bH100 NVL", Device("H100 NVL", 3.9e12, 835e12, 418e12, 94e9)),
+    (r"\bH100.*(SXM|80GB HBM3)", DEVICES["sm_90"]),
+    (r"\bH200 NVL", Device("H200 NVL", 4.8e12, 836e12, 418e12, 141e9)),
+    (r"\bH200\b", Device("H200 SXM", 4.8e12, 989e12, 495e12, 141e9)),
+    (r"\bB200\b", DEVICES["sm_100"]),
+    ("MI300X", DEVICES["gfx942"]),
+)
+
+
+def datasheet(device: torch.device) -> Device | None:
+    """The ceilings of a GPU by its name, None for one that is not known; outside a GPU those of the assumed
+    architecture."""
+    if device.type != "cuda":
+        return DEVICES.get(architecture(device))
+    return named(torch.cuda.get_device_name(device))
+
+
+def named(name: str) -> Device | None:
+    """That of ``PRODUCTS`` whose name a driver gives as ``name``, "NVIDIA H100 80GB HBM3"."""
+    return next((device for pattern, device in PRODUCTS if re.search(pattern, name)), None)
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
