@@ -30,6 +30,7 @@ from rich.progress import track
 from torch import Tensor
 
 from benchmarks import static
+from benchmarks.gpu_parts import reason, usable
 from benchmarks.subjects import SUBJECTS, meta, random
 from gpt.cli import UserError, write_atomically
 from gpt.hardware import fingerprint
@@ -134,16 +135,23 @@ class OnDevice:
             self._prepare(use)
         with trial(choice, config):
             name = f"{choice} {config}"
-            if name not in self.right:
-                self.right[name] = self._agrees()
-            if not self.right[name]:
-                return math.inf
-            return float(self.bench(self.launch, warmup=5, rep=20, return_mode="median")) / 1e3
+            try:
+                if name not in self.right:
+                    self.right[name] = self._agrees()
+                if self.right[name]:
+                    return float(self.bench(self.launch, warmup=5, rep=20, return_mode="median")) / 1e3
+            except (RuntimeError, triton.TritonError) as error:
+                # One that asks for more than the GPU has, or is refused, is not taken.
+                print(f"{name}: {reason(error)}")
+                self.right[name] = False
+                if not usable(self.device):
+                    raise
+        return math.inf
 
     def _prepare(self, use: Use) -> None:
         subject = SUBJECTS[use[0]]
         dtype, shape = subject.shipped[use[1]]
-        arguments = subject.arguments(random(dtype, partial(Tensor.to, device=self.device)), *shape)
+        arguments = subject.arguments(random(dtype, device=self.device), *shape)
         self.use, self.right = use, {}
         self.launch = partial(CUDA_LAUNCHERS[subject.launcher], *arguments)
         self.expected = self._results()
@@ -164,9 +172,13 @@ class OnDevice:
 
 
 def tune(
-    target: str, only: str, seconds: float, timer: Timer, clean: Callable[..., list[bool]]
-) -> dict[Choice, Config]:
-    """The entries of a table: for each choice whose kernel has `only` in its name what beats what ships."""
+    target: str, only: str, seconds: float, timer: Timer, clean: Callable[..., list[bool]],
+    save: Callable[[dict[Choice, Config]], None],
+) -> dict[Choice, Config]:  # fmt: skip
+    """The entries of a table: for each choice whose kernel has `only` in its name what beats what ships.
+
+    `save` gets them after each choice, as a later one may end the process.
+    """
     started, entries = time.monotonic(), {}
     asked_for = {choice: each for choice, each in questions(target).items() if only in choice.kernel}
     if not asked_for:
@@ -187,6 +199,7 @@ def tune(
         print(f"{choice.kernel} {choice.key}: {pruned}, {gained:.2f}x {config}")
         if gained >= MARGIN:
             entries[choice] = config
+        save(entries)
     return entries
 
 
@@ -207,12 +220,12 @@ def run(only: str, path: Path | None, seconds: float) -> int:
     target = architecture(device)
     if target not in TARGETS:
         raise UserError(f"tune compiles for {', '.join(TARGETS)}; this GPU is {target}")
+    path = path or FOLDER / f"{target}.json"
     # Started before this process touches the GPU, which a forked child must not inherit.
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         entries = tune(
-            target, only, seconds, OnDevice(device), lambda tasks: list(pool.map(keeps_the_rules, tasks))
-        )
-    path = path or FOLDER / f"{target}.json"
-    write_table(path, target, entries, device)
+            target, only, seconds, OnDevice(device), lambda tasks: list(pool.map(keeps_the_rules, tasks)),
+            lambda found: write_table(path, target, found, device),
+        )  # fmt: skip
     print(f"tune: {len(entries)} configurations beat what ships by {MARGIN - 1:.0%}; wrote {path}")
     return 0

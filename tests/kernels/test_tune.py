@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from triton.runtime.errors import OutOfResources
 
 from benchmarks import tune
 from benchmarks.subjects import FP32, SUBJECTS, Subject
@@ -79,17 +80,19 @@ def test_wrong_results_never_win() -> None:
 
 
 def test_small_gains_and_pruned_candidates_are_left_out(small: dict[Choice, Question]) -> None:
-    assert tune.tune("sm_80", "", 9e9, by_block({4096: 0.98}), all_clean) == {}
+    assert tune.tune("sm_80", "", 9e9, by_block({4096: 0.98}), all_clean, print) == {}
     timer = by_block({4096: 0.5, 1024: 0.7})
-    pruned = tune.tune("sm_80", "swiglu", 9e9, timer, lambda tasks: [t[2]["BLOCK"] != 4096 for t in tasks])
+    pruned = tune.tune(
+        "sm_80", "swiglu", 9e9, timer, lambda tasks: [t[2]["BLOCK"] != 4096 for t in tasks], print
+    )
     assert pruned[SWIGLU]["BLOCK"] == 1024
     with pytest.raises(UserError, match="nothing"):
-        tune.tune("sm_80", "nothing", 9e9, by_block({}), all_clean)
-    assert tune.tune("sm_80", "", -1.0, by_block({4096: 0.5}), all_clean) == {}
+        tune.tune("sm_80", "nothing", 9e9, by_block({}), all_clean, print)
+    assert tune.tune("sm_80", "", -1.0, by_block({4096: 0.5}), all_clean, print) == {}
 
 
 def test_the_library_takes_the_table_that_was_written(small: dict[Choice, Question], tmp_path: Path) -> None:
-    entries = tune.tune("sm_80", "", 9e9, by_block({4096: 0.5}), all_clean)
+    entries = tune.tune("sm_80", "", 9e9, by_block({4096: 0.5}), all_clean, print)
     path = tmp_path / "tuned" / "sm_80.json"
     tune.write_table(path, "sm_80", entries, torch.device("cpu"))
     assert json.loads(path.read_text())["configs"]["swiglu_forward"]["4"]["BLOCK"] == 4096
@@ -98,6 +101,44 @@ def test_the_library_takes_the_table_that_was_written(small: dict[Choice, Questi
     _tuning.use_table(path)
     assert _tuning.choose("swiglu_forward", device, (4,), TILE)["BLOCK"] == 4096
     assert _tuning.choose("swiglu_forward", device, (2,), TILE) == TILE
+
+
+def test_what_was_found_is_saved_before_a_later_choice_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    later = Choice("swiglu_forward", "2")
+    asked = {SWIGLU: Question(dict(TILE), [(0, 0)]), later: Question(dict(TILE), [(0, 0)])}
+    monkeypatch.setattr(tune, "questions", lambda target: asked)
+    saved = []
+
+    def timer(choice: Choice, config: dict, use: tuple[int, int]) -> float:
+        if choice == later:
+            raise RuntimeError("an illegal memory access was encountered")
+        return 0.5 if config["BLOCK"] == 4096 else 1.0
+
+    with pytest.raises(RuntimeError):
+        tune.tune("sm_80", "", 9e9, timer, all_clean, lambda entries: saved.append(dict(entries)))
+    assert [list(each) for each in saved] == [[SWIGLU]]
+
+
+@pytest.mark.parametrize("poisoned", [False, True])
+def test_a_candidate_that_cannot_be_launched_is_infinitely_slow(
+    poisoned: bool, small: dict[Choice, Question], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(tune.CUDA_LAUNCHERS, "swiglu_forward", lambda *arguments: torch.ones(1))
+    monkeypatch.setattr(tune, "usable", lambda device: not poisoned)
+    errors = iter([OutOfResources(300_000, 232_448, "shared memory"), RuntimeError("Triton Error [CUDA]: 1")])
+
+    def bench(launch: Callable, **options: object) -> float:
+        raise next(errors)
+
+    timer = OnDevice(torch.device("cpu"), bench)
+    for block in (512, 1024):
+        candidate = {**TILE, "BLOCK": block}
+        if poisoned:
+            with pytest.raises((RuntimeError, OutOfResources)):
+                timer(SWIGLU, candidate, (0, 0))
+        else:
+            assert timer(SWIGLU, candidate, (0, 0)) == math.inf
+            assert timer(SWIGLU, candidate, (0, 0)) == math.inf  # which is not tried again
 
 
 def test_a_committed_table_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
