@@ -114,7 +114,7 @@ def measure(device: torch.device, deadline: float, keep: Callable[[dict[str, Any
     try:
         keep(train(device, deadline, "seed", TRAIN_STEPS))
     except (subprocess.SubprocessError, OSError, ValueError, KeyError) as error:
-        keep({"training": gpu_parts.reason(error), "trained_alike": False})
+        keep({"training": harness.reason(error), "trained_alike": False})
 
 
 def failures(content: dict[str, Any]) -> list[str]:

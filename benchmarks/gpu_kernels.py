@@ -16,11 +16,11 @@ import torch
 import triton
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from benchmarks import sweeps
-from benchmarks.gpu_parts import Row, Unit, reason
+from benchmarks.gpu_parts import Row, Unit
+from benchmarks.harness import reason
 from benchmarks.ops import adamw
 from benchmarks.subjects import BF16, FP16, FP32, SUBJECTS, Subject, meta, random
 from tapelm._library import CUDA_LAUNCHERS, assumed_architecture
@@ -43,7 +43,7 @@ def kernels(
 
 
 def _kernel(device: torch.device, bench: Bench, subject: Subject, shape: tuple[Any, ...]) -> Row:
-    arguments = subject.arguments(random(BF16, partial(Tensor.to, device=device)), *shape)
+    arguments = subject.arguments(random(BF16, device=device), *shape)
     # The median of repeated launches with the cache flushed between them, in milliseconds.
     launch = partial(CUDA_LAUNCHERS[subject.launcher], *arguments)
     row: Row = {"measured_us": 1e3 * float(bench(launch, warmup=5, rep=20, return_mode="median"))}

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.harness import reason
 from gpt.cli import write_atomically
 
 ROOT = Path(__file__).parent.parent
@@ -56,10 +57,6 @@ def attempt(unit: Unit) -> Row:
     except Exception as error:
         traceback.print_exc()
         return {**row, "error": reason(error)}
-
-
-def reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def take(units: Sequence[Unit], seconds: float, path: Path, usable: Callable[[], bool]) -> int:

@@ -21,7 +21,8 @@ from rich.table import Table
 from torch import Tensor
 
 import tapelm
-from benchmarks.gpu_parts import Unit, reason
+from benchmarks.gpu_parts import Unit
+from benchmarks.harness import reason
 from benchmarks.subjects import BF16, SUBJECTS, meta, random
 from tapelm.attention import attention_reference
 from tapelm.bias_gelu import bias_gelu_reference
@@ -146,7 +147,7 @@ def measure(
     compiled: Callable[[Function], Function],
 ) -> dict[str, Any]:  # fmt: skip
     """Milliseconds of every implementation; a peer's error in place of its time, ours also as `error`."""
-    inputs = task.inputs(random(BF16, partial(Tensor.to, device=device)), *shape)
+    inputs = task.inputs(random(BF16, device=device), *shape)
     variants = {"torch": task.torch, "compile": compiled(task.torch), "tapelm": task.ours}
     if task.sdpa is not None:
         variants["sdpa"] = task.sdpa

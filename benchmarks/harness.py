@@ -14,7 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -81,24 +81,53 @@ Seconds = dict[str, list[float]]
 """Of every variant in every round."""
 
 
+def reason(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
 class WrongResult(UserError):
     """A variant that does not compute what its baseline does; nothing of its case was timed."""
 
 
-def check(case: Case) -> None:
-    """Run every variant once and compare it with the baseline. Raises WrongResult on the first bad one."""
-    names = list(case.variants)
-    expected = case.variants[names[0]]()
-    for name in names[1:]:
+def check(case: Case) -> tuple[Case, dict[str, str]]:
+    """Run every variant once and compare it with the baseline: the case of those that run, others' errors.
+
+    Without its baseline a case has no variants left. Raises WrongResult on the first bad result.
+    """
+    errors: dict[str, str] = {}
+    baseline, *others = case.variants
+    try:
+        expected = case.variants[baseline]()
+    except Exception as error:
+        return replace(case, variants={}), {baseline: reason(error)}
+    for name in others:
         try:
             case.agree(case.variants[name](), expected)
         except AssertionError as error:
             raise WrongResult(f"{case.subject} {case.shape}, {name}: {error}") from error
+        except Exception as error:
+            errors[name] = reason(error)
+    return replace(case, variants={k: v for k, v in case.variants.items() if k not in errors}), errors
+
+
+def is_ours(variant: str) -> bool:
+    return variant.startswith("tapelm")
 
 
 def measure(case: Case, device: torch.device, rounds: int = ROUNDS) -> list[Row]:
-    """Check that the variants agree, then time them in rounds, with the ceiling; see take."""
-    check(case)
+    """Check that the variants agree, then time them in rounds, with the ceiling; see take.
+
+    A peer that does not run here is left out with a word. Raises WrongResult where ours does not.
+    """
+    case, errors = check(case)
+    for name, error in errors.items():
+        said = f"{case.subject} {case.shape}, {name}: {error}"
+        if is_ours(name):
+            raise WrongResult(said)
+        print(f"skipped: {said}")
+    if not case.variants:
+        return []
     ceilings = Ceilings(device, [case.dtype], [case.bound])
     seconds, limit = take(case, rounds, ceilings, calls_in_a_round(case, device))
     baseline = next(iter(seconds))

@@ -368,16 +368,19 @@ def meta(dtype: torch.dtype) -> Make:
     return lambda size, other=None: torch.empty(size, dtype=other or dtype, device="meta")
 
 
-def random(dtype: torch.dtype, wrap: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> Make:
-    """`make` for interpreting; `wrap` may move each tensor, between guard bands for example."""
-    generator = torch.Generator().manual_seed(11)
+def random(
+    dtype: torch.dtype, wrap: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    device: torch.device | str = "cpu",
+) -> Make:  # fmt: skip
+    """`make` for running; `wrap` may move each tensor, between guard bands for example."""
+    generator = torch.Generator(device).manual_seed(11)
 
     def make(size: tuple[int, ...], other: torch.dtype | None = None) -> Tensor:
         kind = other or dtype
         if kind.is_floating_point:
-            return wrap(torch.randn(size, generator=generator).to(kind))
+            return wrap(torch.randn(size, generator=generator, device=device).to(kind))
         # Seeds, and ids that an entry takes modulo its vocabulary; else documents and codes.
         high = 2**40 if kind == torch.int64 else 3
-        return wrap(torch.randint(0, high, size, generator=generator).to(kind))
+        return wrap(torch.randint(0, high, size, generator=generator, device=device).to(kind))
 
     return make

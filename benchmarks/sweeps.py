@@ -25,8 +25,10 @@ from benchmarks.harness import (
     Case,
     Row,
     Seconds,
+    WrongResult,
     calls_in_a_round,
     check,
+    is_ours,
     is_usable,
     make_row,
     take,
@@ -112,6 +114,8 @@ class Sweeps:
         self.count = self.left = min(SWEEPS, rounds)
         self.rounds = math.ceil(rounds / self.count)
         self._taken: dict[int, _Taken] = {}
+        self.errors: list[dict[str, str]] = []
+        """Subject, shape, dtype, variant and error of what did not run."""
 
     def sweep(self) -> None:
         """Measure every case once more, unless that was done `count` times."""
@@ -142,10 +146,17 @@ class Sweeps:
 
     def _measure(self, index: int, case: Case, ceilings: Ceilings) -> None:
         if index not in self._taken:
-            check(case)
+            case, errors = check(case)
+            for name, error in errors.items():
+                said = {"subject": case.subject, "shape": case.shape, "dtype": str(case.dtype)}
+                self.errors.append({**said, "variant": name, "error": error})
+                print(f"{case.subject} {case.shape} {case.dtype}, {name}: {error}")
             calls = calls_in_a_round(case, self.device)
             self._taken[index] = _Taken(case.subject, case.shape, case.dtype, case.work, calls)
         taken, most_seconds = self._taken[index], MOST_SECONDS / self.count
+        if not taken.calls:
+            return
+        case = replace(case, variants={name: case.variants[name] for name in taken.calls})
         seconds, limit = take(case, self.rounds, ceilings, taken.calls, most_seconds, turn=len(taken.seconds))
         taken.seconds.append(seconds)
         taken.limits.append(limit)
@@ -154,11 +165,21 @@ class Sweeps:
         """Of what was measured so far."""
         return [row for _, taken in sorted(self._taken.items()) for row in taken.rows(self.device)]
 
+    def failed(self) -> list[str]:
+        """What of ours did not run; a peer's error leaves the peer out."""
+        return [
+            f"{each['subject']} {each['shape']}, {each['variant']}: {each['error']}"
+            for each in self.errors
+            if is_ours(each["variant"])
+        ]
+
 
 def measure_all(
     builds: Sequence[Callable[[], Case]], device: torch.device, rounds: int = ROUNDS
 ) -> list[Row]:
-    """Rows of all usable cases, their sweeps one after another."""
+    """Rows of all usable cases, their sweeps one after another. Raises WrongResult where ours did not run."""
     sweeps = Sweeps(builds, device, rounds)
     sweeps.sweep_all()
+    if failed := sweeps.failed():
+        raise WrongResult("; ".join(failed))
     return sweeps.rows()

@@ -30,7 +30,8 @@ from rich.progress import track
 from torch import Tensor
 
 from benchmarks import static
-from benchmarks.gpu_parts import reason, usable
+from benchmarks.gpu_parts import usable
+from benchmarks.harness import reason
 from benchmarks.subjects import SUBJECTS, meta, random
 from gpt.cli import UserError, write_atomically
 from gpt.hardware import fingerprint

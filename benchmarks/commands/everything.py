@@ -11,7 +11,16 @@ from typing import Any, ClassVar
 import torch
 
 from benchmarks import compare, harness, ladder_report, llama_rungs, loader, page, peers, sweeps, tokenizer
-from benchmarks.commands.timed import SMOLLM2, Flag, Loader, Measuring, alone, cases_of, fetched
+from benchmarks.commands.timed import (
+    SMOLLM2,
+    Flag,
+    Loader,
+    Measuring,
+    alone,
+    cases_of,
+    fetched,
+    report_failed,
+)
 from benchmarks.harness import Row
 from benchmarks.ladder import Request
 from gpt.cli import UserError, prepare_output
@@ -39,7 +48,7 @@ class Gathered:
         self.seconds[part] = self.seconds.get(part, 0.0) + lately
         if self.path is not None:
             rows = [*self.swept.rows(), *self.rows, *self.printed, *self.unfinished]
-            harness.write_results(self.path, self.device, rows, **self.sections)
+            harness.write_results(self.path, self.device, rows, errors=self.swept.errors, **self.sections)
 
     def add_ladder(self, measurement: ladder_report.Measurement) -> None:
         climbed, section = measurement.finish()
@@ -86,7 +95,7 @@ class All(Measuring):
         self._measure(Gathered(path, device, swept), device)
         if self.out is not None:
             print(f"wrote {page.write(compare.read(self.out / 'results.json'), self.out)}")
-        return 0
+        return report_failed(swept)
 
     def _measure(self, found: Gathered, device: torch.device) -> None:
         """Ops and GPT's ladder in three parts, the others between them: the parts lie minutes apart."""

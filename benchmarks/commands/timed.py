@@ -90,7 +90,19 @@ class Ops(Measuring):
         cases = cases_of(device, self.only, quick=self.quick)
         if self.check:
             return compare.check(cases, device, self.rounds)
-        return self.finish(sweeps.measure_all(cases, device, self.rounds), device)
+        swept = sweeps.Sweeps(cases, device, self.rounds)
+        while swept.left:
+            swept.sweep()
+            self.write(swept.rows(), device, errors=swept.errors)
+        self.finish(swept.rows(), device, errors=swept.errors)
+        return report_failed(swept)
+
+
+def report_failed(swept: sweeps.Sweeps) -> int:
+    """Names what of ours did not run; the exit status."""
+    for line in swept.failed():
+        print(f"FAILED: {line}")
+    return int(bool(swept.failed()))
 
 
 def cases_of(device: torch.device, only: str, *, quick: bool = False) -> list[Callable[[], Case]]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import tapelm
 from benchmarks.harness import Case, close
@@ -31,6 +32,31 @@ def bytes_moved(elements: int, itemsize: int) -> float:
     return elements * (itemsize + 0.5 + 1 / 64)
 
 
+def equal_bytes(device: torch.device) -> Callable[[Any, Any], None]:
+    """Of packed codes: to the bit on a CPU, where bitsandbytes' library is the model.
+
+    Its CUDA kernels divide and compare in another order, and what lies within a rounding of the middle
+    between two codes, one weight in some hundred thousand, may go to either of them.
+    """
+    if device.type == "cpu":
+        return close(0.0, 0.0)
+
+    def agree(ours: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+        for a, b in zip(ours, expected, strict=True):
+            high, low = (a >> 4).int() - (b >> 4).int(), (a & 15).int() - (b & 15).int()
+            differing = float((a != b).float().mean())
+            assert int(torch.maximum(high.abs(), low.abs()).max()) <= 1, "codes that are no neighbours"
+            assert differing < 1e-3, f"{differing:.1%} of the bytes differ"
+
+    return agree
+
+
+def equal_weights(device: torch.device, dtype: torch.dtype) -> Callable[[Any, Any], None]:
+    """Of the same bytes: to the bit on a CPU; a GPU may contract the scale's product and sum, which is a
+    rounding in float32 and can become one in `dtype`."""
+    return close(0.0 if device.type == "cpu" else 2.0**-16 if dtype == torch.float32 else 2.0**-7, 0.0)
+
+
 def _bitsandbytes() -> Any:
     found = importlib.util.find_spec("bitsandbytes")
     return importlib.import_module("bitsandbytes.functional") if found else None
@@ -50,7 +76,7 @@ def quantize_case(device: torch.device, shape: tuple[int, int], dtype: torch.dty
         variants=variants,
         bound="copy",
         work=bytes_moved(w.numel(), w.itemsize),
-        agree=close(0.0, 0.0),
+        agree=equal_bytes(device),
     )
 
 
@@ -59,8 +85,8 @@ def dequantize_case(device: torch.device, shape: tuple[int, int], dtype: torch.d
     q = tapelm.nf4_quantize(w)
     variants: dict[str, Callable[[], Any]] = {"torch": lambda: nf4_dequantize_reference(q)[None]}
     if peer is not None:
-        packed, state = peer.quantize_4bit(w, quant_type="nf4", compress_statistics=True)
-        variants["bitsandbytes"] = lambda: peer.dequantize_4bit(packed, state)[None]
+        state = peer.QuantState.from_dict(q.as_dict(), device)
+        variants["bitsandbytes"] = lambda: peer.dequantize_4bit(q.packed, state)[None]
     variants["tapelm"] = lambda: tapelm.nf4_dequantize(q)[None]
     return Case(
         subject="nf4 dequantize",
@@ -69,5 +95,5 @@ def dequantize_case(device: torch.device, shape: tuple[int, int], dtype: torch.d
         variants=variants,
         bound="copy",
         work=bytes_moved(w.numel(), w.itemsize),
-        agree=close(0.0, 0.0),
+        agree=equal_weights(device, dtype),
     )

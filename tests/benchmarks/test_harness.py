@@ -21,6 +21,7 @@ from benchmarks.__main__ import main
 from benchmarks.ceilings import Ceilings, Probe
 from benchmarks.commands.everything import try_llama_ladder
 from benchmarks.harness import Case, WrongResult, close
+from benchmarks.ops import nf4
 from gpt.cli import UserError
 
 CPU = torch.device("cpu")
@@ -162,6 +163,72 @@ def test_a_wrong_result_is_not_timed(clock) -> None:
     wrong = clock.taking(0.1, [torch.zeros(2)])
     with pytest.raises(WrongResult, match=r"op 1x1, ours: .*result 0 is wrong"):
         harness.measure(case({"peer": clock.taking(0.1, [torch.ones(2)]), "ours": wrong}), CPU, 5)
+
+
+def broken() -> object:
+    raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 GiB")
+
+
+def test_a_peer_that_does_not_run_is_left_out_with_its_reason(clock, capsys) -> None:
+    """Ours fails the run, but at its end; a case without its baseline has nothing to be compared with."""
+    one = [torch.ones(2)]
+    good, told = partial(clock.taking, 0.1, one), "OutOfMemoryError: CUDA out of memory."
+    variants = (
+        {"torch": good(), "peer": broken, "tapelm": good()},
+        {"torch": good(), "tapelm": broken},
+        {"torch": broken, "tapelm": good()},
+        {"torch": good(), "tapelm": good()},
+    )
+    builds = [partial(case, dict(each)) for each in variants]
+    swept = sweeps.Sweeps(builds, CPU, 6)
+    swept.sweep_all()
+    assert [row.variant for row in swept.rows()] == ["torch", "tapelm", "torch", "torch", "tapelm"]
+    assert [(each["variant"], each["error"]) for each in swept.errors] == [
+        ("peer", told), ("tapelm", told), ("torch", told)
+    ]  # fmt: skip
+    assert swept.failed() == [f"op 1x1, tapelm: {told}"]
+    assert capsys.readouterr().out.count(told) == 3
+    with pytest.raises(WrongResult, match="out of memory"):
+        sweeps.measure_all(builds, CPU, 3)
+    assert [row.variant for row in harness.measure(builds[0](), CPU, 3)] == ["torch", "tapelm"]
+    assert harness.measure(builds[2](), CPU, 3) == [] and capsys.readouterr().out.count("skipped:") == 2
+    with pytest.raises(WrongResult, match="out of memory"):
+        harness.measure(builds[1](), CPU, 3)
+
+
+def test_ops_writes_rows_after_each_sweep_and_fails_at_the_end(clock, monkeypatch, tmp_path, capsys) -> None:
+    one, path = [torch.ones(2)], tmp_path / "ops.json"
+    seen = []
+
+    def builds(*arguments: object, **options: object) -> list:
+        def build() -> Case:
+            seen.append(json.loads(path.read_text()) if path.exists() else None)
+            return case({"torch": clock.taking(0.1, one), "tapelm": clock.taking(0.1, one)})
+
+        return [build, partial(case, {"torch": clock.taking(0.1, one), "tapelm": broken})]
+
+    monkeypatch.setattr("benchmarks.commands.timed.cases_of", builds)
+    assert main(["ops", "--json", str(path), "--device", "cpu", "--rounds", "3"]) == 1
+    assert seen[0] is None and [len(each["rows"]) for each in seen[1:]] == [3, 3]
+    content = json.loads(path.read_text())
+    assert len(content["rows"]) == 3 and content["errors"][0]["variant"] == "tapelm"
+    assert "FAILED: op 1x1, tapelm: OutOfMemoryError" in capsys.readouterr().out
+
+
+def test_codes_of_a_gpu_may_be_their_neighbours_and_seldom() -> None:
+    agree = nf4.equal_bytes(torch.device("cuda"))
+    expected = torch.full((1, 4096, 1), 0x57, dtype=torch.uint8)
+    tried = (0x67, 1, True), (0x56, 4, True), (0x77, 1, False), (0x59, 1, False), (0x67, 9, False)
+    for byte, count, fine in tried:
+        ours = expected.clone()
+        ours[0, :count] = byte
+        if fine:
+            agree(ours, expected)
+            with pytest.raises(AssertionError):
+                nf4.equal_bytes(CPU)(ours, expected)
+        else:
+            with pytest.raises(AssertionError):
+                agree(ours, expected)
 
 
 def test_the_ceiling_is_the_best_shape_and_named(clock) -> None:
