@@ -7,6 +7,7 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -116,6 +117,32 @@ def test_peak_memory_is_that_of_a_new_process(tiny_model) -> None:
         llama.peak_memory(
             partial(llama.Step, "tapelm", "qlora", tiny_model / "nowhere", 1, CPU), Path(sys.executable)
         )
+
+
+@pytest.mark.parametrize("rung", [llama_ladder.RUNGS[0], llama_ladder.RUNGS[3]], ids=["hf", "tapelm"])
+def test_decoding_is_timed_after_a_generation_that_compiles(monkeypatch, rung, tmp_path) -> None:
+    counts, recipe = [], SimpleNamespace(rank=8, alpha=16)
+
+    def generate(*arguments: object, max_new_tokens: int, **options: object) -> SimpleNamespace:
+        counts.append(max_new_tokens)
+        return SimpleNamespace(ms_per_token=1.0)
+
+    theirs = SimpleNamespace(generate=generate, eval=lambda: theirs)
+    backend = SimpleNamespace(load=lambda *arguments: theirs, adapters=lambda model: {})
+    for name, stub in (
+        ("open_tokenizer", lambda model: lambda text: {"input_ids": [1, 2]}),
+        ("load", lambda *arguments: (theirs, None)), ("generate", generate),
+        ("get_backend", lambda name: backend),
+    ):  # fmt: skip
+        monkeypatch.setattr(llama_ladder, name, stub)
+    monkeypatch.setattr(llama_ladder.files, "read_recipe", lambda folder: (recipe, {}))
+    monkeypatch.setattr(llama_ladder.files, "load", lambda *arguments: None)
+    found = llama_ladder.decode_latency(rung, tmp_path, tmp_path, CPU)
+    assert set(found) == {"decode_ms_cache", "decode_ms_no_cache"}
+    each = (
+        [2, 1, llama_ladder.NEW_TOKENS] if rung.options["backend"] == "hf" else [2, llama_ladder.NEW_TOKENS]
+    )
+    assert counts == 2 * each
 
 
 @pytest.mark.slow
