@@ -52,7 +52,9 @@ def _tile(
 def _store(ptr, value, row, stride, time, D: tl.constexpr, BLOCK_D: tl.constexpr):
     col = tl.arange(0, BLOCK_D)
     inside = (row[:, None] < time) & (col[None, :] < D)
-    tl.store(ptr + row[:, None] * stride + col[None, :], value.to(ptr.dtype.element_ty), mask=inside)
+    # A row of all heads times its index may be beyond 2^31 elements.
+    at = row[:, None].to(tl.int64) * stride + col[None, :]
+    tl.store(ptr + at, value.to(ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -1,10 +1,14 @@
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch.utils.flop_counter import FlopCounterMode
 
 import tapelm
+from tapelm._attention_kernels import _store
 from tapelm.attention import attention_reference
-from tapelm.testing import check_registration
+from tapelm.proofs.bounds import checked_bounds
+from tapelm.testing import check_registration, interpreted_triton
 
 SEED = 2**40 + 12345
 
@@ -117,6 +121,22 @@ def test_documents_of_whole_blocks(order, causal, dtype, device, check):
         return attention_reference(q, k, v, causal=causal, scale=0.2, document_ids=ids)
 
     check(op, reference, *make(1, 2, 1, T, 32, dtype, device))
+
+
+@triton.jit
+def rows_kernel(y_ptr, first, stride, time):
+    row = first + tl.arange(0, 16)
+    _store(y_ptr, tl.full([16, 16], 1.0, tl.float32), row, stride, time, 16, 16)
+
+
+@pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="interprets a kernel")
+def test_rows_are_stored_beyond_two_billion_elements():
+    """Of a long sequence with many heads; the tensor is never touched but for these rows."""
+    time, stride = 2**15 + 16, 2**16
+    y = torch.empty(time * stride, dtype=torch.int8)
+    with interpreted_triton(), checked_bounds():
+        rows_kernel[(1,)](y, 2**15, stride, time)
+    assert (y.view(time, stride)[2**15 :, :16] == 1).all()
 
 
 def test_log_sum_exp(device):
