@@ -83,12 +83,8 @@ def datasheet(device: torch.device) -> Device | None:
     architecture."""
     if device.type != "cuda":
         return DEVICES.get(architecture(device))
-    return named(torch.cuda.get_device_name(device))
-
-
-def named(name: str) -> Device | None:
-    """That of ``PRODUCTS`` whose name a driver gives as ``name``, "NVIDIA H100 80GB HBM3"."""
-    return next((device for pattern, device in PRODUCTS if re.search(pattern, name)), None)
+    name = torch.cuda.get_device_name(device)  # "NVIDIA H100 80GB HBM3"
+    return next((product for pattern, product in PRODUCTS if re.search(pattern, name)), None)
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from benchmarks import gpu_check, gpu_kernels, gpu_parts, gpu_peers
-from benchmarks.subjects import BF16, SUBJECTS
-from tapelm.roofline import named
+from benchmarks.subjects import BF16, SUBJECTS, random
+from tapelm.roofline import datasheet
 from tapelm.testing import interpreted_triton
 
 CPU = torch.device("cpu")
@@ -76,6 +76,16 @@ def test_every_shape_is_compiled_by_itself() -> None:
         row for unit in gpu_peers.peers(CPU, once, [task], compiled) for row in unit.run() if row == "error"
     ]
     assert seen == [[8, 32, 8, 32], [16, 64, 16, 64]] and all(type(n) is int for sizes in seen for n in sizes)
+
+
+def test_random_ids_and_targets_are_of_the_whole_vocabulary() -> None:
+    make = random(BF16)
+    embedding = next(subject for subject in SUBJECTS if subject.launcher == "embedding_forward")
+    ids = embedding.arguments(make, 8, 256, 10000, 4)[0]
+    task = next(task for task in gpu_peers.TASKS if task.op == "linear_cross_entropy")
+    targets = task.inputs(make, 2048, 4, 10000)[2]
+    for drawn in (ids, targets):
+        assert 0 <= drawn.min() < 100 and 9900 < drawn.max() < 10000 and len(drawn.unique()) > 1500
 
 
 def test_first_shapes_come_first() -> None:
@@ -206,8 +216,11 @@ print(repr(compile_one(("sm_90", math.inf, {index}, torch.bfloat16, ("none",))))
         ("NVIDIA GH200 480GB", None), ("NVIDIA H800", None), ("NVIDIA GeForce RTX 5090", None),
     ],
 )  # fmt: skip
-def test_ceilings_are_those_of_the_product(name: str, found: str | None) -> None:
-    device = named(name)
+def test_ceilings_are_those_of_the_product(
+    name: str, found: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    device = datasheet(torch.device("cuda"))
     assert (device.name if device else None) == found
 
 
