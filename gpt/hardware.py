@@ -89,6 +89,12 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def forget_peak_memory(device: torch.device) -> None:
+    """Count a GPU's peak from what it holds now; the peak of a process cannot be taken back."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def gemm_peak_flops(device: torch.device, precision: str, seconds: float = 0.25) -> float:
     """Best flops per second of square matrix products in the run's matmul dtype, measured in this process.
 

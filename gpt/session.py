@@ -22,6 +22,7 @@ from gpt.config import ModelConfig, TrainConfig
 from gpt.corpus import check_shards, fixed_batches, open_loader, open_tokenizer, text_bytes
 from gpt.hardware import (
     device_name,
+    forget_peak_memory,
     gemm_peak_flops,
     peak_memory_bytes,
     pick_precision,
@@ -110,7 +111,8 @@ class Training:
         )
 
     def start_clock(self) -> None:
-        """From here on time counts as time of the run."""
+        """From here on time and a GPU's memory count as those of the run."""
+        forget_peak_memory(self.device)
         self._before, self._started = self.seconds, time.perf_counter()
 
     def resume(self, start: Path, console: Console) -> None:

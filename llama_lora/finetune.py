@@ -18,7 +18,14 @@ from torch import Tensor
 
 from gpt import checkpoint
 from gpt.cli import StopRequest, UserError, only_writer, run_program
-from gpt.hardware import peak_memory_bytes, pick_device, set_threads, synchronize, versions
+from gpt.hardware import (
+    forget_peak_memory,
+    peak_memory_bytes,
+    pick_device,
+    set_threads,
+    synchronize,
+    versions,
+)
 from gpt.metrics import append_record, check_finite, keep_up_to, open_tensorboard
 from gpt.parallel import several_processes
 from gpt.progress import TrainingProgress, validation_text
@@ -94,6 +101,7 @@ def _finetune(config: FinetuneConfig, arguments: list[str] | None) -> int:
     last_step = total_steps if config.stop_after is None else min(total_steps, step + config.stop_after)
     tensorboard = open_tensorboard(config.out)
     run = Compiled(backend, model) if config.compile else backend
+    forget_peak_memory(device)
     session_seconds, session_started = seconds, time.perf_counter()
 
     def record_evaluation(record: dict[str, Any]) -> None:
