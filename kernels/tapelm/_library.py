@@ -68,6 +68,12 @@ def register_autograd(name: str, setup_context: Callable[..., None], backward: C
     torch.library.register_autograd(f"tapelm::{name}", backward, setup_context=setup_context, lib=LIBRARY)
 
 
+def check_is_tensor(op: str, name: str, value: Any) -> None:
+    """Raises TypeError, naming the argument, for what is no Tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} is of type {type(value).__name__}; it must be a Tensor.")
+
+
 def check_tensors(op: str, optional_bias: Tensor | None = None, /, **tensors: Tensor) -> None:
     """Raises unless all tensors are on one supported device and of one supported dtype.
 
@@ -89,8 +95,7 @@ def check_tensors(op: str, optional_bias: Tensor | None = None, /, **tensors: Te
             return
     first_name, first = next(iter(named.items()))
     for name, tensor in named.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{op}: {name} is of type {type(tensor).__name__}; it must be a Tensor.")
+        check_is_tensor(op, name, tensor)
     device, dtype = first.device, first.dtype
     supported = SUPPORTED_DTYPES.get(device.type, ())
     if not supported:
@@ -126,13 +131,17 @@ def autocast_is_on(tensor: Tensor) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
+def cast(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Any, ...]:
+    """The tensors in ``dtype``. What is no tensor is left to ``check_tensors``."""
+    return tuple(tensor.to(dtype) if isinstance(tensor, Tensor) else tensor for tensor in tensors)
+
+
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The tensors in autocast's dtype where autocast is on for their device, as torch's own matmuls do."""
     first = tensors[0]
     if first is None or not autocast_is_on(first):
         return tensors
-    dtype = torch.get_autocast_dtype(_device_type(first))
-    return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
+    return cast(torch.get_autocast_dtype(_device_type(first)), *tensors)
 
 
 def draw_seed(device: torch.device) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ._library import (
     autocast_is_on,
+    cast,
     check_probability,
     check_tensors,
     draw_seed,
@@ -101,8 +102,7 @@ def _add_norm(
     op: str, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dropout_p: float
 ) -> tuple[Tensor, Tensor]:
     if autocast_is_on(residual):
-        x, weight = x.to(residual.dtype), weight.to(residual.dtype)
-        bias = None if bias is None else bias.to(residual.dtype)
+        x, weight, bias = cast(residual.dtype, x, weight, bias)
     check_tensors(op, bias, x=x, residual=residual, weight=weight)
     if x.dim() == 0:
         raise ValueError(f"{op}: x has no dimension to normalise; give it at least one.")

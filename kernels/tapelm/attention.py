@@ -37,6 +37,7 @@ from ._attention_kernels import (
 )
 from ._library import (
     autocast,
+    check_is_tensor,
     check_probability,
     check_tensors,
     draw_seed,
@@ -217,6 +218,7 @@ def attention(
             f"attention: k has {k.shape[1]} heads; q's {q.shape[1]} heads must be a multiple of them."
         )
     if document_ids is not None:
+        check_is_tensor("attention", "document_ids", document_ids)
         if document_ids.dtype != torch.int32:
             raise TypeError(f"attention: document_ids are {document_ids.dtype}; pass document_ids.int().")
         if document_ids.shape != (q.shape[0], q.shape[2]) or document_ids.device != q.device:

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._library import (
+    check_is_tensor,
     check_probability,
     check_tensors,
     draw_seed,
@@ -174,6 +175,7 @@ def embedding(ids: Tensor, tokens: Tensor, positions: Tensor, dropout_p: float =
             [0, V), which on a GPU gives a row of NaN.
     """
     check_tensors("embedding", tokens=tokens, positions=positions)
+    check_is_tensor("embedding", "ids", ids)
     if ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"embedding: ids is {ids.dtype}; use int64 or int32.")
     if ids.device != tokens.device:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ._library import (
     autocast_is_on,
+    cast,
     check_tensors,
     register_cuda,
     register_fake,
@@ -76,7 +77,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
         ValueError: wrong shapes, eps <= 0, or devices differ.
     """
     if autocast_is_on(x):
-        weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+        weight, bias = cast(x.dtype, weight, bias)
     check_tensors("layer_norm", x=x, weight=weight, bias=bias)
     if x.dim() == 0:
         raise ValueError("layer_norm: x has no dimension to normalise; give it at least one.")

@@ -28,7 +28,14 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ._library import autocast, check_tensors, register_autograd, register_cuda, register_fake
+from ._library import (
+    autocast,
+    check_is_tensor,
+    check_tensors,
+    register_autograd,
+    register_cuda,
+    register_fake,
+)
 from ._tuning import choose
 
 # Logits held at once on CUDA, in elements.
@@ -251,6 +258,7 @@ def linear_cross_entropy(
     """
     hidden, weight, bias = autocast(hidden, weight, bias)
     check_tensors("linear_cross_entropy", bias, hidden=hidden, weight=weight)
+    check_is_tensor("linear_cross_entropy", "targets", targets)
     if targets.dtype != torch.int64:
         raise TypeError(f"linear_cross_entropy: targets are {targets.dtype}; pass targets.long().")
     if targets.device != hidden.device:

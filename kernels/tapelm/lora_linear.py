@@ -29,6 +29,7 @@ from torch.utils.flop_counter import register_flop_formula
 from ._library import (
     architecture,
     autocast,
+    check_is_tensor,
     check_tensors,
     configured_architecture,
     register_cuda,
@@ -265,6 +266,7 @@ def lora_linear(x: Tensor, weight: Tensor | NF4Weight, a: Tensor, b: Tensor, sca
         x, a, b = autocast(x, a, b)
         check_tensors("lora_linear", x=x, a=a, b=b)
     else:
+        check_is_tensor("lora_linear", "weight", weight)
         packed, state, block_size = weight.detach(), [], 64
         x, packed, a, b = autocast(x, packed, a, b)
         check_tensors("lora_linear", x=x, weight=packed, a=a, b=b)

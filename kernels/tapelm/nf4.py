@@ -202,4 +202,6 @@ def nf4_dequantize(q: NF4Weight) -> Tensor:
     Raises:
         TypeError, ValueError: parts of ``q`` that do not fit each other.
     """
+    if not isinstance(q, NF4Weight):
+        raise TypeError(f"nf4_dequantize: q is of type {type(q).__name__}; it must be an NF4Weight.")
     return torch.ops.tapelm.nf4_dequantize(q.packed, q.state, q.block_size, q.shape, q.dtype)

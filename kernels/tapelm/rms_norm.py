@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ._library import (
     autocast_is_on,
+    cast,
     check_tensors,
     register_cuda,
     register_fake,
@@ -68,7 +69,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
         ValueError: wrong shapes, eps <= 0, or devices differ.
     """
     if autocast_is_on(x):
-        weight = weight.to(x.dtype)
+        (weight,) = cast(x.dtype, weight)
     check_tensors("rms_norm", x=x, weight=weight)
     if x.dim() == 0:
         raise ValueError("rms_norm: x has no dimension to normalise; give it at least one.")

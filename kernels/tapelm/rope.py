@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._library import check_tensors, next_power_of_2, register_cuda, register_fake
+from ._library import check_is_tensor, check_tensors, next_power_of_2, register_cuda, register_fake
 from ._tuning import choose
 
 
@@ -134,6 +134,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
         )
     batch, _, time, width = q.shape
     for name, table in (("cos", cos), ("sin", sin)):
+        check_is_tensor("rope", name, table)
         if tuple(table.shape) not in ((time, width), (batch, time, width)) or table.shape != cos.shape:
             raise ValueError(
                 f"rope: {name} is {tuple(table.shape)}; both tables must be ({time}, {width}) or "
