@@ -99,7 +99,8 @@ def document_mask(document_ids: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions; called as transformers calls its own.
 
-    An int32 attention_mask is a document_mask; any other says which keys each query sees.
+    An int32 attention_mask is a document_mask, for queries that no cached keys precede; any other says which
+    keys each query sees.
     """
 
     def __init__(self, attention: Any) -> None:
@@ -127,6 +128,11 @@ class Attention(nn.Module):
         documents = None
         if attention_mask is not None and attention_mask.dtype == torch.int32:
             documents, attention_mask = attention_mask[:, 0, 0], None
+            if q.shape[2] != k.shape[2]:
+                raise ValueError(
+                    f"Attention: a document mask of {q.shape[2]} tokens says nothing of the "
+                    f"{k.shape[2] - q.shape[2]} keys before them in the cache; pass use_cache=False."
+                )
         if attention_mask is None and q.shape[2] == k.shape[2]:
             y = tapelm.attention(q, k, v, scale=self.scaling, document_ids=documents)
         else:

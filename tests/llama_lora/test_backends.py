@@ -19,6 +19,7 @@ from llama_lora import adapters as files
 from llama_lora.adapters import Recipe
 from llama_lora.backends import HuggingFaceBackend, TapelmBackend, get_backend, open_base
 from llama_lora.dataset import Example
+from llama_lora.modules import document_mask
 from llama_lora.packing import PackedBatch, collate
 from llama_lora.verify import check_round_trip, randomize, verify
 
@@ -124,6 +125,22 @@ def test_packed_logits_equal_separate_ones(backend, method, tiny_model) -> None:
         packed = backend.logits(model, collate([rows], 48, 0, CPU))[0, :40]
         separate = [backend.logits(model, collate([[row]], 0, 0, CPU))[0] for row in rows]
     assert (packed - torch.cat(separate)).abs().max() <= 1e-4
+
+
+def test_a_document_mask_is_not_dropped_where_a_cache_is_longer(tiny_model) -> None:
+    backend = BACKENDS[0]
+    model = load(backend, tiny_model, "lora").eval()
+    packed = collate([[text(0, 8), text(1, 8)]], 16, 0, CPU)
+    mask = document_mask(packed.document_ids)
+    with torch.no_grad():
+        first = model(
+            input_ids=packed.ids, position_ids=packed.positions, attention_mask=mask, use_cache=True
+        )
+        with pytest.raises(ValueError, match="says nothing of the 16 keys before them in the cache"):
+            model(
+                input_ids=packed.ids, position_ids=packed.positions, attention_mask=mask,
+                past_key_values=first.past_key_values, use_cache=True,
+            )  # fmt: skip
 
 
 def test_raw_transformers_leaks_across_packed_documents(tiny_model) -> None:
