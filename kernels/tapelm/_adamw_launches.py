@@ -49,7 +49,10 @@ def _chunk_table(columns: Sequence[Sequence[Tensor]], first_words: Sequence[int]
             raise ValueError(
                 "adamw: a parameter does not start on a 16-byte boundary; clone() it into its own storage."
             )
-        per_block = any(tensor.numel() < size for tensor, size in zip(tensors, sizes, strict=True))
+        elements = np.array([tensor.nbytes for tensor in tensors], dtype=np.int64) / tensors[0].itemsize
+        per_block = not np.array_equal(elements, sizes)
+        if per_block and not np.array_equal(elements, -(-sizes // QUANT_BLOCK)):
+            raise ValueError("adamw: gradients and states must be as large as their parameters.")
         step = tensors[0].itemsize / (QUANT_BLOCK if per_block else 1)
         rows.append(addresses[owner] + (offset * step).astype(np.int64))
     if first_words is not None:
@@ -90,6 +93,10 @@ def launch_adamw_step_(
     grads = [_aligned(grad) for grad in grads]
     columns = [params, grads, exp_avg, exp_avg_sq, masters or params]
     columns += [exp_avg_scale, exp_avg_sq_scale] if exp_avg_scale else []
+    moment = torch.uint8 if exp_avg_scale else torch.float32
+    wanted = [params[0].dtype, grads[0].dtype, moment, moment, torch.float32 if masters else params[0].dtype]
+    if [column[0].dtype for column in columns] != wanted + [torch.float32] * (len(columns) - len(wanted)):
+        raise TypeError(f"adamw: moments must be {moment}, masters and scales torch.float32.")
     table = _chunk_table(columns, first_word or [0] * len(params))
     if chunks := table.shape[1]:
         kernel, block = (adamw8_kernel, BLOCK_8_BITS) if exp_avg_scale else (adamw_kernel, BLOCK)

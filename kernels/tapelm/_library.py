@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._shapes import shape_check
+
 LIBRARY = torch.library.Library("tapelm", "FRAGMENT")
 
 # The numeric types each device computes in; "meta" stands for either.
@@ -38,22 +40,31 @@ def _load_extension() -> None:
 _load_extension()
 
 
-def register_cuda(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def register_cuda(name: str, **shapes: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers a launcher as the CUDA kernel of ``tapelm::name``, run on the device of its first tensor.
 
-    The launcher itself is returned unchanged, so tests can call it on CPU tensors in Triton's interpreter.
+    ``shapes`` of its tensors, as ``_shapes`` writes them, are checked at each call, because a kernel that is
+    given a shorter tensor reads what lies behind it. Tests call the launcher that is returned on CPU tensors
+    in Triton's interpreter.
     """
 
     def decorate(launch: Callable[..., Any]) -> Callable[..., Any]:
+        check = shape_check(name, launch, shapes)
+
+        @functools.wraps(launch)
+        def checked(*args: Any) -> Any:
+            check(args)
+            return launch(*args)
+
         @functools.wraps(launch)
         def on_its_device(*args: Any) -> Any:
             first = args[0] if isinstance(args[0], Tensor) else args[0][0]
             with torch.cuda.device(first.device):
-                return launch(*args)
+                return checked(*args)
 
         torch.library.register_kernel(f"tapelm::{name}", "cuda", on_its_device, lib=LIBRARY)
-        CUDA_LAUNCHERS[name] = launch
-        return launch
+        CUDA_LAUNCHERS[name] = checked
+        return checked
 
     return decorate
 

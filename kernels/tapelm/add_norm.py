@@ -48,7 +48,7 @@ def add_norm_reference(
     return layer_norm_reference(r, weight, bias, eps), r
 
 
-@register_cuda("add_norm_forward")
+@register_cuda("add_norm_forward", x="*S N", residual="*S N", weight="N", bias="N", seed="")
 def launch_add_norm_forward(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None,
     eps: float, dropout_p: float, seed: Tensor | None,
@@ -59,7 +59,9 @@ def launch_add_norm_forward(
     return y, r, rstd.new_empty(0) if mean is None else mean, rstd
 
 
-@register_cuda("add_norm_backward")
+@register_cuda(
+    "add_norm_backward", grad="*S N", grad_r="*S N", r="*S N", weight="N", mean="*S", rstd="*S", seed=""
+)
 def launch_add_norm_backward(
     grad: Tensor, grad_r: Tensor | None, r: Tensor, weight: Tensor, mean: Tensor | None, rstd: Tensor,
     dropout_p: float, seed: Tensor | None,

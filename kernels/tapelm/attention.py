@@ -74,6 +74,13 @@ def _rows_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 and x.stride(2) * x.shape[2] < 2**31 else x.contiguous()
 
 
+def _check_heads(q: Tensor, k: Tensor) -> None:
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"attention: k has {k.shape[1]} heads; q's {q.shape[1]} heads must be a multiple of them."
+        )
+
+
 def _empty_heads(like: Tensor) -> Tensor:
     """(B, H, T, D) stored as (B, T, H, D), which the projection that follows reads without a copy."""
     batch, heads, time, width = like.shape
@@ -95,12 +102,13 @@ def _documents(document_ids: Tensor | None) -> tuple[Tensor | None, Tensor | Non
     return document_ids, spans
 
 
-@register_cuda("attention_forward")
+@register_cuda("attention_forward", q="B Hq T D", k="B Hkv T D", v="B Hkv T D", seed="", document_ids="B T")
 def launch_attention_forward(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, dropout_p: float, seed: Tensor | None,
     document_ids: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Triton launch of ``tapelm::attention_forward``."""
+    _check_heads(q, k)
     q, k, v = _rows_contiguous(q), _rows_contiguous(k), _rows_contiguous(v)
     batch, heads, time, width = q.shape
     out, lse = _empty_heads(q), torch.zeros(batch, heads, time, dtype=torch.float32, device=q.device)
@@ -116,12 +124,23 @@ def launch_attention_forward(
     return out, lse
 
 
-@register_cuda("attention_backward")
+@register_cuda(
+    "attention_backward",
+    grad="B Hq T D",
+    q="B Hq T D",
+    k="B Hkv T D",
+    v="B Hkv T D",
+    out="B Hq T D",
+    lse="B Hq T",
+    seed="",
+    document_ids="B T",
+)
 def launch_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float,
     dropout_p: float, seed: Tensor | None, document_ids: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Triton launch of ``tapelm::attention_backward``."""
+    _check_heads(q, k)
     grad, q, k, v, out = (_rows_contiguous(x) for x in (grad, q, k, v, out))
     batch, heads, time, width = q.shape
     dq, dk, dv = _empty_heads(q), _empty_heads(k), _empty_heads(v)
@@ -213,10 +232,7 @@ def attention(
             raise ValueError(
                 f"attention: {name} is {tuple(x.shape)}; q {tuple(q.shape)} needs (B, Hkv, T, D)."
             )
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(
-            f"attention: k has {k.shape[1]} heads; q's {q.shape[1]} heads must be a multiple of them."
-        )
+    _check_heads(q, k)
     if document_ids is not None:
         check_is_tensor("attention", "document_ids", document_ids)
         if document_ids.dtype != torch.int32:

@@ -83,7 +83,7 @@ def bias_gelu_backward_kernel(
 TILE = {"BLOCK_R": 2, "BLOCK_C": 1024, "num_warps": 4}
 
 
-@register_cuda("bias_gelu_forward")
+@register_cuda("bias_gelu_forward", x="*S N", bias="N")
 def launch_bias_gelu_forward(x: Tensor, bias: Tensor) -> Tensor:
     """Triton launch of ``tapelm::bias_gelu_forward``."""
     x, bias = x.contiguous(), bias.contiguous()
@@ -97,7 +97,7 @@ def launch_bias_gelu_forward(x: Tensor, bias: Tensor) -> Tensor:
     return y
 
 
-@register_cuda("bias_gelu_backward")
+@register_cuda("bias_gelu_backward", grad="*S N", x="*S N", bias="N")
 def launch_bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Triton launch of ``tapelm::bias_gelu_backward``."""
     grad, x, bias = grad.contiguous(), x.contiguous(), bias.contiguous()

@@ -113,7 +113,7 @@ def dropout_kernel(x_ptr, seed_ptr, y_ptr, numel, threshold, scale, BLOCK: tl.co
 TILE = {"BLOCK": 2048, "num_warps": 4}  # elements of a program
 
 
-@register_cuda("dropout")
+@register_cuda("dropout", seed="")
 def launch_dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
     """Triton launch of ``tapelm::dropout``."""
     x = x.contiguous()

@@ -97,17 +97,26 @@ def embedding_backward_kernel(
         )
 
 
+def _check_positions(ids: Tensor, positions: Tensor) -> None:
+    if ids.shape[-1] > positions.shape[0]:
+        raise ValueError(
+            f"embedding: positions has {positions.shape[0]} rows; ids {tuple(ids.shape)} needs "
+            f"{ids.shape[-1]}."
+        )
+
+
 def launch_config(cols: int) -> dict[str, int]:
     """Tile of rows and columns: 16 elements per thread."""
     block = min(1024, max(32, next_power_of_2(cols)))
     return {"BLOCK_R": 2048 // block, "BLOCK_C": block, "num_warps": 4}
 
 
-@register_cuda("embedding_forward")
+@register_cuda("embedding_forward", ids="*S T", tokens="V C", positions="P C", seed="")
 def launch_embedding_forward(
     ids: Tensor, tokens: Tensor, positions: Tensor, dropout_p: float, seed: Tensor | None
 ) -> Tensor:
     """Triton launch of ``tapelm::embedding_forward``."""
+    _check_positions(ids, positions)
     ids, tokens, positions = ids.contiguous(), tokens.contiguous(), positions.contiguous()
     cols = tokens.shape[1]
     y = tokens.new_empty(*ids.shape, cols)
@@ -122,11 +131,12 @@ def launch_embedding_forward(
     return y
 
 
-@register_cuda("embedding_backward")
+@register_cuda("embedding_backward", grad="*S T C", ids="*S T", tokens="V C", positions="P C", seed="")
 def launch_embedding_backward(
     grad: Tensor, ids: Tensor, tokens: Tensor, positions: Tensor, dropout_p: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Triton launch of ``tapelm::embedding_backward``."""
+    _check_positions(ids, positions)
     grad, cols = grad.contiguous(), tokens.shape[1]
     place = torch.arange(ids.shape[-1], device=ids.device).expand(ids.shape)
     outputs = []
@@ -187,11 +197,7 @@ def embedding(ids: Tensor, tokens: Tensor, positions: Tensor, dropout_p: float =
             f"embedding: tokens is {tuple(tokens.shape)} and positions {tuple(positions.shape)}; both must "
             "be matrices of one width."
         )
-    if ids.shape[-1] > positions.shape[0]:
-        raise ValueError(
-            f"embedding: positions has {positions.shape[0]} rows; ids {tuple(ids.shape)} needs "
-            f"{ids.shape[-1]}."
-        )
+    _check_positions(ids, positions)
     check_probability("embedding", "dropout_p", dropout_p)
     seed = draw_seed(tokens.device) if dropout_p else None
     return torch.ops.tapelm.embedding_forward.default(ids, tokens, positions, dropout_p, seed)

@@ -30,7 +30,7 @@ def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1
     return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
-@register_cuda("layer_norm_forward")
+@register_cuda("layer_norm_forward", x="*S N", weight="N", bias="N")
 def launch_layer_norm_forward(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -40,7 +40,7 @@ def launch_layer_norm_forward(
     return y, mean, rstd
 
 
-@register_cuda("layer_norm_backward")
+@register_cuda("layer_norm_backward", grad="*S N", x="*S N", weight="N", mean="*S", rstd="*S")
 def launch_layer_norm_backward(
     grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

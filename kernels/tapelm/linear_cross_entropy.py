@@ -103,7 +103,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
 
 
-@register_cuda("linear_cross_entropy_forward")
+@register_cuda("linear_cross_entropy_forward", hidden="M C", weight="V C", targets="M", bias="V")
 def launch_linear_cross_entropy_forward(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, ignore_index: int, need_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -111,7 +111,7 @@ def launch_linear_cross_entropy_forward(
     return _launch(hidden, weight, targets, bias, ignore_index, need_grad, need_grad)
 
 
-@register_cuda("frozen_cross_entropy_forward")
+@register_cuda("frozen_cross_entropy_forward", hidden="M C", weight="V C", targets="M")
 def launch_frozen_cross_entropy_forward(
     hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, need_grad: bool
 ) -> tuple[Tensor, Tensor]:

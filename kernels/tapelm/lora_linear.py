@@ -169,6 +169,8 @@ def _launch(
     quantized = weight.dtype == torch.uint8
     if quantized:
         check_state(weight, state, block_size, n * k, "lora_linear")
+    elif weight.shape != shape:
+        raise ValueError(f"lora_linear: weight is {tuple(weight.shape)}; it must be {shape}.")
     if not y.numel():
         return y
     columns = triton.cdiv(k, block_k) if backward else triton.cdiv(n, block_n)
@@ -189,7 +191,7 @@ def _rows(t: Tensor) -> Tensor:
     return t.reshape(math.prod(t.shape[:-1]), t.shape[-1]).contiguous()
 
 
-@register_cuda("lora_linear_forward")
+@register_cuda("lora_linear_forward", x="*S K", a="R K", b="N R")
 def launch_lora_linear_forward(
     x: Tensor, weight: Tensor, state: Sequence[Tensor], block_size: int, a: Tensor, b: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
@@ -200,7 +202,7 @@ def launch_lora_linear_forward(
     return y.view(*x.shape[:-1], b.shape[0]), u
 
 
-@register_cuda("lora_linear_backward")
+@register_cuda("lora_linear_backward", grad="*S N", x="*S K", u="M R", a="R K", b="N R")
 def launch_lora_linear_backward(
     grad: Tensor, x: Tensor, u: Tensor, weight: Tensor, state: Sequence[Tensor], block_size: int, a: Tensor,
     b: Tensor, scaling: float,

@@ -152,7 +152,7 @@ def nf4_dequantize_reference(q: NF4Weight, dtype: torch.dtype | None = None) -> 
     return (codes[nibbles] * scales).view(q.shape).to(dtype or q.dtype)
 
 
-register_cuda("nf4_quantize")(launch_quantize)
+register_cuda("nf4_quantize", map="256")(launch_quantize)
 register_cuda("nf4_dequantize")(launch_dequantize)
 
 

@@ -29,14 +29,14 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     return torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps)
 
 
-@register_cuda("rms_norm_forward")
+@register_cuda("rms_norm_forward", x="*S N", weight="N")
 def launch_rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Triton launch of ``tapelm::rms_norm_forward``."""
     y, _, _, rstd = launch_forward(x, weight, None, eps)
     return y, rstd
 
 
-@register_cuda("rms_norm_backward")
+@register_cuda("rms_norm_backward", grad="*S N", x="*S N", weight="N", rstd="*S")
 def launch_rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     """Triton launch of ``tapelm::rms_norm_backward``."""
     dx, _, dweight, _ = launch_backward(grad, x, weight, None, rstd)

@@ -89,7 +89,7 @@ def launch_config(q: Tensor) -> dict[str, int]:
     return {"HALF": half, "BLOCK_D": block, **tile}
 
 
-@register_cuda("rope")
+@register_cuda("rope", q="B Hq T D", k="B Hkv T D", cos="T D | B T D", sin="T D | B T D")
 def launch_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
     """Triton launch of ``tapelm::rope``."""
     q, k = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k))

@@ -57,7 +57,7 @@ def swiglu_backward_kernel(grad_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, numel
 TILE = {"BLOCK": 2048, "num_warps": 4}  # elements of a program
 
 
-@register_cuda("swiglu_forward")
+@register_cuda("swiglu_forward", gate="*S", up="*S")
 def launch_swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
     """Triton launch of ``tapelm::swiglu_forward``."""
     gate, up = gate.contiguous(), up.contiguous()
@@ -69,7 +69,7 @@ def launch_swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
     return y
 
 
-@register_cuda("swiglu_backward")
+@register_cuda("swiglu_backward", grad="*S", gate="*S", up="*S")
 def launch_swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """Triton launch of ``tapelm::swiglu_backward``."""
     grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
