@@ -22,7 +22,7 @@ from benchmarks.tokenizer import CORPORA, VOCAB_SIZE, WARM_PASSES, documents, ti
 from gpt.cli import UserError
 from gpt.corpus import SHARD_HEADER_BYTES
 from tapelm import Tokenizer
-from tapelm.shards import token_dtype
+from tapelm._shard_writer import token_dtype
 
 MADE_UP_BYTES = 48_000_000
 MEMORY, FILES = "encode_batch in memory", "file to shards"

@@ -30,7 +30,8 @@ from gpt.corpus import END_OF_TEXT, SHARD_HEADER_BYTES
 from gpt.hardware import pick_precision
 from gpt.ops import PLAIN, Ops, ParameterGroups, load_ops
 from tapelm import Tokenizer, TokenLoader
-from tapelm.shards import read_manifest, token_dtype
+from tapelm._shard_writer import token_dtype
+from tapelm.shards import read_manifest
 
 KERNELS = {
     "attention": ("attention",),

@@ -27,8 +27,8 @@ from benchmarks.harness import Case, Row, measure
 from gpt.cli import UserError
 from gpt.corpus import SHARD_HEADER_BYTES
 from tapelm import TokenLoader, _text, write_shards
+from tapelm._shard_writer import MANIFEST
 from tapelm.loader import ORDERS
-from tapelm.shards import MANIFEST
 
 TOKENS = 8 << 20  # a timing of batches
 # Of those whose processes send them, which takes milliseconds a batch. Up to four batches wait when a timing

@@ -34,7 +34,7 @@ from data.sources import fed, files, hf, news, packages, rows, sec
 from data.tokens import hash_of, open_tokenizer, write_tokens
 from gpt.cli import UserError, parse_options
 from tapelm import Tokenizer
-from tapelm.shards import replace_directory, sibling
+from tapelm._shard_folders import replace_directory, sibling
 
 SOURCES: dict[str, Callable[[Config, Progress], Corpus]] = {
     "packages": packages.open_corpus,

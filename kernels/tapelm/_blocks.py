@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from tapelm import _text
-from tapelm.shards import token_dtype
+from tapelm._shard_writer import token_dtype
 
 BLOCK_BYTES = 1 << 21  # of text, encoded at a time
 PIECE_BYTES = 1 << 19  # of a plain text, read at a time

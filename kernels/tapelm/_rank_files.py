@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from tapelm import _text
-from tapelm._tokenizer_json import CHARACTER_OF_BYTE, BpeFile, make_config, require
+from tapelm._tokenizer_json import CHARACTER_OF_BYTE, make_config, require
+from tapelm._tokenizer_reader import BpeFile
 
 _LLAMA3_RANKS = 128_000
 _MOST_RESERVED = 2**16  # a special token further above the ranks than this is a mistake

@@ -8,7 +8,6 @@ journal.jsonl says for every finished shard where in the inputs encoding goes on
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 import threading
@@ -20,14 +19,10 @@ from typing import Any, TextIO
 import numpy as np
 
 from tapelm._blocks import Encoding, Lines, Pieces, Position, read_blocks
-from tapelm.shards import (
-    JOURNAL,
-    ShardWriter,
-    check_settings,
-    replace_directory,
-    replaceable,
-    strange_files,
-)
+from tapelm._journal import append, lock, make_partial, read_journal
+from tapelm._shard_folders import JOURNAL, replace_directory, replaceable
+from tapelm._shard_writer import ShardWriter
+from tapelm.shards import check_settings
 
 OTHER_KINDS = (".csv", ".parquet", ".gz", ".zst")  # which data.prepare reads
 UNCLEAR_KINDS = (".json", ".ndjson")
@@ -50,12 +45,12 @@ def encode_files(
         "end_of_text": encoding.end_of_text,
         "shard_tokens": shard_tokens,
     }
-    _make_partial(partial)
+    make_partial(partial)
     kept = False
     with (partial / JOURNAL).open("a+", encoding="utf-8") as journal:
-        _lock(journal, partial, out_dir)
+        lock(journal, partial, out_dir)
         try:
-            shards, position, skip = _read_journal(journal, partial, key)
+            shards, position, skip = read_journal(journal, partial, key)
             writer = _write(encoding, paths, partial, shard_tokens, journal, shards, position, skip)
             for path, before in zip(paths, inputs, strict=True):
                 if _identity(path) != before:
@@ -91,7 +86,7 @@ def _write(
     left_out = skip
 
     def record(entry: dict[str, Any], used: int) -> None:
-        _append(journal, {"shard": entry, "position": asdict(current[0]), "skip": current[1] + used})
+        append(journal, {"shard": entry, "position": asdict(current[0]), "skip": current[1] + used})
 
     writer = ShardWriter(partial, encoding.vocab_size, encoding.end_of_text, shard_tokens, shards, record)
 
@@ -128,7 +123,7 @@ class _Pipeline:
         self._encoding = encoding
         self._write = write
         self._cores = os.cpu_count() or 1
-        self._reading = threading.Lock()  # of who asks for a block
+        self._reading = threading.Lock()  # held by the thread that takes the next block from the reader
         self._changed = threading.Condition()
         self._taken = 0  # blocks
         self._written = 0
@@ -222,86 +217,3 @@ def _check_kinds(paths: list[Path]) -> None:
                 f"{path} is neither plain text nor .jsonl: unpack it, or let data.prepare read it, "
                 f"which takes {', '.join(OTHER_KINDS)}, too"
             )
-
-
-def _make_partial(partial: Path) -> None:
-    """Create the directory; raises ValueError when there is one that is not of an earlier run."""
-    partial.mkdir(parents=True, exist_ok=True)
-    strange = strange_files(partial)
-    if strange or (any(partial.iterdir()) and not (partial / JOURNAL).exists()):
-        found = strange[0] if strange else f"no {JOURNAL}"
-        raise ValueError(
-            f"{partial} is needed for shards that are not finished, and holds {found}: move it elsewhere"
-        )
-
-
-def _lock(journal: TextIO, partial: Path, out_dir: str | os.PathLike[str]) -> None:
-    """Raises ValueError when another process has the journal, or has had it and moved it away."""
-    try:
-        fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        there = os.stat(partial / JOURNAL)
-    except BlockingIOError as error:
-        raise ValueError(f"another process is encoding to {os.fspath(out_dir)}: wait for it") from error
-    except FileNotFoundError:
-        there = None
-    if there is None or not os.path.samestat(there, os.fstat(journal.fileno())):
-        raise ValueError(f"another process has just encoded to {os.fspath(out_dir)}: look, or start again")
-
-
-def _append(journal: TextIO, record: dict[str, Any]) -> None:
-    journal.write(json.dumps(record) + "\n")
-    journal.flush()
-    if "shard" in record:  # without one there is nothing that could be lost
-        os.fsync(journal.fileno())
-
-
-def _read_journal(
-    journal: TextIO, partial: Path, key: dict[str, Any]
-) -> tuple[list[dict[str, Any]], Position, int]:
-    """Finished shards, where to go on, and how many tokens from there are in them.
-
-    A journal of other inputs, tokenizer or settings is begun anew. Of one that fits, what follows the first
-    line that is damaged, or whose shard is not there, does not count.
-    """
-    journal.seek(0)
-    records: list[dict[str, Any]] = []
-    good = 0  # bytes
-    for line in journal.buffer.read().splitlines(keepends=True):  # type: ignore[attr-defined]
-        record = _read_record(line)
-        if record is None or (record != key if not records else not _is_finished(record, partial)):
-            break
-        records.append(record)
-        good += len(line)
-    journal.truncate(good)
-    if not records:
-        _append(journal, key)
-    shards = [record["shard"] for record in records[1:]]
-    kept = {shard["file"] for shard in shards} | {JOURNAL}
-    for path in partial.iterdir():
-        if path.name not in kept:
-            path.unlink()
-    if not shards:
-        return [], Position(), 0
-    return shards, Position(**records[-1]["position"]), records[-1]["skip"]
-
-
-def _read_record(line: bytes) -> dict[str, Any] | None:
-    """A whole line of the journal, None when it is no JSON object."""
-    try:
-        record = json.loads(line) if line.endswith(b"\n") else None
-    except (ValueError, RecursionError):
-        return None
-    return record if isinstance(record, dict) else None
-
-
-def _is_finished(record: dict[str, Any], partial: Path) -> bool:
-    """Whether a line of the journal is about a shard that is there in full."""
-    match record:
-        case {
-            "shard": {"file": str(name), "bytes": int(size), "tokens": int(), "documents": int(), **hashed},
-            "position": {"file": int(), "offset": int(), "inside": bool(), **rest},
-            "skip": int(),
-        } if "sha256" in hashed and not rest and Path(name).name == name:
-            path = partial / name
-            return path.is_file() and path.stat().st_size == size
-    return False

@@ -1,9 +1,8 @@
-"""Token shards on disk; the Python face of csrc/text/shards.h, which has the layout of a shard file.
+"""Token shards on disk: documents written to them, their manifest read and checked.
 
 A shard directory holds `shard-00000.bin`, ... and `manifest.json` with the counts of every shard, which are
-those of its header, and the SHA-256 of all behind the header: tokens are hashed as they are written, and
-counts are known at the end. The shards of a directory are one sequence of tokens in which every document ends
-with the end-of-text token.
+those of its header, and the SHA-256 of all behind the header. The shards of a directory are one sequence of
+tokens in which every document ends with the end-of-text token.
 """
 
 from __future__ import annotations
@@ -11,161 +10,24 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
-import secrets
 import shutil
-import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tapelm import _text
-
-MANIFEST = "manifest.json"
-JOURNAL = "journal.jsonl"  # of files that are being encoded
-_FORMAT = "tapelm-shards"
-_VERSION = 2
-_START_BYTES = (
-    1 << 21
-)  # written before the disk is to begin with them, so that little is left to wait for at the end
-
-
-class ShardWriter:
-    """Appends tokens to numbered shard files of a directory, after `shards` that are there already.
-
-    `finished(entry, used)` is called for every full shard, once it is safely on disk: its entry of the
-    manifest, and how many tokens of the current `add` it and the shards before it hold.
-    """
-
-    def __init__(
-        self,
-        directory: Path,
-        vocab_size: int,
-        end_of_text: int,
-        shard_tokens: int,
-        shards: Iterable[dict[str, Any]] = (),
-        finished: Callable[[dict[str, Any], int], None] = lambda entry, used: None,
-    ) -> None:
-        self._directory = directory
-        self._vocab_size = vocab_size
-        self._end_of_text = end_of_text
-        self._limit = shard_tokens
-        self._finished = finished
-        self._file: Any = None
-        self._tokens = 0
-        self._starts: list[np.ndarray] = []
-        self._digest = hashlib.sha256()
-        self._unstarted = 0
-        self._closed = False
-        self.dtype = token_dtype(vocab_size)
-        self.shards = list(shards)
-
-    def add(self, ids: np.ndarray, starts: np.ndarray) -> None:
-        """Append tokens (n,) in which documents begin at `starts` (k,) uint64, ascending."""
-        self._check_open()
-        used = 0
-        while used < ids.size:
-            if self._file is None:
-                self._file = (self._directory / _file_name(len(self.shards))).open("wb")
-                self._file.write(self._header())
-            part = ids[used : used + self._limit - self._tokens]
-            begin, end = np.searchsorted(starts, (used, used + part.size))
-            self._starts.append(starts[begin:end] - np.uint64(used) + np.uint64(self._tokens))
-            self._append(part.astype(self.dtype, copy=False).data)
-            self._tokens += part.size
-            used += part.size
-            if self._tokens == self._limit:
-                self.finish()
-                self._finished(self.shards[-1], used)
-
-    def finish(self) -> None:
-        """Complete the open shard: document starts, header, hash."""
-        self._check_open()
-        if self._file is None:
-            return
-        with self._file as file:
-            self._append(bytes(-file.tell() % 8))
-            self._append(np.concatenate(self._starts).astype("<u8").data)
-            size = file.tell()
-            file.seek(0)
-            file.write(self._header())
-            file.flush()
-            os.fsync(file.fileno())
-        self.shards.append(
-            {
-                "file": Path(file.name).name,
-                "tokens": self._tokens,
-                "documents": self._documents(),
-                "bytes": size,
-                "sha256": self._digest.hexdigest(),
-            }
-        )
-        self._file, self._tokens, self._starts = None, 0, []
-        self._digest, self._unstarted = hashlib.sha256(), 0
-
-    def _append(self, content: bytes | memoryview) -> None:
-        self._file.write(content)
-        self._digest.update(content)
-        self._unstarted += len(memoryview(content).cast("B"))
-        if self._unstarted >= _START_BYTES:
-            self._file.flush()
-            _text.start_writing(self._file.fileno())
-            self._unstarted = 0
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ValueError("the writer of these shards is closed")
-
-    def close(self) -> None:
-        """Give up the open shard, if any; nothing can be added any more."""
-        self._closed = True
-        if self._file is not None:
-            self._file.raw.close()
-            self._file = None
-
-    def _header(self) -> bytes:
-        return shard_header(self._vocab_size, self._end_of_text, self._tokens, self._documents())
-
-    def _documents(self) -> int:
-        return sum(map(len, self._starts))
-
-    def write_manifest(self) -> dict[str, Any]:
-        """Complete the last shard and write manifest.json, which is returned."""
-        self.finish()
-        if not self.shards:
-            raise ValueError("documents are empty: there is nothing to write")
-        manifest = {
-            "format": _FORMAT,
-            "version": _VERSION,
-            "vocab_size": self._vocab_size,
-            "end_of_text": self._end_of_text,
-            "dtype": self.dtype.name,
-            "tokens": sum(shard["tokens"] for shard in self.shards),
-            "documents": sum(shard["documents"] for shard in self.shards),
-            "shards": self.shards,
-        }
-        with (self._directory / MANIFEST).open("w", encoding="utf-8") as file:
-            json.dump(manifest, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        return manifest
-
-
-def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """How ids are stored: uint16 up to a vocabulary of 65,536, else uint32."""
-    return np.dtype(np.uint16 if vocab_size <= 65536 else np.uint32)
-
-
-def _file_name(number: int) -> str:
-    return f"shard-{number:05d}.bin"
-
-
-def shard_header(vocab_size: int, end_of_text: int, tokens: int, documents: int) -> bytes:
-    itemsize = token_dtype(vocab_size).itemsize
-    return _text.shard_header(itemsize, tokens, documents, vocab_size, end_of_text)
+from tapelm._shard_folders import replace_directory, replaceable, sibling
+from tapelm._shard_writer import (
+    FORMAT,
+    MANIFEST,
+    VERSION,
+    ShardWriter,
+    shard_header,
+    shard_name,
+    token_dtype,
+)
 
 
 def check_integers(**numbers: object) -> None:
@@ -183,43 +45,6 @@ def check_settings(vocab_size: int, end_of_text: int, shard_tokens: int) -> None
     check_integers(shard_tokens=shard_tokens)
     if shard_tokens < 1:
         raise ValueError(f"shard_tokens must be positive, got {shard_tokens}")
-
-
-def strange_files(directory: Path) -> list[str]:
-    """Names of what is in `directory` and is no part of shards, nor of shards that are being written."""
-    ours = re.compile(rf"shard-\d{{5,}}\.bin|{re.escape(MANIFEST)}|{re.escape(JOURNAL)}")
-    return sorted(
-        path.name for path in directory.iterdir() if not ours.fullmatch(path.name) or not path.is_file()
-    )
-
-
-def replaceable(out_dir: str | os.PathLike[str]) -> Path:
-    """`out_dir`, resolved; raises ValueError when it holds something else than shards."""
-    target = Path(out_dir).resolve()
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return target
-    if not target.is_dir() or not _has_manifest(target):
-        raise ValueError(f"{out_dir} exists and is no shard directory: remove it or choose another out_dir")
-    if (target.parent / "data_card.json").is_file():
-        raise ValueError(f"{out_dir} is part of the data that data.prepare made: choose another out_dir")
-    if strange := strange_files(target):
-        raise ValueError(
-            f"{out_dir} holds {strange[0]}, which is no shard and would be lost: move it elsewhere"
-        )
-    return target
-
-
-def _has_manifest(directory: Path) -> bool:
-    try:
-        manifest = json.loads((directory / MANIFEST).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(manifest, dict) and manifest.get("format") == _FORMAT
-
-
-def sibling(target: Path, kind: str) -> Path:
-    """A path beside `target` that no other process or thread uses: NAME.KIND-1f2e3d4c."""
-    return target.with_name(f"{target.name}.{kind}-{secrets.token_hex(4)}")
 
 
 def write_shards(
@@ -275,29 +100,6 @@ def _checked(document: np.ndarray, number: int, vocab_size: int, end_of_text: in
     return np.append(ids.astype(np.uint32), np.uint32(end_of_text))
 
 
-def replace_directory(source: Path, target: Path) -> None:
-    """Rename `source` to `target`; what was there is removed afterwards, or put back when renaming fails.
-
-    Warns when the old directory cannot be removed, and says where it is when that is interrupted: the new one
-    is in its place all the same.
-    """
-    old = sibling(target, "old")
-    try:
-        if target.exists():
-            target.rename(old)
-        source.rename(target)
-    finally:
-        if old.exists() and not target.exists():
-            old.rename(target)
-    try:
-        if old.exists():
-            shutil.rmtree(old)
-    except KeyboardInterrupt as error:
-        raise KeyboardInterrupt(f"{target} holds the new data, {old} the rest of the old") from error
-    except OSError as error:
-        warnings.warn(f"{old}, the data before, cannot be removed: {error}", stacklevel=2)
-
-
 def read_manifest(directory: Path) -> tuple[dict[str, Any], str]:
     """The manifest and the SHA-256 of its bytes."""
     path = directory / MANIFEST
@@ -323,13 +125,13 @@ def read_manifest(directory: Path) -> tuple[dict[str, Any], str]:
             if manifest.get("dtype", expected := token_dtype(vocab_size).name) != expected:
                 raise ValueError(f"{path} is damaged: vocab_size {vocab_size} is stored as {expected}")
             return manifest, hashlib.sha256(content).hexdigest()
-    raise ValueError(f"{path} is not a manifest of {_FORMAT} version {_VERSION}: encode the text again")
+    raise ValueError(f"{path} is not a manifest of {FORMAT} version {VERSION}: encode the text again")
 
 
 def _is_entry(shard: Any, number: int) -> bool:
     match shard:
         case {"file": str(name), "tokens": int(tokens), "documents": int(documents), "sha256": str()}:
-            return name == _file_name(number) and 0 <= tokens < 2**48 and 0 <= documents < 2**48
+            return name == shard_name(number) and 0 <= tokens < 2**48 and 0 <= documents < 2**48
     return False
 
 

@@ -31,7 +31,8 @@ from tapelm import _text
 from tapelm._blocks import Encoding
 from tapelm._rank_files import ranks_of
 from tapelm._tokenizer_files import check_arguments, has_rank_suffix, read_tokenizer_file, tokenizer_file
-from tapelm._tokenizer_json import CHARACTER_OF_BYTE, new_config, read_config
+from tapelm._tokenizer_json import CHARACTER_OF_BYTE, new_config
+from tapelm._tokenizer_reader import read_config
 from tapelm.encode_files import encode_files
 from tapelm.shards import check_integers
 

@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from tapelm import _text
+from tapelm._shard_writer import ShardWriter
 from tapelm.loader import Batch, TokenLoader
-from tapelm.shards import ShardWriter, verify_shards, write_shards
+from tapelm.shards import verify_shards, write_shards
 
 VOCAB, END = 1000, 999
 

@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tapelm._shard_writer import MANIFEST
 from tapelm.loader import TokenLoader
-from tapelm.shards import MANIFEST, verify_shards, write_shards
+from tapelm.shards import verify_shards, write_shards
 from tapelm.tokenizer import Tokenizer
 from tests.kernels.tokenizer_cases import END, finance_text, rank_file, tokens_of
 
