@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .dropout import random_words
+from ._philox import random_words
 
 QUANT: tl.constexpr = tl.constexpr(256)  # elements of an 8-bit moment that share a scale
 

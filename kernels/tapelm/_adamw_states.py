@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._adamw_kernels import QUANT
 from ._sharded import as_shard, shard_of
 
-QUANT_BLOCK = 256
+QUANT_BLOCK = QUANT.value
 SMALLEST_QUANTIZED = 4096
 """Tensors of fewer elements, biases and norms, keep float32 moments: they cost little."""
 MOMENTS = {"exp_avg": True, "exp_avg_sq": False}

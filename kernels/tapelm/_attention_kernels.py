@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .dropout import keep_mask
+from ._philox import keep_mask
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 GRAIN = tl.constexpr(16)  # tokens with one span of document_spans_kernel; every tile is a multiple of it

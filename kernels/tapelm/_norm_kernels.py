@@ -16,20 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .dropout import keep_elements, keep_mask
-
-
-@triton.jit
-def drop(x, seed_ptr, row, first, cols, threshold, scale, BLOCK_C: tl.constexpr, ALIGNED: tl.constexpr):
-    """x (R, BLOCK_C), columns from ``first`` (a multiple of eight) of rows ``row``, after dropout."""
-    seed = tl.load(seed_ptr)
-    if ALIGNED:
-        groups = row.to(tl.int64) * (cols // 8) + first // 8
-        kept = keep_mask(seed, groups[:, None] + tl.arange(0, BLOCK_C // 8)[None, :], threshold)
-    else:
-        index = row.to(tl.int64) * cols + first
-        kept = keep_elements(seed, index[:, None] + tl.arange(0, BLOCK_C)[None, :], threshold)
-    return tl.where(kept, x * scale, 0.0)
+from ._philox import drop
 
 
 @triton.jit

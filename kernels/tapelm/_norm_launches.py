@@ -17,8 +17,8 @@ from ._norm_kernels import (
     wide_norm_backward_kernel,
     wide_norm_forward_kernel,
 )
+from ._philox import keep_scale, keep_threshold
 from ._tuning import Config, choose
-from .dropout import keep_scale, keep_threshold
 
 NARROW_WIDTH = 8192  # widest row a program holds in registers without spilling
 WARPS = 64  # of resident programs that walk over the rows, per multiprocessor

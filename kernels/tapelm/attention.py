@@ -45,7 +45,7 @@ from ._library import (
     register_cuda,
     register_fake,
 )
-from .dropout import keep_reference, keep_scale, keep_threshold
+from ._philox import keep_reference, keep_scale, keep_threshold
 
 
 def attention_reference(

@@ -31,8 +31,8 @@ from ._library import (
     register_cuda,
     register_fake,
 )
-from ._norm_kernels import drop
-from .dropout import dropout_reference, keep_scale, keep_threshold
+from ._philox import drop, keep_scale, keep_threshold
+from .dropout import dropout_reference
 
 
 def embedding_reference(

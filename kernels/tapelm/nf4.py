@@ -30,9 +30,9 @@ import torch
 from torch import Tensor
 
 from ._library import check_tensors, register_cuda, register_fake
-from ._nf4_kernels import CODES, check_block_size, launch_dequantize, launch_quantize
+from ._nf4_kernels import CODES, SCALES, check_block_size, launch_dequantize, launch_quantize
 
-NESTED_BLOCK = 256
+NESTED_BLOCK = SCALES.value
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,8 +6,8 @@ import torch
 
 import tapelm
 from tapelm._adamw_states import dequantize, quantize
+from tapelm._philox import philox_reference
 from tapelm.adamw import adamw_reference, random_key
-from tapelm.dropout import philox_reference
 from tapelm.testing import check_registration, interpreted_triton
 
 # Ragged, a scalar, empty, and with small_chunks one that spans three chunks on CUDA and in the interpreter.

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from benchmarks.subjects import NOT_TRITON, SUBJECTS, Subject, random
 from tapelm._library import CUDA_LAUNCHERS
-from tapelm.dropout import keep_reference
+from tapelm._philox import keep_reference
 from tapelm.testing import interpreted_triton
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

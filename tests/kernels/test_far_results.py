@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import tapelm  # noqa: F401  registers the ops
-from tapelm.dropout import keep_scale
+from tapelm._philox import keep_scale
 from tests.kernels.machine_code import machine_code
 
 ops = torch.ops.tapelm
