@@ -3,17 +3,20 @@
 #include <ATen/EmptyTensor.h>
 #include <c10/core/CPUAllocator.h>
 #include <sys/mman.h>
+#include <torch/library.h>
 
 #include <algorithm>
 #include <cstring>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <tuple>
+#include <utility>
 
 namespace tapelm {
 namespace {
 
-constexpr size_t kSmall = size_t{1} << 20;  // below this the C library keeps freed memory itself
+constexpr size_t kSmall = size_t{1} << 20;  // smaller blocks are the C library's, which reuses those itself
 constexpr size_t kUnit = size_t{1} << 16;
 constexpr size_t kHugePage = size_t{1} << 21;
 constexpr size_t kSegment = size_t{1} << 30;  // of addresses: pages that were never used take no memory
@@ -25,8 +28,15 @@ struct Block {
   size_t bytes;
 };
 
+struct Segment {
+  void* mapped;  // start of the mapping of `bytes` and a huge page for alignment
+  size_t bytes;
+};
+
 class Memory final : public c10::Allocator {
  public:
+  static Memory& instance();
+
   c10::DataPtr allocate(size_t bytes) override {
     if (bytes < kSmall) return c10::GetCPUAllocator()->allocate(bytes);
     const size_t rounded = round_up(bytes, kUnit);
@@ -36,6 +46,31 @@ class Memory final : public c10::Allocator {
   }
 
   void copy_data(void* dest, const void* src, size_t count) const override { std::memcpy(dest, src, count); }
+
+  // Unmaps the segments in which nothing lives; the pages of what is free in the others go back to the system as well.
+  void release() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (auto segment = segments_.begin(); segment != segments_.end();) {
+      const auto free = free_.find(segment->first);
+      if (free == free_.end() || free->second != segment->second.bytes) {
+        ++segment;
+        continue;
+      }
+      munmap(segment->second.mapped, segment->second.bytes + kHugePage);
+      free_.erase(free);
+      segment = segments_.erase(segment);
+    }
+    for (const auto& [data, bytes] : free_) madvise(data, bytes, MADV_DONTNEED);
+  }
+
+  // Bytes of all segments, and of what is free in them.
+  std::pair<int64_t, int64_t> sizes() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    std::pair<int64_t, int64_t> sizes{0, 0};
+    for (const auto& [data, segment] : segments_) sizes.first += static_cast<int64_t>(segment.bytes);
+    for (const auto& [data, bytes] : free_) sizes.second += static_cast<int64_t>(bytes);
+    return sizes;
+  }
 
  private:
   // The beginning of the first free block that is large enough.
@@ -61,6 +96,7 @@ class Memory final : public c10::Allocator {
 #ifdef MADV_HUGEPAGE
     madvise(data, size, MADV_HUGEPAGE);  // advice: a system without huge pages may refuse it
 #endif
+    segments_.emplace(data, Segment{mapped, size});
     return insert(data, size);
   }
 
@@ -88,24 +124,35 @@ class Memory final : public c10::Allocator {
 
   static void give_back(void* context) {
     const std::unique_ptr<Block> block(static_cast<Block*>(context));
-    auto& self = static_cast<Memory&>(memory());
+    Memory& self = instance();
     const std::lock_guard<std::mutex> lock(self.mutex_);
     self.insert(block->data, block->bytes);
   }
 
   std::mutex mutex_;
   std::map<char*, size_t> free_;  // bytes by address, no two of them neighbours
+  std::map<char*, Segment> segments_;  // by the address of their first block; no two touch
 };
+
+Memory& Memory::instance() {
+  static Memory* const memory = new Memory;  // never destroyed: tensors may outlive every static object
+  return *memory;
+}
 
 }  // namespace
 
-c10::Allocator& memory() {
-  static Memory* const instance = new Memory;  // never destroyed: tensors may outlive every static object
-  return *instance;
-}
+c10::Allocator& memory() { return Memory::instance(); }
 
 at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) {
   return at::detail::empty_generic(sizes, &memory(), c10::DispatchKeySet(c10::DispatchKey::CPU), dtype, std::nullopt);
+}
+
+TORCH_LIBRARY_FRAGMENT(tapelm, m) {
+  m.def("empty_cache() -> ()", [] { Memory::instance().release(); });
+  m.def("memory_sizes() -> (int, int)", [] {
+    const auto [held, free] = Memory::instance().sizes();
+    return std::make_tuple(held, free);
+  });
 }
 
 }  // namespace tapelm

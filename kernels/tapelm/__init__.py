@@ -12,6 +12,7 @@ from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .loader import Batch, TokenLoader
 from .lora_linear import lora_linear
+from .memory import empty_cache, memory_stats
 from .nf4 import NF4Weight, nf4_dequantize, nf4_quantize
 from .rms_norm import rms_norm
 from .rope import rope
@@ -34,10 +35,12 @@ __all__ = [
     "bias_gelu",
     "dropout",
     "embedding",
+    "empty_cache",
     "layer_norm",
     "linear",
     "linear_cross_entropy",
     "lora_linear",
+    "memory_stats",
     "nf4_dequantize",
     "nf4_quantize",
     "rms_norm",

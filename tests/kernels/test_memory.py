@@ -79,3 +79,45 @@ def test_more_than_there_is_memory_is_an_error() -> None:
     weight = torch.empty(1, 1).expand(1 << 40, 1)
     with pytest.raises(RuntimeError, match=r"not enough memory|can't allocate"):
         torch.ops.tapelm.linear_forward(torch.empty(64, 1), weight, None)
+
+
+EMPTIED = """
+import json
+import torch
+import tapelm
+
+def resident():
+    return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS"))
+
+def sizes():
+    return [tapelm.memory_stats()[f"{kind}_bytes.all.current"] for kind in ("allocated", "reserved")]
+
+source = torch.ones(64 << 18)
+before = sizes()
+blocks = [tapelm.dropout(source, 0.5) for _ in range(3)]
+held = sizes()
+middle, expected = blocks[1], blocks[1].clone()
+blocks.clear()
+full = resident()
+tapelm.empty_cache()
+parts, given = sizes(), full - resident()
+same = bool((middle == expected).all())
+del middle
+free = sizes()
+tapelm.empty_cache()
+after = sizes()
+again = float((tapelm.dropout(source, 0.5) > 0).float().mean())
+print(json.dumps([before, held, parts, given, same, free, after, again]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_empty_cache_gives_back_what_no_tensor_uses() -> None:
+    done = subprocess.run([sys.executable, "-c", EMPTIED], capture_output=True, text=True, check=True)
+    before, held, parts, given, same, free, after, again = json.loads(done.stdout)
+    block = 64 << 20
+    assert before == [0, 0] and after == [0, 0]
+    assert held[0] == 3 * block and held[1] >= held[0]
+    assert parts == [block, held[1]] and same, "a segment with a tensor in it stays, and the tensor too"
+    assert given > 1.9 * block, "pages before and behind it go"
+    assert free == [0, held[1]] and abs(again - 0.5) < 0.01
