@@ -32,21 +32,6 @@ TAPELM_INLINE vf round_stochastically(vf x, vu random) {
   return x == x ? rounded : x;
 }
 
-// Past the cache, which would first read the line that is about to be overwritten.
-TAPELM_INLINE void store_past_cache(bf16* p, vf x) {
-#if defined(TAPELM_AVX512) || defined(TAPELM_AVX2)
-  alignas(2 * W) bf16 half[W];
-  store(half, x);
-#if defined(TAPELM_AVX512)
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), *reinterpret_cast<const __m256i*>(half));
-#else
-  _mm_stream_si128(reinterpret_cast<__m128i*>(p), *reinterpret_cast<const __m128i*>(half));
-#endif
-#else
-  store(p, x);
-#endif
-}
-
 // 8-bit moments: a block of kBlock elements has a float32 scale, its largest magnitude; an element is a tiny float of
 // 3 mantissa bits relative to it, 8 steps per octave. code c > 0 is the float with the bits (c + BIAS) << 20, and the
 // largest code is 1. The first moment has a sign and 16 octaves, the second, never negative, 32.
@@ -143,7 +128,7 @@ TAPELM_INLINE void adamw_block(const Range& r, const AdamWStep& s, int64_t at, i
       store(reinterpret_cast<float*>(random + i + W), (vf)words[1]);
     }
   T* param = r.param + at;
-  const bool stream = MASTER && s.bypass_cache && reinterpret_cast<uintptr_t>(param) % (2 * W) == 0;
+  const bool far = MASTER && s.bypass_cache && reinterpret_cast<uintptr_t>(param) % (2 * W) == 0;
   const auto update = [&](int64_t i, auto k) __attribute__((always_inline)) {
     vf p, new_m = get(m + i, k), new_v = get(v + i, k);
     if constexpr (MASTER)
@@ -158,9 +143,10 @@ TAPELM_INLINE void adamw_block(const Range& r, const AdamWStep& s, int64_t at, i
     put(v + i, new_v, k);
     if constexpr (MASTER) put(r.master + at + i, p, k);
     if constexpr (Range::stochastic) p = round_stochastically(p, (vu)load(reinterpret_cast<float*>(random + i)));
-    if constexpr (MASTER && std::is_same_v<decltype(k), Whole>)
-      if (stream) return store_past_cache(param + i, p);
-    put(param + i, p, k);
+    if constexpr (MASTER)
+      put(param + i, p, k, far);
+    else
+      put(param + i, p, k);
   };
   int64_t i = 0;
   for (; i + W <= count; i += W) update(i, Whole{});

@@ -88,7 +88,7 @@ void matrix_product(Matrix<T> left, Matrix<T> right, int64_t M, int64_t N, int64
           TAPELM_DISPATCH_PRODUCT(pack_right(addend->right, 0, addend->depth, n0 + p * panel, N, to + own * panel));
       }
     });
-    // The blocks are handed out one by one: on a shared machine one thread is often slower than the other.
+    // Blocks are scheduled dynamically: on a shared machine one thread is often slower than the other.
     std::atomic<int64_t> next{0};
     at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
       const Scratch space(s.space);
@@ -118,13 +118,6 @@ void check(const Tensor& x, const Tensor& weight) {
                     " does not fit weight ", weight.sizes());
 }
 
-template <typename T>
-Matrix<T> matrix_of(const Tensor& t) {
-  return {t.const_data_ptr<T>(), t.stride(0), t.stride(1)};
-}
-
-constexpr int64_t kPackRows = 64;  // below these packing the weight costs more than the product
-
 bool ours(const Tensor& x) {
   return prefer_matrix_product(x.scalar_type()) && x.numel() > 0 && x.numel() / x.size(-1) >= kPackRows;
 }
@@ -132,13 +125,6 @@ bool ours(const Tensor& x) {
 bool few(const Tensor& x, const Tensor& weight) {
   return prefer_matrix_product(x.scalar_type()) && x.numel() > 0 && weight.is_contiguous() &&
          are_few_rows(x.numel() / x.size(-1), x.size(-1), x.scalar_type());
-}
-
-// (..., C) as (rows, C); explicit sizes, since reshape cannot infer one of a tensor without elements.
-Tensor as_rows(const Tensor& t) {
-  int64_t rows = 1;
-  for (int64_t i = 0; i + 1 < t.dim(); ++i) rows *= t.size(i);
-  return t.reshape({rows, t.size(-1)});
 }
 
 template <typename T>

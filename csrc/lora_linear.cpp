@@ -12,12 +12,6 @@ namespace {
 
 constexpr int64_t kPart = int64_t{1} << 22;  // dequantized elements at a time: enough for the products to run at speed
 constexpr int64_t kGrain = 32768;            // elements per task
-constexpr int64_t kPackRows = 64;            // below these packing for matrix_product costs more than the product
-
-template <typename T>
-Matrix<T> matrix_of(const Tensor& t) {
-  return {t.const_data_ptr<T>(), t.stride(0), t.stride(1)};
-}
 
 // out = left right + scaling low high, where low (M, R) and high (R, N); the rows of out may lie apart.
 void multiply(const Tensor& left, const Tensor& right, const Tensor& low, const Tensor& high, double scaling, Tensor out) {
@@ -100,13 +94,6 @@ class Weight {
   Nf4 nf4_;
 };
 
-// (..., C) as (rows, C), contiguous.
-Tensor as_rows(const Tensor& t) {
-  int64_t rows = 1;
-  for (int64_t i = 0; i + 1 < t.dim(); ++i) rows *= t.size(i);
-  return t.reshape({rows, t.size(-1)}).contiguous();
-}
-
 void check(const Tensor& x, const Tensor& a, const Tensor& b) {
   check_dtype(x, "lora_linear", "x");
   check_same_dtype(a, x, "lora_linear", "a");
@@ -152,7 +139,7 @@ Tensor few_rows_forward(const Tensor& rows, const Weight& weight, const Tensor& 
 std::tuple<Tensor, Tensor> lora_linear_forward(const Tensor& x, const Tensor& weight_, at::TensorList state,
                                                int64_t block_size, const Tensor& a, const Tensor& b_, double scaling) {
   check(x, a, b_);
-  const Tensor rows = as_rows(x), b = b_.contiguous();
+  const Tensor rows = as_rows(x).contiguous(), b = b_.contiguous();
   const int64_t M = rows.size(0), N = b.size(0), K = a.size(1);
   const Weight weight(weight_, state, block_size, N, K, x.scalar_type());
   std::vector<int64_t> shape = x.sizes().vec();
@@ -180,7 +167,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& grad, cons
                                                         double scaling) {
   check(x, a, b);
   check_same_dtype(grad, x, "lora_linear", "grad");
-  const Tensor g = as_rows(grad), rows = as_rows(x);
+  const Tensor g = as_rows(grad).contiguous(), rows = as_rows(x).contiguous();
   const int64_t N = b.size(0), K = a.size(1);
   TORCH_CHECK_VALUE(g.size(0) == rows.size(0) && g.size(1) == N && u.dim() == 2 && u.size(0) == rows.size(0) &&
                         u.size(1) == a.size(0),

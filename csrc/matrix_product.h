@@ -1,7 +1,7 @@
 // out = left * right with float32 accumulation, for the op files that need a matrix product.
 #pragma once
 
-#include <c10/core/ScalarType.h>
+#include <ATen/core/Tensor.h>
 
 #include <cstdint>
 
@@ -14,6 +14,18 @@ struct Matrix {
   int64_t row, column;
   Matrix transposed() const { return {data, column, row}; }
 };
+
+template <typename T>
+Matrix<T> matrix_of(const at::Tensor& t) {
+  return {t.const_data_ptr<T>(), t.stride(0), t.stride(1)};
+}
+
+// (..., C) as (rows, C); explicit sizes, since reshape cannot infer one of a tensor without elements.
+inline at::Tensor as_rows(const at::Tensor& t) {
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < t.dim(); ++i) rows *= t.size(i);
+  return t.reshape({rows, t.size(-1)});
+}
 
 // A product of small depth, at most kAddendDepth, that is added to another one while its sums are in registers.
 template <typename T>
@@ -34,6 +46,7 @@ void matrix_product(Matrix<T> left, Matrix<T> right, int64_t M, int64_t N, int64
 // oneDNN for bfloat16 where it has AMX. A forced instruction set is there to be run: then it is ours.
 bool prefer_matrix_product(at::ScalarType dtype);
 
+constexpr int64_t kPackRows = 64;  // rows below which packing the operands costs more than the product
 constexpr int64_t kFewRows = 4;
 constexpr int64_t kFewGrain = 65536;  // elements of the weight per task
 

@@ -20,7 +20,6 @@ template void nf4_dequantize_range(const Nf4&, int64_t, int64_t, bf16*);
 namespace {
 
 constexpr int64_t kGrain = 16384;  // elements per task
-constexpr int64_t kNested = 256;   // scales per block of scales
 
 void check_block_size(int64_t size, const char* op) {
   TORCH_CHECK_VALUE(size >= 32 && size <= 4096 && (size & (size - 1)) == 0, op,

@@ -5,6 +5,8 @@
 
 namespace tapelm {
 
+constexpr int64_t kNested = 256;  // scales per block of scales
+
 // Element i of the flattened weight is nibble i of `packed`, the high one of a byte first: an index into the 16 codes,
 // to be multiplied with the scale of block i / block.
 struct Nf4 {
@@ -12,14 +14,14 @@ struct Nf4 {
   int64_t block = 0;
   const float* absmax = nullptr;     // (blocks), null when the scales are quantized themselves:
   const uint8_t* absmax8 = nullptr;  // (blocks), indices into map
-  const float* nested = nullptr;     // (ceil(blocks / 256)), scales of the scales
+  const float* nested = nullptr;     // (ceil(blocks / kNested)), scales of the scales
   const float* map = nullptr;        // (256)
   float offset = 0.0f;
 
   float scale(int64_t b) const {
     if (absmax) return absmax[b];
     // Rounded before the sum: a fused multiply-add would not equal other implementations.
-    const volatile float product = map[absmax8[b]] * nested[b / 256];
+    const volatile float product = map[absmax8[b]] * nested[b / kNested];
     return product + offset;
   }
 };

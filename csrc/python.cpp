@@ -6,6 +6,7 @@
 #include "text/bpe.h"
 #include "text/bpe_trainer.h"
 #include "text/encode_files.h"
+#include "text/isa.h"
 #include "text/jsonl.h"
 #include "text/loader.h"
 #include "text/rank_merges.h"
@@ -265,6 +266,7 @@ class PrefetchingLoader {
 }  // namespace
 
 PYBIND11_MODULE(_text, m) {
+  tapelm::forced_isa();  // a wrong name in TAPELM_ISA is an ImportError
   m.doc() = "Byte-pair encoding, token shards and batch assembly in C++.";
   m.attr("GPT2") = static_cast<int>(Pretokenizer::kGpt2);
   m.attr("LLAMA3") = static_cast<int>(Pretokenizer::kLlama3);

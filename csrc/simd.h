@@ -25,9 +25,9 @@
 
 #include <c10/util/BFloat16.h>
 
-namespace tapelm {
+#include "text/isa.h"
 
-enum class Isa { generic, avx2, avx512, avx512bf16 };
+namespace tapelm {
 
 inline Isa best_isa() {
 #ifdef TAPELM_X86
@@ -72,30 +72,14 @@ inline bool mkl_has_avx512() {
 #endif
 }
 
-// The name in TAPELM_ISA, null if there is none.
-inline const char* forced_isa() {
-  const char* const name = std::getenv("TAPELM_ISA");
-  return name == nullptr || *name == '\0' ? nullptr : name;
-}
+inline bool isa_is_forced() { return forced_isa().has_value(); }
 
-inline bool isa_is_forced() {
-  static const bool forced = forced_isa() != nullptr;
-  return forced;
-}
-
-// The best one, chosen at the first call.
-// TAPELM_ISA={generic,avx2,avx512,avx512bf16} forces another one (tests, debugging).
+// The best one, chosen at the first call, or the one that TAPELM_ISA forces.
 inline Isa isa() {
   static const Isa chosen = [] {
-    const Isa best = best_isa();
-    const char* const forced = forced_isa();
-    if (forced == nullptr) return best;
-    const std::string names[] = {"generic", "avx2", "avx512", "avx512bf16"}, name = forced;
-    const auto found = std::find(std::begin(names), std::end(names), name);
-    if (found == std::end(names))
-      throw std::invalid_argument("TAPELM_ISA must be generic, avx2, avx512 or avx512bf16, not '" + name + "'");
-    const Isa wanted = static_cast<Isa>(found - std::begin(names));
-    if (wanted > best) throw std::invalid_argument("TAPELM_ISA=" + name + " is not supported by this CPU");
+    const Isa wanted = forced_isa().value_or(best_isa());
+    if (wanted > best_isa())
+      throw std::invalid_argument("TAPELM_ISA=" + std::string(std::getenv("TAPELM_ISA")) + " is not supported by this CPU");
     return wanted;
   }();
   return chosen;

@@ -41,3 +41,8 @@ def test_values_and_gradients_of_every_instruction_set(isa: str) -> None:
 def test_an_unknown_instruction_set_is_an_error() -> None:
     told = run("sse", "-c", ONE_PRODUCT).stderr
     assert "TAPELM_ISA must be generic, avx2, avx512 or avx512bf16, not 'sse'" in told
+
+
+def test_an_unknown_instruction_set_is_an_error_of_the_text_extension() -> None:
+    done = run("sse", "-c", "from tapelm import _text")
+    assert "ImportError: TAPELM_ISA must be generic, avx2, avx512 or avx512bf16, not 'sse'" in done.stderr
