@@ -46,7 +46,7 @@ namespace tapelm {
 namespace {
 
 constexpr int64_t kChunk = 1 << 16;            // elements per task; a multiple of kBlock
-constexpr int64_t kBeyondCache = int64_t{1} << 21;  // so many elements leave nothing of themselves in the cache
+constexpr int64_t kBeyondCache = int64_t{1} << 21;  // elements of a step that evicts its own results from the cache
 
 // The chunks of all tensors in one list, so that many small tensors and a few large ones load the threads alike.
 struct Chunk {

@@ -92,7 +92,7 @@ int64_t splits_of(int64_t heads, int64_t blocks) {
   return splits;
 }
 
-// Tasks per thread at the least: what takes less than some 50 us is not worth waking another thread.
+// The least number of tasks per thread: waking another thread for less than some 50 us does not pay.
 int64_t grain_of(const AttentionShape& s, int64_t group, int64_t splits) {
   return 1 + (int64_t{1} << 22) * splits / (group * s.T * s.T * s.D);
 }

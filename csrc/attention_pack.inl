@@ -50,7 +50,7 @@ TAPELM_INLINE void add_product(int64_t rows, int64_t columns, Depth depth, const
     }
 }
 
-// Rows of one head lie far apart, beyond the hardware's own prefetching: they are asked for this many rows early.
+// Rows of one head lie farther apart than the hardware prefetcher follows: software prefetches this many rows ahead.
 constexpr int64_t AHEAD = 16;
 
 template <int WRITE, typename T>
@@ -58,7 +58,7 @@ TAPELM_INLINE void prefetch_row(const T* row, int64_t D) {
   for (int64_t d = 0; d < D; d += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + d, WRITE);
 }
 
-// The same rows of the next head, needed when this one is done: into the second-level cache.
+// Prefetches the same rows of the next head, which follows this one, into the second-level cache.
 template <typename T>
 TAPELM_INLINE void prefetch_next_head(Strided<T> x, const AttentionShape& s, int64_t t, int64_t count) {
   const T* row = x.head_offset(1).data + t * x.row;

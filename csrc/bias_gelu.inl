@@ -32,7 +32,7 @@ TAPELM_INLINE V gelu_derivative(V u) {
   return s * (slope - s * slope) + s;
 }
 
-// Asking ahead is no gain in the backward pass.
+// Software prefetching gains nothing in the backward pass.
 template <typename T>
 void bias_gelu_rows(const T* x, const T* bias, T* y, int64_t C, int64_t begin, int64_t end, bool far) {
   for (int64_t row = begin; row < end; ++row)

@@ -83,26 +83,26 @@ inline std::optional<Tensor> contiguous(const std::optional<Tensor>& t) {
 // thread count.
 inline int64_t chunk_count(int64_t size, int64_t chunk) { return (size + chunk - 1) / chunk; }
 
-// Whether a result like t, which is written in pieces of `piece` elements, is written past the caches: it is so large
-// that a store would wait for its line from memory, and push out of the caches what is needed sooner.
+// Whether streaming stores write a result like t, in pieces of `piece` elements: it is so large that ordinary stores
+// would first read each line from memory (read for ownership) and evict data that is needed sooner.
 inline bool is_far(const Tensor& t, int64_t piece) {
   constexpr size_t kFar = size_t{8} << 20, kLine = 64;
   return t.nbytes() >= kFar && piece * t.element_size() % kLine == 0 &&
          reinterpret_cast<uintptr_t>(t.const_data_ptr()) % kLine == 0;
 }
 
-// Whether inputs of so many bytes lie in memory rather than in a cache, and are worth asking for early.
+// Whether inputs of so many bytes lie in memory rather than in a cache, so that software prefetching pays.
 inline bool are_cold(size_t bytes) { return bytes >= size_t{8} << 20; }
 
-// What this thread wrote past the caches becomes visible to the others before what it writes from here on.
+// A store fence: orders this thread's streaming stores before its later stores.
 inline void finish_far_results() {
 #ifdef __SSE2__
   _mm_sfence();
 #endif
 }
 
-// body(begin, end) for chunks of [0, size). They are handed out one by one: on a shared machine one thread is often
-// slower than the other.
+// body(begin, end) for chunks of [0, size), scheduled dynamically: on a shared machine one thread is often slower than
+// the other.
 template <typename Body>
 void for_chunks(int64_t size, int64_t chunk, const Body& body) {
   if (size <= chunk) {

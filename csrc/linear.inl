@@ -8,7 +8,7 @@
 constexpr int64_t KC = 512;   // depth in units: a right panel of KC x NR streams from L2, each unit of it used MC times
 constexpr int64_t MC = 72;    // rows: a left block of MC x KC stays in L2; a multiple of every MR
 constexpr int64_t NC = 1024;  // columns when the depth takes several blocks: so that the sums of MC x NC stay in L2
-constexpr int64_t SUMS = NC + W;  // from row to row of the sums: rows 4096 bytes apart would share two sets of L1
+constexpr int64_t SUMS = NC + W;  // row stride of the sums: rows 4096 bytes apart would alias to the same L1 sets
 
 // Elements of depth whose products are summed up one by one; where a unit is a float half as many, as the sums of
 // float32 are the less exact the longer they are.
@@ -20,9 +20,9 @@ ProductShape product_shape() {
   return {MR, MC, NR, NC, kBlock<T>, PAIR<T>, (KC + kAddendDepth) * MC + MC * SUMS};
 }
 
-// c[r][..] = sum over u of a[u][r] * b[u][..]; the sums stay in registers until the end. Meanwhile this tile's share of
-// the next panel is asked for, which comes from L3 when the right operand is larger than L2: 1 line in kStride steps.
-// A share is that of a tile in a block of MC rows; most have a tile less, and leave the rest to the hardware.
+// c[r][..] = sum over u of a[u][r] * b[u][..]; the sums stay in registers until the end. The loop also prefetches this
+// tile's share of the next panel, which lies in L3 when the right operand exceeds L2: one line every kStride steps. The
+// share is for a block of MC rows; most blocks have one tile fewer and leave the rest to the hardware prefetcher.
 template <typename U>
 TAPELM_INLINE void packed_tile(int64_t n, const U* a, const U* b, const U* next, vf c[MR][2]) {
   constexpr int64_t kLine = 16, kStride = MC / MR * kLine / NR;

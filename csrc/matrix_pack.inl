@@ -68,7 +68,7 @@ TAPELM_INLINE void transpose(const T* in, int64_t stride, int64_t word, Unit<T>*
 }
 
 // Lines that run along the depth: ROWS of them, `stride` apart, to out[u * ROWS + r]. Sixteen words at a time, so that
-// few lines are in use at once: rows a power of two apart fall into the same cache set.
+// few cache lines are live at once: rows a power of two apart map to the same set and evict each other.
 template <int ROWS, typename T>
 void pack_along(const T* in, int64_t stride, int64_t depth, Unit<T>* out) {
   static_assert(ROWS % 2 == 0);
@@ -122,9 +122,9 @@ void pack_right(Matrix<T> right, int64_t k0, int64_t depth, int64_t n0, int64_t 
   }
 }
 
-// left(m, k) for a block of rows: panels of MR rows, `units_apart`, each out[u][MR]. The loop order follows memory: along k for a
-// row-major operand, along the rows for a transposed one, whose next lines are asked for early because a stride of
-// whole pages is beyond the hardware's own prefetching.
+// left(m, k) for a block of rows: panels of MR rows, `units_apart`, each out[u][MR]. Loops follow memory: along
+// k for a row-major operand, along the rows for a transposed one, whose next lines are prefetched in software because
+// the hardware prefetcher does not follow strides of whole pages.
 template <typename T>
 void pack_left(Matrix<T> left, int64_t m0, int64_t rows, int64_t k0, int64_t depth, int64_t units_apart,
                Unit<T>* out) {

@@ -65,7 +65,7 @@ float quantize_block(const T* w, int64_t count, bool whole, uint8_t* packed) {
   return whole ? absmax : divisor;
 }
 
-// W bytes as integers. The compiler's own conversion goes by way of 16 bits.
+// W bytes as 32-bit integers in one instruction; __builtin_convertvector would widen to 16 bits first.
 TAPELM_INLINE vi widen_indices(const uint8_t* p) {
 #if defined(TAPELM_AVX512)
   return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));

@@ -1,6 +1,6 @@
 // Loops over a row of any length on the vectors of simd_vector.inl; included by the .inl of row-wise ops.
 
-// How many elements of a vector are meant: all W (a type, so that no test is left) or, at the end of a row, an int.
+// How many elements of a vector are valid: all W (a type, so that no branch is left) or, at the end of a row, an int.
 struct Whole {};
 
 template <typename T>
@@ -12,7 +12,7 @@ TAPELM_INLINE void put(T* p, vf x, Whole) { store(p, x); }
 template <typename T>
 TAPELM_INLINE void put(T* p, vf x, int n) { store_part(p, x, n); }
 
-// Past the caches, where the CPU can: p is a multiple of the bytes of the vector.
+// A streaming (non-temporal) store where the CPU has one; p must be aligned to the size of the vector.
 TAPELM_INLINE void stream(float* p, vf x) {
 #if defined(TAPELM_AVX512)
   _mm512_stream_ps(p, (__m512)x);
@@ -32,7 +32,7 @@ TAPELM_INLINE void stream(c10::BFloat16* p, vf x) {
 #endif
 }
 
-// A result, which is_far or not; its loops end with finish_far_results. `far` may be a type, where a test would be felt.
+// A streaming store if `far` (see is_far), which needs finish_far_results at the end; a type as `far` costs no branch.
 template <typename T>
 TAPELM_INLINE void put(T* p, vf x, Whole, bool far) {
   if (far)
@@ -43,12 +43,12 @@ TAPELM_INLINE void put(T* p, vf x, Whole, bool far) {
 template <typename T>
 TAPELM_INLINE void put(T* p, vf x, int n, bool) { store_part(p, x, n); }
 
-// N vectors that are worked on in turns: the chain of operations of one alone fills the CPU's queue with what waits.
+// N vectors, interleaved: one dependency chain at a time would fill the out-of-order window with waiting instructions.
 template <int N>
 struct Pack { vf v[N]; };
 
-// How many, for data of type T, where AVX-512 has registers for them (12 rows of a tile): in float32 memory is what is
-// waited for, which likes fewer lines at a time.
+// How many vectors for data of type T: 8 only with the 32 registers of AVX-512 (tiles of 12 rows) and for bfloat16, as
+// float32 loops are bound by memory, and fewer concurrent cache lines are faster there.
 template <typename T>
 constexpr int kPack = MR == 12 && sizeof(T) == 2 ? 8 : 4;
 
@@ -101,7 +101,7 @@ TAPELM_INLINE Pack<N> get(const T* p, WholePack<N>) {
   return result;
 }
 
-// Two vectors that follow one another: of bfloat16 one rounding and one whole line, where the CPU has the instruction.
+// Two consecutive vectors: with AVX512-BF16 one instruction rounds both to bfloat16, and one store fills a cache line.
 struct Two { vf first, second; };
 
 #if defined(TAPELM_AVX512BF16)
@@ -192,19 +192,19 @@ TAPELM_INLINE void put_row(T* to, int64_t C, bool far, Value value) {
   for_twos(C, value, [&](int64_t i, auto n, const auto& v, int) __attribute__((always_inline)) { put(to + i, v, n, far); });
 }
 
-// Elements of a page, as far as loops over long inputs ask ahead, of which the CPU's own asking ahead falls short; whether
-// what lies there belongs to the tensor does not matter.
+// Prefetch distance of loops over long inputs, in elements: one page, because the hardware prefetcher stops at a page's
+// end. A prefetch past the end of the tensor is harmless.
 template <typename T>
 constexpr int64_t kPage = 4096 / sizeof(T);
 
-// Asks for what a later vector takes from p; s is as in for_vectors, and one in a line is enough.
+// Prefetches the cache line of p for a later iteration; s is as in for_vectors, and one prefetch per line is issued.
 template <typename T>
 TAPELM_INLINE void ask_for(const T* p, int s) {
   constexpr int in_line = std::max<int>(1, 64 / (W * sizeof(T)));
   if (s % in_line == 0) __builtin_prefetch(p);
 }
 
-// Asks for a later pack, where this is one.
+// Prefetches all lines of a later pack.
 template <typename T, int N>
 TAPELM_INLINE void ask_for_pack(const T* p, WholePack<N>) {
 #pragma GCC unroll 8

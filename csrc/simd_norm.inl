@@ -40,10 +40,10 @@ TAPELM_INLINE void row_statistics(const T* x, int64_t C, float eps, const RowSum
   rstd = 1.0f / std::sqrt(square + eps);
 }
 
-// Rows are taken in blocks, which are read twice, the second time from the cache; while the sums of one row become its
-// statistics the next one is read, and (COLD) the next block is asked for: of the forward of add + norm one tensor in each
-// reading, else all in the second. A block is 8 KB of each tensor, so that the nearest cache also holds weights and
-// sums, or one row; of several rows an even number, as the backward pass takes two at a time.
+// Rows are processed in blocks that are read twice, the second time from L1. The statistics of one row overlap with the
+// loads of the next, and (COLD) the next block is prefetched: in the forward of add + norm one tensor in each of two
+// passes, else all in the second. A block is 8 KB of each tensor, which leaves room in L1 for weights and sums, or one
+// row if that is larger; several rows are an even number, because the backward pass processes pairs.
 template <typename T>
 int64_t rows_of_block(int64_t C) {
   const int64_t rows = std::clamp<int64_t>(8192 / (std::max<int64_t>(C, 1) * sizeof(T)), 1, kBlockRows);
@@ -118,7 +118,7 @@ void norm_rows(const NormForward<T>& a, int64_t begin, int64_t end) {
 
 // d = rstd * (g w - mean(g w) - h mean(g w h)) + grad_r, the middle term only when CENTRED, is dx; `dropped` is d where
 // the dropout kept x. dweight and, when CENTRED, dbias are added to the float32 sums. Blocks of rows as above; grad_r is
-// asked for while its own block is read for the first time.
+// prefetched while its own block is read for the first time.
 template <bool CENTRED, bool ADD, bool COLD, typename T>
 void norm_backward_rows(const NormBackward<T>& a, int64_t begin, int64_t end, float* dweight, float* dbias) {
   const int64_t C = a.C, block = rows_of_block<T>(C);

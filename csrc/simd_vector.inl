@@ -46,7 +46,7 @@ TAPELM_INLINE vh narrow(vf x) {
 #endif
 }
 
-// The compiler's own conversion takes vectors apart and puts them together again. With AVX-512 one permutation brings
+// __builtin_convertvector splits the vector and joins it again. With AVX-512 one permutation moves
 // each half to the upper one of its lane and zeros to the lower.
 TAPELM_INLINE vf widen(vh bits) {
 #if defined(TAPELM_AVX512)

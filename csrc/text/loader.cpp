@@ -183,8 +183,8 @@ std::vector<uint64_t> Loader::window_indices(uint64_t step, LoaderCursor& cursor
   return indices;
 }
 
-// The windows of a step; those of the next are in cursor.asked. They are far apart, and each would wait for memory in
-// turn: it is asked for one step before.
+// The windows of a step; those of the next are in cursor.asked. Windows are far apart in memory, and their cache misses
+// would follow one another: they are prefetched one step ahead.
 std::vector<uint64_t> Loader::asked_windows(uint64_t step, LoaderCursor& cursor) const {
   if (options_.order == Order::kSequential) return window_indices(step, cursor);
   std::vector<uint64_t> indices =

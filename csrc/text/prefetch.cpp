@@ -146,7 +146,7 @@ struct PrefetchState {
   }
 
   void await_one() {
-    // A batch is often microseconds away: looking for it that long is cheaper than being put to sleep and woken.
+    // A batch is often microseconds away: spinning that long is cheaper than a sleep and a wake-up by the kernel.
     for (int i = 0; i < kSpins && produced == consumed; ++i) std::this_thread::yield();
     for (uint32_t seen; (seen = produced) == consumed;) produced.wait(seen);
   }

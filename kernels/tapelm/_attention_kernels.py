@@ -139,8 +139,8 @@ def attention_forward_kernel(
     largest = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-    # Products of three TensorFloat-32 ones leave no registers for what LLVM would compute ahead of the loop.
-    # Heads of 128 have them, and spill on sm_90 if it does not.
+    # tf32x3 products leave no registers for values that LLVM would hoist out of the loop, so hoisting is off.
+    # Heads of 128 have registers left, and spill on sm_90 without hoisting.
     IN_PLACE: tl.constexpr = PRECISION == "tf32x3" and BLOCK_D != 128
     for phase in tl.static_range(LAST + 1):
         for first_key in tl.range(

@@ -94,7 +94,7 @@ def check_tensors(op: str, optional_bias: Tensor | None = None, /, **tensors: Te
     """
     named = tensors if optional_bias is None else {**tensors, "bias": optional_bias}
     first = None
-    for tensor in named.values():  # a loop, as every call of every op comes here
+    for tensor in named.values():  # one plain loop, because every call of every op runs it
         if not isinstance(tensor, Tensor):
             break
         if first is None:
@@ -122,7 +122,7 @@ def check_tensors(op: str, optional_bias: Tensor | None = None, /, **tensors: Te
 
 
 def _device_type(tensor: Tensor) -> str:
-    return "cpu" if tensor.is_cpu else tensor.device.type  # whose string is made anew each time
+    return "cpu" if tensor.is_cpu else tensor.device.type  # .type builds a str on every call
 
 
 def check_probability(op: str, name: str, p: float) -> None:
@@ -160,8 +160,8 @@ def draw_seed(device: torch.device) -> Tensor:
     return torch.randint(0, 2**62, (), dtype=torch.int64, device=device)
 
 
-# What tensors outside a GPU count as: in the interpreter any will do, ahead-of-time compilation goes through
-# all.
+# The architecture assumed for tensors that are on no GPU. The interpreter accepts any; ahead-of-time
+# compilation sets each target in turn.
 _assumed_architecture = "sm_80"
 
 

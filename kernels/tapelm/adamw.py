@@ -152,7 +152,7 @@ class AdamW(torch.optim.Optimizer):
     def set_master(self, p: Tensor, value: Tensor) -> None:
         """Goes on from ``value``, of p's shape, in place of the float32 master of p, and rounds it to p.
 
-        Made from a half-precision parameter, a master would begin with what the rounding of it has left.
+        A master initialised from a half-precision parameter starts without the bits lost in rounding it.
 
         Raises:
             ValueError: p has no master here, or ``value`` another shape.

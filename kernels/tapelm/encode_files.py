@@ -60,7 +60,7 @@ def encode_files(
             kept = True
             (target / JOURNAL).unlink()  # after the lock on it has kept others out of `partial`
         except ValueError:
-            raise  # a fault of the inputs: nothing of this is of use
+            raise  # the inputs are at fault, so that no shard made of them is worth keeping
         except BaseException:
             kept = True
             raise
@@ -82,7 +82,7 @@ def _write(
     skip: int,
 ) -> ShardWriter:
     """Encode from `position` on, without the first `skip` tokens of it, into shards after `shards`."""
-    current = (position, 0)  # of the block that is being written, and what was left out of it
+    current = (position, 0)  # of the block being written, and how many of its tokens were skipped
     left_out = skip
 
     def record(entry: dict[str, Any], used: int) -> None:

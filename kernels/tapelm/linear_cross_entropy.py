@@ -284,7 +284,7 @@ def linear_cross_entropy(
     )
     hidden = hidden.reshape(targets.numel(), hidden.shape[-1])
     if bias is None and not weight.requires_grad:
-        # The weight is large: its gradient would be a third of the work.
+        # Skips the gradient of the weight, which is a third of the work.
         return torch.ops.tapelm.frozen_cross_entropy_forward(
             hidden, weight, targets.reshape(-1), ignore_index, need_grad
         )[0]
