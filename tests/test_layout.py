@@ -14,6 +14,11 @@ OPS = (
     "attention", "layer_norm", "rms_norm", "add_norm", "dropout", "bias_gelu", "swiglu", "rope", "embedding",
     "linear", "linear_cross_entropy", "adamw", "nf4", "lora_linear",
 )  # fmt: skip
+PARTS = ("kernels", "launches", "configs", "states")
+
+
+def read(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -26,6 +31,29 @@ def test_every_op_has_its_files(op: str) -> None:
         f"benchmarks/ops/{op}.py",
     ]
     assert [path for path in expected if not (ROOT / path).is_file()] == []
+
+
+def test_contributing_says_where_triton_kernels_are() -> None:
+    """In the file that its table names, else in the op's own."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([a-z0-9_, ]+) \| (?:`(_\w+\.py)`|none.*?) \|", text, re.MULTILINE)
+    named = {op: file for ops, file in rows for op in ops.split(", ")}
+    library = ROOT / "kernels/tapelm"
+    for op in OPS:
+        holds = [
+            f for f in dict.fromkeys((f"{op}.py", named.get(op))) if f and "@triton.jit" in read(library / f)
+        ]
+        assert holds == [named.get(op, f"{op}.py")] or (op, holds) == ("linear", []), op
+    parts = {path.name for kind in PARTS for path in library.glob(f"_*_{kind}.py")}
+    mentioned = set(re.findall(r"`(\w+\.(?:py|inl|h))`", text))
+    assert parts - mentioned == set()
+    csrc = ROOT / "csrc"
+    shown = mentioned - {"X.py", "X.inl"}
+    assert [
+        name
+        for name in shown
+        if not any((folder / name).is_file() for folder in (library, csrc, ROOT / "benchmarks"))
+    ] == []
 
 
 def test_no_op_is_missing_from_this_list() -> None:
