@@ -28,7 +28,7 @@ CODES = (
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 QUANTIZED = 2048  # elements per program of 4 warps; twice as many spill
 DEQUANTIZED = 4096  # elements per program of 4 warps: 16 bytes of indices for each thread
-SCALES: tl.constexpr = tl.constexpr(256)  # of a nested block, which a program of 2 warps takes
+NESTED_BLOCK = 256  # scales that share one of their own, per program of 2 warps; the kernels write it out
 
 
 @functools.cache
@@ -97,8 +97,8 @@ def nf4_dequantize_kernel(
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     scale = tl.load(absmax_ptr + block, mask=block * SIZE < numel, other=0)
     if NESTED:
-        # SCALES is a multiple of BLOCKS: the program has one nested scale.
-        nested = tl.load(nested_ptr + tl.program_id(0) * BLOCKS // SCALES)
+        # 256 is a multiple of BLOCKS: the program has one nested scale.
+        nested = tl.load(nested_ptr + tl.program_id(0) * BLOCKS // 256)
         scale = tl.load(map_ptr + scale.to(tl.int32)) * nested + tl.load(offset_ptr)
     byte = block[:, None] * (SIZE // 2) + tl.arange(0, SIZE // 2)[None, :]
     packed = tl.load(packed_ptr + byte, mask=byte < bytes, other=0)
@@ -115,7 +115,7 @@ def load_scales(absmax_ptr, nested_ptr, offset_ptr, map_ptr, block, mask, NESTED
     scale = tl.load(absmax_ptr + block, mask=mask, other=0)
     if NESTED:
         scale = tl.load(map_ptr + scale.to(tl.int32)) * tl.load(
-            nested_ptr + block // SCALES, mask=mask, other=0.0
+            nested_ptr + block // 256, mask=mask, other=0.0
         )
         scale += tl.load(offset_ptr)
     return scale
@@ -137,20 +137,13 @@ def launch_quantize(w: Tensor, block_size: int, map: Tensor | None) -> tuple[Ten
     if map is None:
         return packed, absmax, absmax.new_empty(0), absmax.new_empty(0)
     absmax8 = absmax.new_empty(blocks, dtype=torch.uint8)
-    nested = absmax.new_empty(triton.cdiv(blocks, SCALES.value))
+    nested = absmax.new_empty(triton.cdiv(blocks, NESTED_BLOCK))
     offset = absmax.mean() if numel else absmax.new_zeros(())
     if numel:
         nf4_scales_kernel[(nested.numel(),)](
-            absmax,
-            offset,
-            map,
-            absmax8,
-            nested,
-            blocks,
-            BLOCK=SCALES.value,
-            num_warps=2,
-            enable_fp_fusion=False,
-        )
+            absmax, offset, map, absmax8, nested, blocks,
+            BLOCK=NESTED_BLOCK, num_warps=2, enable_fp_fusion=False,
+        )  # fmt: skip
     return packed, absmax8, nested, offset
 
 
@@ -188,7 +181,7 @@ def check_state(packed: Tensor, state: Sequence[Tensor], block_size: int, numel:
     if len(state) == 1:
         wanted.append(("absmax", state[0], torch.float32, blocks))
     elif len(state) == 4:
-        sizes = (blocks, math.ceil(blocks / SCALES.value), 1, 256)
+        sizes = (blocks, math.ceil(blocks / NESTED_BLOCK), 1, 256)
         dtypes = (torch.uint8, torch.float32, torch.float32, torch.float32)
         names = ("absmax", "nested_absmax", "offset", "map")
         wanted += zip(names, state, dtypes, sizes, strict=True)

@@ -30,9 +30,7 @@ import torch
 from torch import Tensor
 
 from ._library import check_tensors, register_cuda, register_fake
-from ._nf4_kernels import CODES, SCALES, check_block_size, launch_dequantize, launch_quantize
-
-NESTED_BLOCK = SCALES.value
+from ._nf4_kernels import CODES, NESTED_BLOCK, check_block_size, launch_dequantize, launch_quantize
 
 
 @dataclass(frozen=True, eq=False)
