@@ -15,8 +15,8 @@ except ImportError:
     sys.exit("tapelm: building needs torch 2.13: run `pip install torch==2.13.0 -c constraints.txt` first")
 
 # OpenMP is compiled in but not linked: torch's runtime, already loaded, serves both with one thread pool.
-FLAGS = "-O3 -g0 -std=c++20 -Wno-psabi -fno-math-errno -fno-trapping-math -ffp-contract=fast".split()
-TORCH_INCLUDE = str(Path(torch.__file__).parent / "include")
+FLOATS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+FLAGS = ["-O3", "-g0", "-std=c++20", "-Wno-psabi", *FLOATS]
 # A module linked to CUDA loads only beside it, and PyTorch refuses an nvcc of another major version.
 MAJOR, NVCC = (torch.version.cuda or "").split(".")[0], Path(CUDA_HOME or "/usr/local/cuda", "bin", "nvcc")
 TOLD = subprocess.run([NVCC, "--version"], capture_output=True, text=True) if NVCC.is_file() else None
@@ -28,11 +28,11 @@ class Build(BuildExtension):
     """Says in one line what is built, and in one sentence when it cannot be."""
 
     def build_extensions(self) -> None:
-        compiler = self.compiler.compiler_cxx[0]
+        compiler, *options = self.compiler.compiler_cxx
         if shutil.which(compiler) is None:
             sys.exit(f"tapelm: no C++ compiler `{compiler}`; install one (`apt-get install g++`) or set CXX")
-        told = subprocess.check_output([*self.compiler.compiler_cxx, *"-dM -E -xc++ /dev/null".split()], text=True)
-        if int(told.partition("__GNUC__ ")[2].split()[0]) < 12:  # clang calls itself GCC 4
+        macros = subprocess.check_output([compiler, *options, "-dM", "-E", "-xc++", "/dev/null"], text=True)
+        if int(macros.partition("__GNUC__ ")[2].split()[0]) < 12:  # clang calls itself GCC 4
             sys.exit(f"tapelm: `{compiler}` is not GCC 12 or newer, which the kernels need; set CXX=g++")
         parts = f"CPU kernels, text extension{' and CUDA loader' if CUDA else '; no CUDA loader' + MISSING}"
         print(f"tapelm: building {parts} with {compiler} for torch {torch.__version__}", flush=True)
@@ -49,7 +49,7 @@ setup(
         Extension(
             "tapelm._text",
             ["csrc/python.cpp", *sorted(glob.glob("csrc/text/*.cpp"))],
-            include_dirs=[TORCH_INCLUDE],
+            include_dirs=[str(Path(torch.__file__).parent / "include")],
             extra_compile_args=FLAGS,
             language="c++",
         ),
