@@ -80,6 +80,11 @@ def measure(
         ]
         for key, seconds in prefill.items()
     }
+    if any(second <= 0 for seconds in decode.values() for second in seconds):
+        raise UserError(
+            "too noisy: all tokens took less time than the first alone; raise --new-tokens, or leave a core "
+            "to what else runs (--threads)"
+        )
     subject = name if checkpoint is None else checkpoint.resolve().name
     sizes = f"{prompt_tokens} + {new_tokens}"
     rows = rows_of(f"prefill {subject}", sizes, variants, prefill, ceilings, "gemm", weights, prompt_tokens)

@@ -191,11 +191,14 @@ def _in_summary(rows: Sequence[tuple[float, Row]]) -> tuple[str, str]:
     if not rows:
         return "", ""
     ratios = sorted(_speed_up(row) for _, row in rows)
-    ends = list(
-        dict.fromkeys(f"{ratio:.1f}" if ratio < 10 else f"{ratio:.0f}" for ratio in (ratios[0], ratios[-1]))
-    )
+    ends = list(dict.fromkeys(_times(ratio) for ratio in (ratios[0], ratios[-1])))
     longest = max(rows, key=lambda timed: timed[0])[1]
     return " to ".join(ends) + "×", f"{longest.fraction_of_ceiling:.0%}"
+
+
+def _times(ratio: float) -> str:
+    digits = 2 if ratio < 2 else 1 if ratio < 10 else 0
+    return f"{ratio:.{digits}f}"
 
 
 def generation(results: Results) -> str:

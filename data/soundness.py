@@ -88,6 +88,8 @@ def _sound_rows(rows: Iterable[Row], problems: Problems) -> Iterator[Row]:
 
 def _break(before: Row, after: Row, daily: bool) -> str | None:
     """Why no change may be computed between two rows that follow each other, or None."""
+    if before.unit != after.unit:
+        return "another unit"
     if daily and after.date - before.date > LONGEST_GAP:
         return "missing days"
     if unit_of(after.unit).splits:

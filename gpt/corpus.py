@@ -82,6 +82,29 @@ def check_shards(data: Path, tokenizer: Tokenizer) -> None:
             )
 
 
+def released(data: Path, split: str) -> tuple[str, str] | None:
+    """First and last day, ISO, on which the documents of a split came out, as the data card has them; None
+    where documents are split by hash and days say nothing."""
+    path = data / "data_card.json"
+    card = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    domains = card.get("splits", {}).get(split, {}).values()
+    days = [(domain["first"], domain["last"]) for domain in domains if domain.get("first")]
+    if not card.get("split_dates") or not days:
+        return None
+    return min(first for first, _ in days), max(last for _, last in days)
+
+
+def not_out_of_sample(data: Path, split: str, trained_until: str | None) -> str | None:
+    """What to say where a model was trained on text as late as a held-out split of `data`, or later."""
+    span = None if split == "train" else released(data, split)
+    if span is None or trained_until is None or trained_until < span[0]:
+        return None
+    return (
+        f"warning: the model was trained on text released until {trained_until}, the {split} split of {data} "
+        f"begins on {span[0]}: it may have seen what it is measured on"
+    )
+
+
 def fixed_batches(config: TrainConfig, ranks: Ranks) -> list[Batch]:
     """The validation batches of all ranks, eval_batches each: the same for all runs on this data with as many
     windows in them, and never one window twice."""

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import lzma
 import math
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +25,7 @@ import tapelm
 from data.numbers import TAPE, Tape
 from gpt.checkpoint import load_model, sha256_of
 from gpt.cli import UserError, parse_options, prepare_output, run_program, wide_console, write_atomically
-from gpt.corpus import END_OF_TEXT, open_tokenizer, read_domains, training_counts
+from gpt.corpus import END_OF_TEXT, not_out_of_sample, open_tokenizer, read_domains, training_counts
 from gpt.forecast import print_tape_table, score_tape
 from gpt.hardware import fingerprint, pick_device, set_threads
 from gpt.model import GPT
@@ -132,6 +133,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "trained": {key: state[key] for key in ("tokens", "seconds")},
         "machine": fingerprint(device),
     }
+    if warning := not_out_of_sample(config.data, config.split, state.get("trained_until")):
+        print(warning, file=sys.stderr)
     if (config.data / TAPE).is_file():
         tape = Tape.load(config.data)
         check_same_tape(checkpoint, state, config.data)

@@ -19,7 +19,15 @@ from data.numbers import Tape
 from gpt import checkpoint, parallel
 from gpt.cli import UserError, flush
 from gpt.config import ModelConfig, TrainConfig
-from gpt.corpus import check_shards, fixed_batches, open_loader, open_tokenizer, text_bytes
+from gpt.corpus import (
+    check_shards,
+    fixed_batches,
+    not_out_of_sample,
+    open_loader,
+    open_tokenizer,
+    released,
+    text_bytes,
+)
 from gpt.hardware import (
     device_name,
     forget_peak_memory,
@@ -78,13 +86,32 @@ class Training:
         self.stepped: Any = parallel.averaging(stepped, self.device) if ddp else stepped  # type: ignore[arg-type]
 
         self.step, self.tokens, self.seconds, self.peak_memory = 0, 0, 0.0, 0
+        span = released(config.data, "train")
+        self.trained_until = None if span is None else span[1]
         self.best_val_loss, self.batches_sha256 = math.inf, ""
+        if ddp:
+            self._settle()
         self.peak_flops = gemm_peak_flops(self.device, self.precision)
         self.start_clock()
 
-    def take_weights(self, path: Path) -> None:
+    def _settle(self) -> None:
+        """After the first backward pass DDP sums gradients in another order. That one comes before any step,
+        so that the steps of a resumed run sum as those of an uninterrupted one."""
+        shape = (self.config.batch_size, self.config.block_size)
+        ids = torch.zeros(shape, dtype=torch.int64, device=self.device)
+        with autocast(self.device, self.precision):
+            loss = self.stepped(ids, ids)
+        loss.backward()
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.manual_seed(self.config.seed + self.ranks.rank)
+
+    def take_weights(self, path: Path, console: Console) -> None:
         """Start from those of another run. Raises UserError when they do not fit."""
-        other, found, _ = checkpoint.load_model(path, kernels="plain")
+        other, found, state = checkpoint.load_model(path, kernels="plain")
+        earlier = state.get("trained_until")
+        if warning := not_out_of_sample(self.config.data, "val", earlier):
+            console.print(warning)
+        self.trained_until = max(filter(None, (earlier, self.trained_until)), default=None)
         now = vars(self.shape) | {"tokenizer": checkpoint.sha256_of(self.config.data / "tokenizer.json")[:12]}
         before = vars(other.config) | {"tokenizer": checkpoint.sha256_of(found / "tokenizer.json")[:12]}
         for name in now.keys() - {"dropout"}:
@@ -133,6 +160,7 @@ class Training:
         if self.step > self.total_steps:
             raise UserError(f"{start} is at step {self.step}, beyond the {self.total_steps} of this run")
         self.peak_memory = state.get("peak_memory_bytes", 0)
+        self.trained_until = state.get("trained_until", self.trained_until)
         self.best_val_loss = math.inf if state["best_val_loss"] is None else state["best_val_loss"]
         self.batches_sha256 = state["batches_sha256"]
         for name in TOLD_ON_RESUME:
@@ -215,6 +243,7 @@ class Training:
             "best_val_loss": None if math.isinf(self.best_val_loss) else self.best_val_loss,
             "batches_sha256": self.batches_sha256,
             "tape_sha256": self.tape,
+            "trained_until": self.trained_until,
             "val_sha256": self.val_sha256,
             "loader": self.loader.state_dict(),
             "generators": generators,

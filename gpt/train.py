@@ -52,7 +52,7 @@ def _train(config: TrainConfig, ranks: Ranks, arguments: list[str] | None) -> in
     if start is not None:
         run.resume(start, console)
     elif config.initialize_from is not None:
-        run.take_weights(config.initialize_from)
+        run.take_weights(config.initialize_from, console)
     console.print(f"{run}" + (f", resumed from {start}" if start else ""))
     if config.warmup_steps >= run.total_steps:
         console.print(f"warning: the warmup of {config.warmup_steps} steps does not end within the run")
@@ -69,7 +69,8 @@ def _train(config: TrainConfig, ranks: Ranks, arguments: list[str] | None) -> in
             record = run.take_step()
             if run.step % config.eval_interval == 0 or run.step == last:
                 record["val_loss"] = run.validate()
-            check_finite(record)
+            if ranks.leads:  # its end is that of the others
+                check_finite(record)
             record["seconds"] = run.count(record)
             if ranks.leads:
                 append_record(metrics_path, record)
@@ -98,7 +99,8 @@ def _train(config: TrainConfig, ranks: Ranks, arguments: list[str] | None) -> in
         # A tape of numbers has no bytes of text.
         bits = "" if run.tape else f", {summary['val_bits_per_byte']:.3f} bits per byte"
         console.print(
-            f"{run.step} steps: train loss {summary['train_loss']:.4f} (mean of the last 20), "
+            f"{run.step} steps: train loss {summary['train_loss']:.4f} "
+            f"(mean of the last {min(20, run.step)}), "
             f"{validation_text(summary['val_loss'])}{bits}, "
             f"{summary['tokens_per_second']:,.0f} tokens/s (median); "
             f"wrote {config.out}: summary.json, metrics.jsonl, loss.png, checkpoints/"

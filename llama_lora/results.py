@@ -60,7 +60,9 @@ def check_same_run(config: FinetuneConfig, dtype: torch.dtype, start: Path, now:
     before = {name: state["config"][name] for name in FIXED_ON_RESUME} | {"precision": state["precision"]}
     options = config.as_json() | {"target_modules": list(config.target_modules)}  # as JSON gives it back
     settings = {name: options[name] for name in FIXED_ON_RESUME} | {"precision": str(dtype)}
-    check_unchanged(before | state.get("inputs", now), settings | now, start)
+    # States of older runs name no inputs; the tokenizer is beside them.
+    noted = {**now, "tokenizer": checkpoint.sha256_of(start / "tokenizer.json")[:12]}
+    check_unchanged(before | state.get("inputs", noted), settings | now, start)
 
 
 def finish(

@@ -28,7 +28,7 @@ OPTIONAL = ("field", "unit", "available_at", "source")
 ROW_NUMBERS = ("", "Unnamed: 0", "__index_level_0__")  # what pandas calls a column without a name
 FIELDS = (*MAIN_FIELDS, "high", "low", "volume")
 ADJUSTED, CLOSE = ("adjclose", "adjustedclose"), "close"
-BESIDE = ("open", "high", "low", "volume")  # at least one of them stands beside the close of one entity
+BESIDE = ("open", "high", "low", "volume")  # one of them beside a close, or two, make prices of one entity
 ACCEPTED = (
     "a table of numbers has columns date, entity, value; or date, Open, High, Low, Close, Adj Close, Volume "
     "in a file named after the entity; or date and one column of numbers for each entity"
@@ -114,13 +114,18 @@ def shape_of(path: Path, head: Head, wanted: Wanted) -> Shape:
     one = "" if entity is not None else stem
     if value is not None:
         return Shape(date, entity, {value: one}, optional)
-    closes, beside = _closes(others), any(_plain(name) in BESIDE for name in others)
+    closes, beside = _closes(others), sum(_plain(name) in BESIDE for name in others)
     if closes and (entity is not None or beside or len(closes) == len(others)):
         return Shape(date, entity, {closes[0]: one}, optional)
-    if others and not (entity or closes or beside or NO_COLUMN in wanted.entity):
-        return Shape(date, None, {name: name.strip() for name in others}, optional, wide=True)
-    found = f"found: {listed(names)}"
-    raise DataError(f"{path}: cannot tell which values to take ({found}): pass --value-column; {ACCEPTED}")
+    # Entities may be called as an optional column or a price is: UNIT and LOW are shares.
+    told = {name: column for name, column in optional.items() if not _holds_numbers(head, column)}
+    entities = [name for name in names if name not in (date, *told.values(), *ROW_NUMBERS)]
+    if entities and not (entity or closes or beside > 1 or NO_COLUMN in wanted.entity):
+        return Shape(date, None, {name: name.strip() for name in entities}, told, wide=True)
+    raise DataError(
+        f"{path}: cannot tell which values to take (found: {listed(names)}): pass --value-column for those "
+        f"of one entity, or write the table as date, entity, value; {ACCEPTED}"
+    )
 
 
 def _asked(what: str, asked: tuple[str, ...], names: list[str], path: Path) -> str | None:

@@ -73,6 +73,21 @@ def test_a_wide_table_has_an_entity_in_every_column(tmp_path):
     assert {entity for _, entity, _ in found([one])} == {"DGS10"}
 
 
+@pytest.mark.parametrize("name", ["UNIT", "Field", "source", "LOW", "Volume"])
+def test_an_entity_of_a_wide_table_may_be_called_as_another_column(tmp_path, name):
+    path = write_wide(tmp_path / "markets.csv", "SPX", name, count=30)
+    assert {entity for _, entity, _ in found([path])} == {"SPX", name}
+    assert {row.unit for _, row in read_rows([path], Problems(strict=True))} == {"points"}
+
+
+def test_a_wide_table_may_have_a_unit(tmp_path):
+    path = write_wide(tmp_path / "markets.csv", "SPX", "NDX", count=30)
+    head, *lines = path.read_text().splitlines()
+    path.write_text("\n".join([f"{head},unit", *(f"{line},index points" for line in lines)]))
+    rows = list(read_rows([path], Problems(strict=True)))
+    assert {(row.entity, row.unit) for _, row in rows} == {("SPX", "index points"), ("NDX", "index points")}
+
+
 HEADERS = [
     (YAHOO, 0.5),
     (YAHOO.lower(), 0.5),

@@ -71,6 +71,14 @@ def test_a_revision_does_not_take_the_place_of_what_was_released_before_it():
     assert problems.places == {"second value for a day": ["prices.csv, line 9"]} and not problems.notes
 
 
+def test_another_unit_begins_the_series_anew():
+    """Of which the first may be below 0, where prices have no logarithm."""
+    table = rows([-0.5, 0.0], unit="percent") + rows([0, 0, 5.0, 6.0], unit="points")[2:]
+    problems = Problems()
+    assert lengths(table, problems) == [2, 2]
+    assert problems.places == {"another unit": ["prices.csv, line 4"]}
+
+
 def test_a_row_released_before_its_day_is_left_out():
     table = rows([100.0, 101.0, 102.0])
     table[1] = table[1]._replace(available_at=date(2008, 1, 1))

@@ -11,7 +11,7 @@ import torch
 
 from gpt.cli import UserError
 from gpt.config import preset
-from gpt.corpus import check_shards, no_data, open_loader, open_tokenizer
+from gpt.corpus import check_shards, no_data, not_out_of_sample, open_loader, open_tokenizer
 from gpt.parallel import Ranks
 from tapelm import Tokenizer, write_shards
 
@@ -65,3 +65,17 @@ def test_files_that_are_not_those_of_the_card_are_noticed(data: Path) -> None:
     (data / "data_card.json").write_text(json.dumps({"outputs": made}))
     with pytest.raises(UserError, match=r"tokenizer\.json is not the one that data\.prepare made.*--force"):
         check_shards(data, TOKENIZER)
+
+
+def test_held_out_text_that_a_model_may_have_seen_is_told(tmp_path: Path) -> None:
+    span = {"first": "2024-05-01", "last": "2024-06-01"}
+    card = {"split_dates": {"test_from": "2024-05-01"}, "splits": {"test": {"news": span, "empty": {}}}}
+    path = tmp_path / "data_card.json"
+    path.write_text(json.dumps(card))
+    assert not_out_of_sample(tmp_path, "test", "2024-04-30") is None
+    assert not_out_of_sample(tmp_path, "test", None) is None
+    told = not_out_of_sample(tmp_path, "test", "2024-05-01")
+    assert told is not None and "trained on text released until 2024-05-01" in told
+    assert not_out_of_sample(tmp_path, "train", "2024-05-01") is None
+    path.write_text(json.dumps(card | {"split_dates": None}))
+    assert not_out_of_sample(tmp_path, "test", "2025-01-01") is None

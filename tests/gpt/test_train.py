@@ -368,7 +368,7 @@ def test_a_log_is_not_left_silent(tiny_data: Path, tmp_path: Path, capsys, monke
     train(tiny(tiny_data, tmp_path))
     said = capsys.readouterr().err
     assert all(f"step {step}: loss " in said for step in range(1, 11))
-    assert said.count("val loss") == 3 and "10 steps: train loss" in said and "(mean of the last 20)" in said
+    assert said.count("val loss") == 3 and "10 steps: train loss" in said and "(mean of the last 10)" in said
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 

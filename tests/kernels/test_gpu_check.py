@@ -166,9 +166,27 @@ def test_other_rows_are_measured_whatever_becomes_of_one(end: str, monkeypatch: 
     told = {"death": "no result: its process ended with status -11", "hang": "no result: it took too long"}
     expected = told.get(end, "RuntimeError: an illegal memory access was encountered")
     assert rows[:2] == [{"op": "op", "shape": "0", "n": 0}, {"op": "op", "shape": "1", "error": expected}]
-    # After a hang no time is left.
-    assert rows[2:] == ([] if end == "hang" else [{"op": "op", "shape": "2", "n": 2}])
-    assert starts == {"error": [0], "hang": [0]}.get(end, [0, 2])
+    assert rows[2:] == [{"op": "op", "shape": "2", "n": 2}]
+    assert starts == ([0] if end == "error" else [0, 2])
+
+
+def test_what_is_behind_a_row_that_took_all_the_time_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    units = [gpu_parts.Unit("op", str(index), lambda: {"n": 1}) for index in range(4)]
+
+    def process(command: list[str], seconds: float) -> int | None:
+        first, left, path = int(command[4]), float(command[5]), Path(command[6])
+        if first == 0:
+            gpu_parts.take(units[:1], math.inf, path, lambda: True)
+            time.sleep(0.3)
+            found = json.loads(path.read_text())
+            path.write_text(json.dumps([*found, {"op": "op", "shape": "1", "error": gpu_parts.UNFINISHED}]))
+            return None
+        return gpu_parts.take(units[first:], left, path, lambda: True)
+
+    monkeypatch.setattr(gpu_parts, "finish", process)
+    rows = gpu_parts.measure("kernels", time.monotonic() + 0.2)
+    assert [row.get("left_out", False) for row in rows] == [False, False, True, True]
+    assert rows[1]["error"] == "no result: it took too long"
 
 
 def test_a_part_that_cannot_begin_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:

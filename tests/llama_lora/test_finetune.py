@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from gpt import checkpoint
 from gpt.cli import UserError
 from llama_lora.adapters import CONFIG, WEIGHTS, load, read_recipe
 from llama_lora.backends import TapelmBackend, open_base
@@ -106,6 +107,9 @@ def test_a_run_that_changed_is_not_resumed(settings) -> None:
         finetune(FinetuneConfig(**settings))
     with pytest.raises(UserError, match="rank was 16 and is 8"):
         finetune(FinetuneConfig(**settings, rank=8, resume="auto"))
+    (saved,) = (settings["out"] / "checkpoints").glob("step-*")
+    found = checkpoint.read_state(saved)
+    assert set(found["inputs"]) == {"base model", "tokenizer", "training data", "validation data"}
     others = settings["out"].parent / "others"
     shutil.copytree(settings["model"], others / "model")
     weights = load_file(others / "model" / "model.safetensors")
