@@ -74,14 +74,16 @@ inline bool mkl_has_avx512() {
 
 inline bool isa_is_forced() { return forced_isa().has_value(); }
 
-// The best one, chosen at the first call, or the one that TAPELM_ISA forces.
+[[gnu::noinline, gnu::cold]] inline Isa choose_isa() {
+  const Isa wanted = forced_isa().value_or(best_isa());
+  if (wanted > best_isa())
+    throw std::invalid_argument("TAPELM_ISA=" + std::string(std::getenv("TAPELM_ISA")) + " is not supported by this CPU");
+  return wanted;
+}
+
+// The best one, chosen at the first call, or the one that TAPELM_ISA forces. Small, as some loops call it for each block.
 inline Isa isa() {
-  static const Isa chosen = [] {
-    const Isa wanted = forced_isa().value_or(best_isa());
-    if (wanted > best_isa())
-      throw std::invalid_argument("TAPELM_ISA=" + std::string(std::getenv("TAPELM_ISA")) + " is not supported by this CPU");
-    return wanted;
-  }();
+  static const Isa chosen = choose_isa();
   return chosen;
 }
 
