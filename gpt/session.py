@@ -60,9 +60,7 @@ class Training:
     def __init__(self, config: TrainConfig, ranks: Ranks) -> None:
         self.config, self.ranks, self.device = config, ranks, ranks.device
         set_threads(config.threads)
-        torch.manual_seed(
-            config.seed + ranks.rank
-        )  # dropout; the model's weights have a generator of their own
+        torch.manual_seed(config.seed + ranks.rank)  # for dropout; weights have a generator of their own
         self.precision = pick_precision(config, self.device)
         self.tokenizer = open_tokenizer(config.data / "tokenizer.json")
         self.loader = open_loader(config, ranks)
@@ -92,7 +90,6 @@ class Training:
         if ddp:
             self._settle()
         self.peak_flops = gemm_peak_flops(self.device, self.precision)
-        self.start_clock()
 
     def _settle(self) -> None:
         """After the first backward pass DDP sums gradients in another order. That one comes before any step,
@@ -194,7 +191,6 @@ class Training:
         learning_rate = config.learning_rate_at(self.step, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        self.model.train()
         loss_sum = torch.zeros((), device=self.device)
         for left in reversed(range(config.accumulation_steps)):
             batch = next(self.loader)  # inputs and targets (B, T) int64
@@ -338,6 +334,7 @@ def validation_loss(model: GPT, batches: Sequence[Batch], ranks: Ranks, precisio
             batch = batches[index % len(batches)]
             loss = model(batch.inputs, batch.targets).item()
             losses += [loss] if index < len(batches) else []
+    model.train()
     return statistics.fmean(loss for share in ranks.gather(losses) for loss in share)
 
 

@@ -17,7 +17,7 @@ from rich.table import Table
 from gpt import checkpoint
 from gpt.cli import wide_console, write_atomically
 from gpt.hardware import device_name, gemm_peak_flops, versions
-from gpt.metrics import UNTIMED_STEPS
+from gpt.metrics import UNTIMED_STEPS, read_records
 from gpt.progress import plot
 from gpt.resume import check_unchanged
 from llama_lora.config import FinetuneConfig
@@ -70,8 +70,7 @@ def finish(
     peak_memory: int, console: Console,
 ) -> None:  # fmt: skip
     """Write summary.json and loss.png from metrics.jsonl, and print the table."""
-    lines = (config.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
+    records = read_records(config.out / "metrics.jsonl")
     evaluated = [record for record in records if "val_loss" in record]
     base, best = evaluated[0]["val_loss"], min(record["val_loss"] for record in evaluated)
     steps = [record for record in records if "loss" in record]
