@@ -36,82 +36,45 @@ int find(const std::vector<c10::Argument>& arguments, const std::string& name) {
   return -1;
 }
 
-// A formula in numbers, once both schemas are known.
+// A formula (see autograd.h) in numbers, which resolve() finds once both schemas are known.
 struct Formula {
   enum class Source { gradient, input, output, negated_input, presence };
   struct Argument {
     Source source;
-    int index;      // of the input or output
+    int index;       // of the input or output
     int given = -1;  // the input without which the argument is none
-    bool optional;   // the backward op takes none for it
+    bool optional = false;  // the backward op takes none for it
   };
   struct Result {
-    int input;             // whose gradient it is: its index among the inputs that are tensors
+    int input;         // whose gradient it is: its index among the inputs that are tensors
     int instead = -1;  // the result that is taken for it when it is empty
   };
 
   explicit Formula(const char* text) : text(text) {}
 
   void resolve(const c10::OperatorHandle& forward) {
-    const auto& inputs = forward.schema().arguments();
-    const auto& outputs = forward.schema().returns();
-    for (size_t i = 0; i < inputs.size(); ++i) {
-      const auto& type = *inputs[i].type();
-      const bool tensor = type == *c10::TensorType::get() || type == *c10::OptionalType::ofTensor();
+    const c10::FunctionSchema& schema = forward.schema();
+    for (const c10::Argument& input : schema.arguments()) {
+      const bool tensor = *input.type() == *c10::TensorType::get() || *input.type() == *c10::OptionalType::ofTensor();
       tensor_of_input.push_back(tensor ? static_cast<int>(tensor_inputs.size()) : -1);
-      if (tensor) tensor_inputs.push_back(static_cast<int>(i));
+      if (tensor) tensor_inputs.push_back(static_cast<int>(tensor_of_input.size()) - 1);
     }
-    differentiable.assign(outputs.size(), text.empty());
+    differentiable.assign(schema.returns().size(), text.empty());
     if (text.empty()) return;
     const size_t open = text.find('('), close = text.find(") -> ");
-    const auto fail = [&](const std::string& name) {
-      TORCH_INTERNAL_ASSERT(false, "derivative of ", forward.schema().name(), ": ", name, " in \"", text, "\"");
-    };
-    if (open == std::string::npos || close == std::string::npos) fail("no call");
+    require(open != std::string::npos && close != std::string::npos, schema, "no call");
     backward = c10::Dispatcher::singleton().findSchemaOrThrow(("tapelm::" + text.substr(0, open)).c_str(), "");
+    for (const std::string& name : split(text.substr(open + 1, close - open - 1), ", "))
+      arguments.push_back(parse_argument(name, schema));
     const auto& parameters = backward->schema().arguments();
-    for (std::string name : split(text.substr(open + 1, close - open - 1), ", ")) {
-      if (arguments.size() == parameters.size()) fail("too many arguments");
-      Argument argument{};
-      argument.optional = parameters[arguments.size()].type()->kind() == c10::TypeKind::OptionalType;
-      if (const auto parts = split(name, " if "); parts.size() == 2) {
-        name = parts[0];
-        if ((argument.given = find(inputs, parts[1])) < 0) fail(parts[1]);
-      }
-      if (name == "grad" || name.rfind("grad_", 0) == 0) {
-        argument.source = Source::gradient;
-        argument.index = name == "grad" ? 0 : find(outputs, name.substr(5));
-        if (argument.index >= 0) differentiable[argument.index] = true;
-      } else if (name.rfind("not ", 0) == 0) {
-        argument.source = Source::negated_input;
-        argument.index = find(inputs, name.substr(4));
-      } else if (name.rfind("has ", 0) == 0) {
-        argument.source = Source::presence;
-        argument.index = find(inputs, name.substr(4));
-      } else if ((argument.index = find(inputs, name)) >= 0) {
-        argument.source = Source::input;
-      } else {
-        argument.source = Source::output;
-        argument.index = find(outputs, name);
-      }
-      if (argument.index < 0) fail(name);
-      arguments.push_back(argument);
+    require(arguments.size() == parameters.size(), schema, "another number of arguments");
+    for (size_t i = 0; i < parameters.size(); ++i) {
+      arguments[i].optional = parameters[i].type()->kind() == c10::TypeKind::OptionalType;
+      if (arguments[i].source == Source::gradient) differentiable[arguments[i].index] = true;
     }
-    if (arguments.size() != parameters.size()) fail("too few arguments");
-    std::vector<std::string> names;
-    for (const std::string& each : split(text.substr(close + 5), ", ")) {
-      const auto parts = split(each, " or ");
-      const int input = find(inputs, parts[0]);
-      if (input < 0 || tensor_of_input[input] < 0) fail(parts[0]);
-      Result result{tensor_of_input[input]};
-      if (parts.size() == 2) {
-        result.instead = static_cast<int>(std::find(names.begin(), names.end(), parts[1]) - names.begin());
-        if (result.instead == static_cast<int>(names.size())) fail(parts[1]);
-      }
-      names.push_back(parts[0]);
-      results.push_back(result);
-    }
-    if (results.size() != backward->schema().returns().size()) fail("another number of results");
+    const std::vector<std::string> parts = split(text.substr(close + 5), ", ");
+    for (const std::string& part : parts) results.push_back(parse_result(part, parts, schema));
+    require(results.size() == backward->schema().returns().size(), schema, "another number of results");
   }
 
   const std::string text;  // empty: no derivative
@@ -122,6 +85,52 @@ struct Formula {
   std::vector<bool> differentiable;  // by output
   std::optional<c10::OperatorHandle> backward;
   std::once_flag resolved;
+
+ private:
+  void require(bool condition, const c10::FunctionSchema& schema, const std::string& fault) const {
+    TORCH_INTERNAL_ASSERT(condition, "derivative of ", schema.name(), ": ", fault, " in \"", text, "\"");
+  }
+
+  // "grad", "grad_OUTPUT", "not INPUT", "has INPUT", "INPUT" or "OUTPUT", each perhaps with " if INPUT".
+  Argument parse_argument(const std::string& whole, const c10::FunctionSchema& schema) const {
+    const auto &inputs = schema.arguments(), &outputs = schema.returns();
+    const auto parts = split(whole, " if ");
+    const std::string& name = parts[0];
+    Argument argument{};
+    if (name == "grad")
+      argument = {Source::gradient, 0};
+    else if (name.rfind("grad_", 0) == 0)
+      argument = {Source::gradient, find(outputs, name.substr(5))};
+    else if (name.rfind("not ", 0) == 0)
+      argument = {Source::negated_input, find(inputs, name.substr(4))};
+    else if (name.rfind("has ", 0) == 0)
+      argument = {Source::presence, find(inputs, name.substr(4))};
+    else if (const int input = find(inputs, name); input >= 0)
+      argument = {Source::input, input};
+    else
+      argument = {Source::output, find(outputs, name)};
+    require(argument.index >= 0, schema, name);
+    if (parts.size() == 2) {
+      argument.given = find(inputs, parts[1]);
+      require(argument.given >= 0, schema, parts[1]);
+    }
+    return argument;
+  }
+
+  // "INPUT" or "INPUT or OTHER", where OTHER is itself one of all results.
+  Result parse_result(const std::string& whole, const std::vector<std::string>& all,
+                      const c10::FunctionSchema& schema) const {
+    const auto parts = split(whole, " or ");
+    const int input = find(schema.arguments(), parts[0]);
+    require(input >= 0 && tensor_of_input[input] >= 0, schema, parts[0]);
+    Result result{tensor_of_input[input]};
+    if (parts.size() == 2) {
+      const auto other = std::find(all.begin(), all.end(), parts[1]);
+      require(other != all.end(), schema, parts[1]);
+      result.instead = static_cast<int>(other - all.begin());
+    }
+    return result;
+  }
 };
 
 // Tensors are saved so that the engine sees changes in place and hooks on saved tensors run; the rest as it is.
