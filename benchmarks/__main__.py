@@ -11,7 +11,7 @@ import sys
 from benchmarks import kept_memory
 from gpt.cli import UserError, parse_options, run_program
 
-KEPT = {"ops", "train", "ladder", "scaling", "peers", "generate", "llama", "all"}
+KEPT = {"ops", "train", "ladder", "scaling", "peers", "generate", "llama", "hf", "all"}
 """Subjects that are measured with memory that the C library keeps."""
 
 

@@ -19,10 +19,11 @@ from gpt.cli import UserError
 from gpt.ops import ClippedAdamW
 from llama_lora import adapters as files
 from llama_lora.adapters import Adapter, Recipe
-from llama_lora.config import PROJECTIONS, FinetuneConfig
+from llama_lora.config import FinetuneConfig
 from llama_lora.dataset import IGNORED
-from llama_lora.modules import MLP, Attention, Linear, LoraLinear, RMSNorm, document_mask
+from llama_lora.modules import LoraLinear
 from llama_lora.packing import PackedBatch
+from tapelm.hf import document_mask
 
 
 class Backend(Protocol):
@@ -101,27 +102,21 @@ class TapelmBackend:
         return self.equip(open_base(path, dtype), recipe).to(device)
 
     def equip(self, model: Any, recipe: Recipe) -> nn.Module:
-        """Exchange the modules of a LlamaForCausalLM in place, layer by layer, each freed before the next."""
+        """Exchange the modules of a LlamaForCausalLM in place."""
         if model.config.attention_bias or model.config.mlp_bias or model.config.hidden_act != "silu":
             raise UserError("the tapelm backend needs linear layers without bias and SiLU; use --backend hf")
-        full = recipe.method == "full"
-        for layer in model.model.layers:
-            layer.input_layernorm = RMSNorm(layer.input_layernorm)
-            layer.post_attention_layernorm = RMSNorm(layer.post_attention_layernorm)
+        tapelm.hf.optimize(model, fused_loss=False)
+        if recipe.method == "full":
+            return model.requires_grad_(True)
+        for layer in model.model.layers:  # each is freed before the next
             for parent in (layer.self_attn, layer.mlp):
                 for name, linear in list(parent.named_children()):
-                    if name not in PROJECTIONS:
-                        continue
-                    if full or name not in recipe.target_modules:
-                        new: nn.Module = Linear(linear.weight)
-                    else:
-                        new = LoraLinear(
+                    if name in recipe.target_modules:
+                        adapted = LoraLinear(
                             linear.weight, recipe.rank, recipe.scaling, quantize=recipe.method == "qlora"
                         )
-                    setattr(parent, name, new)
-            layer.self_attn, layer.mlp = Attention(layer.self_attn), MLP(layer.mlp)
-        model.model.norm = RMSNorm(model.model.norm)
-        return model.requires_grad_(True) if full else model
+                        setattr(parent, name, adapted)
+        return model
 
     def hidden(self, model: Any, batch: PackedBatch) -> Tensor:
         return model.model(

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Union
 
 import tyro
 
-from benchmarks.commands import everything, ladder, timed, untimed
+from benchmarks.commands import everything, hf, ladder, timed, untimed
 
 COMMANDS: dict[str, type[Any]] = {
     "ops": timed.Ops,
@@ -14,6 +14,7 @@ COMMANDS: dict[str, type[Any]] = {
     "loader": timed.Loader,
     "generate": timed.Generate,
     "llama": timed.Llama,
+    "hf": hf.Hf,
     "peers": timed.Peers,
     "all": everything.All,
     "scaling": timed.Scaling,

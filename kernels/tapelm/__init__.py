@@ -1,5 +1,6 @@
 """Fused training ops with a C++ kernel for CPUs and a Triton kernel for GPUs."""
 
+from . import hf, nn
 from ._tuning import use_table
 from .adamw import AdamW
 from .add_norm import add_layer_norm, add_rms_norm
@@ -36,6 +37,7 @@ __all__ = [
     "dropout",
     "embedding",
     "empty_cache",
+    "hf",
     "layer_norm",
     "linear",
     "linear_cross_entropy",
@@ -43,6 +45,7 @@ __all__ = [
     "memory_stats",
     "nf4_dequantize",
     "nf4_quantize",
+    "nn",
     "rms_norm",
     "rope",
     "swiglu",

@@ -19,9 +19,9 @@ from llama_lora import adapters as files
 from llama_lora.adapters import Recipe
 from llama_lora.backends import HuggingFaceBackend, TapelmBackend, get_backend, open_base
 from llama_lora.dataset import Example
-from llama_lora.modules import document_mask
 from llama_lora.packing import PackedBatch, collate
 from llama_lora.verify import check_round_trip, randomize, verify
+from tapelm.hf import document_mask
 
 CPU = torch.device("cpu")
 BACKENDS = [TapelmBackend(), HuggingFaceBackend()]

@@ -1,0 +1,50 @@
+"""The step of a model of transformers: what is compared computes the same, what is printed was measured."""
+
+import pytest
+import torch
+
+import tapelm
+from benchmarks import hf
+from gpt.cli import UserError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 512}
+    for name, size in sizes.items():
+        monkeypatch.setitem(hf.SIZES, name, size)
+    monkeypatch.setitem(hf.SIZES, "num_attention_heads", 4)
+    monkeypatch.setitem(hf.SIZES, "num_key_value_heads", 2)
+    monkeypatch.setattr("benchmarks.ceilings.GEMM_SHAPES", ((64, 64, 64),))
+    monkeypatch.setattr("benchmarks.ceilings.ARRAY_BYTES", 1 << 16)
+
+
+def test_rows_of_all_variants() -> None:
+    rows, skipped = hf.measure(1, 2, 32, CPU, 1)
+    assert [row.variant for row in rows] == ["transformers", "tapelm.hf", "tapelm.hf, tapelm.AdamW"]
+    assert skipped == ["Liger: its kernels run on GPUs alone"]
+    for row in rows:
+        assert row.ratio_vs["transformers"] == pytest.approx(rows[0].median_ms / row.median_ms)
+        assert row.extra["tokens_per_second"] == pytest.approx(64e3 / row.median_ms)
+
+
+def test_a_step_trains_and_is_ours() -> None:
+    ours, stock = hf.Step(hf.OURS, 1, 2, 32, CPU), hf.Step(hf.STOCK, 1, 2, 32, CPU)
+    assert type(ours.model.lm_head) is tapelm.nn.LMHead
+    assert type(stock.model.lm_head) is torch.nn.Linear
+    for step in (ours, stock):
+        for _ in range(4):
+            step()
+        assert step.losses[3] < step.losses[0]  # of the first batch again
+    torch.testing.assert_close(torch.stack(ours.losses), torch.stack(stock.losses), rtol=2e-3, atol=0.0)
+
+
+def test_nothing_is_timed_when_the_models_disagree() -> None:
+    steps = {kind: hf.Step(kind, 1, 2, 32, CPU) for kind in (hf.STOCK, hf.OURS)}
+    hf.agree(steps)
+    with torch.no_grad():
+        steps[hf.OURS].model.model.norm.weight.mul_(1.5)
+    with pytest.raises(UserError, match="disagree, nothing was timed"):
+        hf.agree(steps)
