@@ -12,8 +12,11 @@ try:
     import torch
     from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 except ImportError:
-    sys.exit("tapelm: building needs torch 2.13: run `pip install torch==2.13.0 -c constraints.txt` first")
+    sys.exit("tapelm: building needs torch: run `pip install torch -c constraints.txt` first")
 
+OPS = sorted(set(glob.glob("csrc/*.cpp")) - {"csrc/python.cpp"})
+LOADER = ["csrc/cuda/loader.cu", "csrc/cuda/python.cpp"]
+GPUS = {"nvcc": ["-arch=all-major"]}  # PyTorch would choose those that it sees, and fails where it sees none
 # OpenMP is compiled in but not linked: torch's runtime, already loaded, serves both with one thread pool.
 FLOATS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 FLAGS = ["-O3", "-g0", "-std=c++20", "-Wno-psabi", *FLOATS]
@@ -41,11 +44,7 @@ class Build(BuildExtension):
 
 setup(
     ext_modules=[
-        CppExtension(
-            "tapelm._C",
-            sorted(set(glob.glob("csrc/*.cpp")) - {"csrc/python.cpp"}),
-            extra_compile_args=[*FLAGS, "-fopenmp"],
-        ),
+        CppExtension("tapelm._C", OPS, extra_compile_args=[*FLAGS, "-fopenmp"]),
         Extension(
             "tapelm._text",
             ["csrc/python.cpp", *sorted(glob.glob("csrc/text/*.cpp"))],
@@ -53,7 +52,7 @@ setup(
             extra_compile_args=FLAGS,
             language="c++",
         ),
-        *([CUDAExtension("tapelm._cuda", ["csrc/cuda/loader.cu", "csrc/cuda/python.cpp"])] if CUDA else []),
+        *([CUDAExtension("tapelm._cuda", LOADER, extra_compile_args=GPUS)] if CUDA else []),
     ],
     cmdclass={"build_ext": Build},
 )

@@ -163,7 +163,8 @@ def check_environment(python: Path) -> None:
     if said:
         raise UserError(
             f"--unsloth: {python} is no Python with Unsloth and tapelm ({said}); make one: python3 -m venv "
-            "runs/unsloth && runs/unsloth/bin/pip install '.[llama,unsloth]'"
+            "runs/unsloth && runs/unsloth/bin/pip install torch==2.13.0 && runs/unsloth/bin/pip install "
+            "'.[llama,unsloth]'"
         )
 
 

@@ -2,6 +2,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/headeronly/version.h>
 
 #include "text/bpe.h"
 #include "text/bpe_trainer.h"
@@ -268,6 +269,7 @@ class PrefetchingLoader {
 PYBIND11_MODULE(_text, m) {
   tapelm::forced_isa();  // a wrong name in TAPELM_ISA is an ImportError
   m.doc() = "Byte-pair encoding, token shards and batch assembly in C++.";
+  m.attr("TORCH_VERSION") = TORCH_VERSION;  // of the headers, with which the ops are compiled too
   m.attr("GPT2") = static_cast<int>(Pretokenizer::kGpt2);
   m.attr("LLAMA3") = static_cast<int>(Pretokenizer::kLlama3);
   m.attr("GPT2_DIGITS") = static_cast<int>(Pretokenizer::kGpt2Digits);

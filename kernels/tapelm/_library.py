@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -29,12 +30,23 @@ CUDA_LAUNCHERS: dict[str, Callable[..., Any]] = {}
 
 
 def _load_extension() -> None:
-    folder = Path(__file__).parent
-    for suffix in EXTENSION_SUFFIXES:
-        if (path := folder / f"_C{suffix}").exists():
-            torch.ops.load_library(path)
-            return
-    raise ImportError("tapelm's compiled kernels are missing: run `pip install -e .` in the repository.")
+    """Loads the ops.
+
+    Raises:
+        ImportError: they are not built, or for another release of torch, whose C++ interface is another.
+    """
+    folder, build = Path(__file__).parent, "run `pip install -e .` in the repository"
+    found = [path for suffix in EXTENSION_SUFFIXES if (path := folder / f"_C{suffix}").exists()]
+    if not found:
+        raise ImportError(f"tapelm's compiled kernels are missing: {build}.")
+    from ._text import TORCH_VERSION
+
+    if not re.match(rf"{re.escape(TORCH_VERSION)}(?!\d)", torch.__version__):
+        raise ImportError(
+            f"tapelm was built for torch {TORCH_VERSION}, but torch {torch.__version__} is installed: "
+            f"{build} to build it for that, or `pip install torch=={TORCH_VERSION}`."
+        )
+    torch.ops.load_library(found[0])
 
 
 _load_extension()

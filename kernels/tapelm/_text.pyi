@@ -2,6 +2,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+TORCH_VERSION: str
 GPT2: int
 LLAMA3: int
 GPT2_DIGITS: int
