@@ -91,7 +91,9 @@ class Tape:
             raise DataError(f"{directory} holds no tape of numbers: {error}") from error
         if rows.dtype != ROW or edges.shape != (BINS + 1,):
             raise DataError(f"{directory} holds a tape of another format: prepare it again")
-        return cls(rows, entities, Bins(edges), context, differences)
+        scaled = rows["change"] / rows["volatility"]
+        bins = Bins.between(edges, scaled[rows["split"] == SPLITS.index("train")])
+        return cls(rows, entities, bins, context, differences)
 
 
 def context_rows(block: int) -> int:

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from data.bins import BINS, next_variance, variance_after, volatility_of
 from data.numbers import NO_SPLIT, Ids, Tape
-from gpt.baselines import scaled_quantiles
 from gpt.model import GPT, KVCache
 from tapelm import Tokenizer
 
@@ -90,7 +89,7 @@ def sample_paths(
     for day in range(days):
         if day:
             chances = reader.probabilities(bins[:, :day])
-        scaled = scaled_quantiles(tape.bins, chances, levels[:, day : day + 1])[:, 0]
+        scaled = tape.bins.quantiles(chances, levels[:, day : day + 1])[:, 0]
         bins[:, day] = tape.bins.encode(scaled)
         changes[:, day] = scaled * volatility_of(variance)
         variance = next_variance(variance, changes[:, day])

@@ -20,11 +20,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from data.bins import CLIP
 from data.corpus import progress_on_terminal
 from data.documents import DataError
 from data.numbers import TAPE, Tape, is_of_numbers
-from gpt.baselines import TRAIN, in_train, scaled_quantiles
+from gpt.baselines import TRAIN, in_train
 from gpt.checkpoint import load_model
 from gpt.cli import UserError, parse_options, prepare_output, run_program, write_atomically
 from gpt.corpus import no_data, open_tokenizer
@@ -170,7 +169,6 @@ def forecast(
         "context_rows": tape.context,
         "left_out": missing,
         "direction_note": CHANCE,
-        "variance_of_bins": variance_of_bins(tape),
         "forecasts": forecasts,
     }
 
@@ -202,11 +200,11 @@ def first_day(
 
 
 def exactly(tape: Tape, of: Continued, probabilities: np.ndarray) -> dict[str, Any]:
-    """What is said of the first day, from probabilities (BINS,), changes being spread evenly inside a bin."""
+    """What is said of the first day, from probabilities (BINS,) of its bin."""
     volatility = float(of.tape.rows["volatility"][of.last + 1])
     levels = np.array(LEVELS)[None] / 100
-    quantiles = volatility * scaled_quantiles(tape.bins, probabilities[None], levels)[0]
-    mean, square = (float(probabilities @ moment) for moment in moments(tape))
+    quantiles = volatility * tape.bins.quantiles(probabilities[None], levels)[0]
+    mean, square = (float(probabilities @ moment) for moment in tape.bins.moments())
     deviation = volatility * (square - mean**2) ** 0.5
     return said(quantiles, volatility * mean, deviation, float(probabilities @ sides(tape)[0]))
 
@@ -231,22 +229,6 @@ def said(quantiles: np.ndarray, mean: float, deviation: float, gain: float) -> d
         "standard_deviation": deviation,
         "probability_of_gain": gain,
     }
-
-
-def moments(tape: Tape) -> tuple[np.ndarray, np.ndarray]:
-    """Means (BINS,) of a change over volatility, and of its square, that is spread evenly inside a bin."""
-    low, high = tape.bins.edges[:-1], tape.bins.edges[1:]
-    return (low + high) / 2, (low**2 + low * high + high**2) / 3
-
-
-def variance_of_bins(tape: Tape) -> float:
-    """Mean square of train's changes over volatility, clipped, once spread in their bins, over what it is.
-
-    Above 1 where the outermost bins are wide: standard deviations and paths are then too wide.
-    """
-    train = tape.rows[tape.rows["split"] == TRAIN]
-    scaled = np.clip(train["change"] / train["volatility"], -CLIP, CLIP)
-    return float(moments(tape)[1][train["bin"]].mean() / np.mean(scaled**2))
 
 
 def described(of: Continued, horizon: int) -> dict[str, Any]:

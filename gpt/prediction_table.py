@@ -13,7 +13,6 @@ from gpt.cli import wide_console
 
 NARROW = 100  # characters in a line, below which only these quantiles are shown
 OUTER = ("2.5", "50", "97.5")
-WIDE = 1.05  # variance_of_bins from which on a reader is told
 
 
 def print_predictions(result: dict[str, Any]) -> None:
@@ -61,12 +60,6 @@ def notes(result: dict[str, Any]) -> list[str]:
     early = [entry["entity"] for entry in forecasts if entry["released"] < until]
     if early:
         said.append(f"The model has learned from rows after these: {', '.join(early)}.")
-    if result["variance_of_bins"] > WIDE:
-        excess = 100 * (result["variance_of_bins"] - 1)
-        said.append(
-            f"The tape's outermost bins are so wide that the variance of train comes out {excess:.0f}% too "
-            "large: so do sd here, and sums over several days; inner quantiles of a day are not affected."
-        )
     if result["left_out"]:
         said.append(f"Left out, without train rows or without any so early: {', '.join(result['left_out'])}.")
     return said

@@ -11,7 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from data.bins import BINS, HISTORY, SMALLEST_VOLATILITY, trailing_volatility, variance_after, volatility_of
+from data.bins import (
+    BINS,
+    HISTORY,
+    PIECES,
+    SMALLEST_VOLATILITY,
+    trailing_volatility,
+    variance_after,
+    volatility_of,
+)
 from data.documents import SplitDates
 from data.numbers import Ids, Tape, make_tape, make_tokenizer
 from data.problems import Problems
@@ -63,12 +71,24 @@ def test_first_day_of_paths_is_the_exact_one(model: GPT, tape: Tape, tokenizer: 
     levels = np.random.default_rng(0).random((4000, 2))
     changes = sample_paths(model, tokenizer, of, chances, levels)
     volatility = of.tape.rows["volatility"][of.last + 1]
-    cumulative = np.concatenate(([0.0], np.cumsum(chances)))
-    at = np.interp(np.sort(changes[:, 0]) / volatility, tape.bins.edges, cumulative)
+    cumulative = np.concatenate(([0.0], np.cumsum(np.repeat(chances / PIECES, PIECES))))
+    at = np.interp(np.sort(changes[:, 0]) / volatility, tape.bins.spread, cumulative)
     assert np.abs(at - (np.arange(4000) + 0.5) / 4000).max() < 1.63 / math.sqrt(4000)  # Kolmogorov, 1%
     exact = forecast(model, tokenizer, tape, ["walk"])["forecasts"][0]["model"]
     for level, value in zip(LEVELS, exact["quantiles"].values(), strict=True):
         assert np.mean(changes[:, 0] <= value) == pytest.approx(level / 100, abs=0.03)
+
+
+def test_paths_vary_as_train_does(model: GPT, tokenizer: Tokenizer, tape: Tape) -> None:
+    """Of a model that says what train has: its days are not wider than they have been."""
+    of = continued(tape, 1, 1, date.max)
+    assert of is not None
+    train = tape.rows[tape.rows["split"] == 0]
+    often = np.bincount(train["bin"], minlength=BINS) / train.size
+    levels = (np.arange(100_000)[:, None] + 0.5) / 100_000
+    changes = sample_paths(model, tokenizer, of, often, levels)
+    known = (train["change"] / train["volatility"]).std() * math.sqrt(of.variance)
+    assert changes.std() == pytest.approx(known, rel=0.01)
 
 
 @pytest.mark.parametrize("past", [40, 4])
@@ -142,7 +162,7 @@ def test_volatility_moves_on_a_path_as_in_the_tape(model: GPT, tokenizer: Tokeni
     assert of is not None
     levels = np.random.default_rng(3).random((5, 12))
     changes = sample_paths(even, tokenizer, of, np.full(BINS, 1 / BINS), levels)
-    scaled = np.interp(levels, np.linspace(0, 1, BINS + 1), tape.bins.edges)
+    scaled = np.interp(levels, np.linspace(0, 1, tape.bins.spread.size), tape.bins.spread)
     variance = of.tape.rows["volatility"][of.last] ** 2
     before = of.tape.rows["change"][of.last]
     for day in range(12):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from data.bins import BINS
+from data.bins import BINS, PIECES
 from data.documents import SPLITS
 from data.numbers import NO_SPLIT, Tape, make_tokenizer
 from data.prepare import Config, prepare
@@ -27,7 +27,7 @@ from gpt.forecast import _windows, bin_probabilities, row_scores, sides
 from gpt.model import GPT
 from gpt.ops import PLAIN
 from gpt.paths import continued
-from gpt.predict import PredictConfig, first_day, forecast, main, moments, open_tape
+from gpt.predict import PredictConfig, first_day, forecast, main, open_tape
 from gpt.prediction_table import print_predictions
 from gpt.train import train
 from tapelm import Tokenizer
@@ -157,11 +157,11 @@ def test_mean_and_deviation_are_those_of_the_quantiles(model: GPT, tokenizer: To
     assert of is not None
     levels = (np.arange(200_000)[None] + 0.5) / 200_000
     chances = first_day(model, tokenizer, tape, [of], 1)
-    cumulative = np.concatenate(([0.0], np.cumsum(chances[0])))
-    spread = np.interp(levels[0], cumulative, tape.bins.edges) * made["volatility"]
+    cumulative = np.concatenate(([0.0], np.cumsum(np.repeat(chances[0] / PIECES, PIECES))))
+    spread = np.interp(levels[0], cumulative, tape.bins.spread) * made["volatility"]
     assert made["model"]["mean"] == pytest.approx(spread.mean(), abs=1e-6)
     assert made["model"]["standard_deviation"] == pytest.approx(spread.std(), rel=1e-4)
-    assert moments(tape)[0].shape == (BINS,)
+    assert tape.bins.moments()[0].shape == (BINS,)
 
 
 @pytest.mark.parametrize("horizon", [1, 5])
