@@ -238,8 +238,8 @@ def write_tape(tape: Tape, staging: Path) -> Counts:
                 tokens = ids.document(tape, rows)
                 domain = tape.entities[tape.rows["entity"][rows[0]]][1]
                 tally = counts.tally(split, domain)
-                released = date.fromordinal(int(tape.rows["released"][rows[-1]]))
-                tally.add(rows.size, released)
+                since, released = (date.fromordinal(int(tape.rows["released"][rows[end]])) for end in (0, -1))
+                tally.add(rows.size, released, since=since)
                 tally.add_tokens(tokens.size + 1, released)
                 yield tokens
 

@@ -9,7 +9,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from gpt.cli import wide_console
+from gpt.cli import print_titled, wide_console
 
 NARROW = 100  # characters in a line, below which only these quantiles are shown
 OUTER = ("2.5", "50", "97.5")
@@ -21,7 +21,7 @@ def print_predictions(result: dict[str, Any]) -> None:
     how = "exact" if days == 1 else f"{result['samples']:,} paths, seed {result['seed']}"
     title = f"{what} by {result['checkpoint']}, {how}"
     compact: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False, "padding": (0, 1, 0, 0)}
-    table = Table(title=escape(title), title_justify="left", **compact)
+    table = Table(**compact)
     forecasts = result["forecasts"]
     table.add_column("entity; after → " + ("day" if days == 1 else "last day"), min_width=14)
     table.add_column("by", no_wrap=True)
@@ -41,7 +41,7 @@ def print_predictions(result: dict[str, Any]) -> None:
             gain = f"{100 * says['probability_of_gain']:.1f}%"
             table.add_row(name, by, *(f"{scale * number:.{digits}f}" for number in numbers), gain)
         table.add_section()
-    console.print(table)
+    print_titled(title, table, console)
     if shown is OUTER:
         console.print("This terminal is too narrow for the other quantiles; --json has them all.")
     for sentence in notes(result):

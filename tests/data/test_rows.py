@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from data.card import print_table
-from data.documents import DataError
+from data.documents import SPLITS, DataError
 from data.numbers import Tape
 from data.prepare import Config, prepare
 from data.problems import Problems
 from data.sources.rows import read_rows
 from data.sources.shapes import Wanted
+from tapelm import Tokenizer
 
 YAHOO = "Date,Open,High,Low,Close,Adj Close,Volume"
 
@@ -161,7 +162,26 @@ def test_a_tape_of_own_tables_without_dates_given(tmp_path, capsys):
     assert [name for name, _ in Tape.load(config.out).entities] == ["AAPL", "NDX", "SPX"]
     assert np.unique(Tape.load(config.out).rows["split"]).tolist() == [0, 1, 2, 3]
     print_table(card)
-    assert f"validation from {days[-260]}, test from {days[-130]}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"validation from {days[-260]}, test from {days[-130]}" in said
+    rows, (train, val, test) = Tape.load(config.out).rows, days_told(card)
+    first, held_out = (
+        date.fromordinal(int(rows["released"][rows["split"] == code].min())) for code in (0, 1)
+    )
+    assert (train[0], val[0], test) == (first, held_out, (days[-130], days[-1]))  # not the ends of their runs
+    assert all(
+        f" {tally['first']}..{tally['last']}" in said
+        for of in card["splits"].values()
+        for tally in of.values()
+    )
+    sums = [sum(tally["tokens"] for tally in card["splits"][name].values()) for name in SPLITS]
+    told = ", ".join(f"{name} {tokens:,}" for name, tokens in zip(SPLITS, sums, strict=True))
+    vocabulary = Tokenizer.load(config.out / "tokenizer.json").vocab_size
+    assert f"vocabulary {vocabulary}; tokens: {told}\n" in said
+    print_table(
+        {name: entry for name, entry in card.items() if name != "vocabulary"}
+    )  # of an earlier version
+    assert f"\ntokens: {told}\n" in capsys.readouterr().out
     page = (config.out / "data_card.html").read_text()
     assert "rows belong to no split (15 rows before a cut)" in page and "days before a cut" not in page
     assert "<th>runs of rows</th><th>rows</th>" in page and "13-grams" not in page
@@ -170,6 +190,13 @@ def test_a_tape_of_own_tables_without_dates_given(tmp_path, capsys):
     write_yahoo(tmp_path, "AAPL", count=8)
     with pytest.raises(DataError, match="the rows are of 8 days: give --validation-from"):
         prepare(Config(out=tmp_path / "short", input=paths[:1], **settings))
+
+
+def days_told(card):
+    """First and last release of each split."""
+    for sources in card["splits"].values():
+        ends = [[date.fromisoformat(tally[name]) for tally in sources.values()] for name in ("first", "last")]
+        yield min(ends[0]), max(ends[1])
 
 
 @pytest.mark.parametrize("sources", [("files",), ("packages", "files")])

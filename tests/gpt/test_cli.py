@@ -13,8 +13,9 @@ from typing import Literal
 
 import pytest
 import torch
+from rich.table import Table
 
-from gpt.cli import UserError, parse_options, prepare_output, run_program, write_atomically
+from gpt.cli import UserError, parse_options, prepare_output, print_titled, run_program, write_atomically
 from gpt.hardware import pick_device, set_threads
 
 
@@ -46,6 +47,14 @@ def test_expected_errors_are_one_line(
 def test_bugs_keep_their_traceback(bug: Exception) -> None:
     with pytest.raises(type(bug)):
         run_program(raising(bug))
+
+
+def test_a_title_is_one_line_above_a_narrow_table(capsys: pytest.CaptureFixture[str]) -> None:
+    table = Table()
+    table.add_column("a")
+    print_titled("val of [runs] " + "x" * 200, table)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "val of [runs] " + "x" * 200 and max(map(len, said[1:])) == 5
 
 
 def test_memory_that_pytorch_cannot_have_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -114,8 +114,10 @@ def test_a_saw_is_predicted_and_nothing_of_a_walk(
     assert 0.25 < walk["model"]["probability_of_gain"] < 0.75
     ratio = walk["model"]["standard_deviation"] / walk["ewma"]["standard_deviation"]
     assert 0.7 < ratio < 1.4
-    said = " ".join(capsys.readouterr().out.split())
-    assert "Change on the next day" in said and "direction is about chance" in said and "2013-12-05" in said
+    title, *table = capsys.readouterr().out.splitlines()
+    assert title.startswith("Change on the next day by ") and title.endswith("step-00000500, exact")
+    said = " ".join(" ".join(table).split())
+    assert "direction is about chance" in said and "2013-12-05" in said
 
     ten = predicted(run, data, tmp_path / "ten.json", "--horizon", "10", "--samples", "400")
     assert ten["saw"]["last_day"] == "2013-12-19"
