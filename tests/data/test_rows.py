@@ -108,6 +108,85 @@ def test_a_file_of_prices_is_one_entity(tmp_path, header, scale):
     assert {row.unit for _, row in rows} == {"adjusted price" if scale == 0.5 else "points"}
 
 
+def write_yfinance(path, tickers, prices_of, *, by_ticker=False, named=True):
+    """What pandas makes of yfinance.download(tickers): three header lines, older versions without names."""
+    pairs = [(price, ticker) for price in prices_of for ticker in tickers]
+    if by_ticker:
+        pairs = [(price, ticker) for ticker in tickers for price in prices_of]
+    headers = [["Price", *(price for price, _ in pairs)], ["Ticker", *(ticker for _, ticker in pairs)]]
+    headers = headers[::-1] if by_ticker else headers
+    lines = [line if named else ["", *line[1:]] for line in headers] + [["Date", *("" for _ in pairs)]]
+    closes = {ticker: prices(ticker, 30) for ticker in tickers}
+    for number, day in enumerate(days_of(30)):
+        scale = {"Adj Close": 0.5, "Volume": 1000}
+        values = [closes[ticker][number] * scale.get(price, 1) for price, ticker in pairs]
+        lines.append([str(day), *map(str, values)])
+    path.write_text("\n".join(map(",".join, lines)) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("by_ticker", [False, True])
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("tickers", [["AAPL"], ["BRK-B", "LOW", "OPEN"], ["LOW"]])
+@pytest.mark.parametrize("adjusted", [False, True])
+def test_three_header_lines_of_yfinance(tmp_path, tickers, adjusted, named, by_ticker):
+    of = [*(["Adj Close"] if adjusted else []), "Close", "High", "Low", "Open", "Volume"]
+    path = write_yfinance(tmp_path / "downloaded.csv", tickers, of, by_ticker=by_ticker, named=named)
+    if len(tickers) == 3:
+        lines = path.read_text().splitlines()
+        lines[-1] = days_of(30)[-1].isoformat() + "," * lines[-1].count(",")  # as before a listing
+        path.write_text("\n".join(lines))
+    rows = list(read_rows([path], Problems(strict=True)))
+    assert {row.unit for _, row in rows} == {"adjusted price" if adjusted else "points"}
+    assert {(domain, row.field) for domain, row in rows} == {("downloaded", "close")}
+    days = days_of(30)[: 29 if len(tickers) == 3 else 30]
+    assert {(row.entity, row.date): row.value for _, row in rows} == {
+        (ticker, day): close * (0.5 if adjusted else 1)
+        for ticker in tickers
+        for day, close in zip(days, prices(ticker, 30), strict=False)
+    }
+
+
+def test_bad_rows_below_three_header_lines_are_named_by_line(tmp_path):
+    path = write_yfinance(tmp_path / "downloaded.csv", ["AAPL", "MSFT"], ["Close", "Volume"])
+    lines = path.read_text().splitlines()
+    lines[5], lines[6], lines[7] = "1 May,1,2,3,4", f"{days_of(30)[4]},1,x,3,4", "2009-01-01,1"
+    path.write_text("\n".join(lines))
+    problems = Problems()
+    (spoiled,) = [row for _, row in read_rows([path], problems) if math.isnan(row.value)]
+    assert spoiled.place == f"{path}, line 7, column ('Close', 'MSFT')"
+    assert problems.places == {
+        "date is not ISO": [f"{path}, line 6"],
+        "another number of columns": [f"{path}, line 8"],
+    }
+
+
+def test_two_names_of_a_column_in_parquet(tmp_path):
+    """pandas writes them as text, and the index as a column."""
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    names = ["('Close', 'AAPL')", "('Close', 'MSFT')", "('Volume', 'AAPL')", "('Volume', 'MSFT')"]
+    columns = {name: [float(number)] * 3 for number, name in enumerate(names, 1)} | {"Date": days_of(3)}
+    parquet.write_table(arrow.table(columns), tmp_path / "m.parquet")
+    rows = found([tmp_path / "m.parquet"])
+    assert rows[("m", "MSFT", date(2009, 1, 2))] == 2 and len(rows) == 6
+
+
+HEADERS_OF_THREE = [
+    "Price,Close,Close\nTicker,AAPL,MSFT\n2009-01-01,1,2",
+    "Price,Open,High\nTicker,AAPL,AAPL\nDate,,",
+    "Price,Close,mood\nTicker,AAPL,AAPL\nDate,,",
+    "Price,Close\nTicker,AAPL",
+]
+
+
+@pytest.mark.parametrize("header", HEADERS_OF_THREE)
+def test_what_only_looks_like_three_header_lines_is_one(tmp_path, header):
+    path = tmp_path / "m.csv"
+    path.write_text(f"{header}\n")
+    with pytest.raises(DataError, match=r"no column 'date' \(found: Price, "):
+        found([path])
+
+
 def test_columns_of_other_names(tmp_path):
     path = tmp_path / "table.csv"
     lines = [f"{day},{ticker},{n},1.5" for n, day in enumerate(days_of(30), 1) for ticker in ("A", "B")]
