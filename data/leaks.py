@@ -10,6 +10,11 @@ rows. Everything is streamed; of very many 13-grams an even share, chosen by has
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from gpt.interrupt import end_quietly
+
+    end_quietly()
+
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b

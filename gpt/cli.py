@@ -20,6 +20,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from gpt import interrupt
+
 Options = TypeVar("Options")
 # What PyTorch's RuntimeErrors say: on CPUs, on GPUs, and of sizes that no memory has.
 OUT_OF_MEMORY = r"can't allocate memory|out of memory|[Ss]torage size calculation overflowed"
@@ -40,6 +42,7 @@ def run_program(main: Callable[[list[str]], int]) -> None:
     is a bug and keeps its traceback.
     """
     try:
+        interrupt.raise_again()
         status = main(sys.argv[1:])
     except UserError as error:
         status = _complain(str(error), 2)

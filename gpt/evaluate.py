@@ -7,6 +7,11 @@ loss, CRPS and coverage beside five baselines, see gpt.forecast.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from gpt.interrupt import end_quietly
+
+    end_quietly()
+
 import bz2
 import dataclasses
 import json

@@ -9,6 +9,11 @@ see gpt.paths; EWMA's is normal with the variance of one day times their number.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from gpt.interrupt import end_quietly
+
+    end_quietly()
+
 import dataclasses
 import difflib
 import json

