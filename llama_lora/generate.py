@@ -110,8 +110,8 @@ def load(
     """(model of the tapelm backend, tokenizer). Raises UserError for directories that do not fit."""
     recipe, base = Recipe(), model
     if adapter is not None:
-        recipe, named = files.read_recipe(adapter)
-        base = model or named
+        recipe, _ = files.read_recipe(adapter)
+        base = files.base_of(adapter, model)
     recipe = dataclasses.replace(recipe, method=files.method_of(adapter, method))
     assert base is not None
     backend = TapelmBackend()
