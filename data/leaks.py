@@ -26,7 +26,8 @@ import tyro
 
 from data import card
 from data.documents import END_OF_TEXT, SPLITS, DataError, Document, SplitDates, read_jsonl
-from data.numbers import TAPE, check_tape
+from data.numbers import TAPE
+from data.tape_check import check_tape
 from gpt.cli import UserError, parse_options, run_program
 from gpt.corpus import token_arrays
 from tapelm import Tokenizer

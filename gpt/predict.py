@@ -1,10 +1,11 @@
 """Forecast from a tape of numbers: python -m gpt.predict --checkpoint RUN --data DIR [--horizon 5]
 
 For each entity, the distribution of its next daily log-return (of its difference, where the tape has those)
-after the last row in the data directory, or of the sum over the next days, beside the EWMA forecast. Rows
-count in whatever split they are, and where they are in none. A single day is exact: the model's probabilities
-of the bins, turned into changes as gpt.evaluate does it. The sum over several days is that of sampled paths,
-see gpt.paths; EWMA's is normal with the variance of one day times their number.
+after the last row in the data directory, or of the sum over the next days, beside the EWMA forecast. A day of
+a weekly or monthly series is its next week or month. Rows count in whatever split they are, and where they
+are in none. A single day is exact: the model's probabilities of the bins, turned into changes as gpt.evaluate
+does it. The sum over several days is that of sampled paths, see gpt.paths; EWMA's is normal with the variance
+of one day times their number.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import numpy as np
 from data.corpus import progress_on_terminal
 from data.documents import DataError
 from data.numbers import TAPE, Tape, is_of_numbers
+from data.series import spacing_of
 from gpt.baselines import TRAIN, in_train
 from gpt.checkpoint import load_model
 from gpt.cli import UserError, parse_options, prepare_output, run_program, write_atomically
@@ -244,6 +246,7 @@ def described(of: Continued, horizon: int) -> dict[str, Any]:
         "entity": name,
         "domain": domain,
         "change": "difference" if of.tape.differences[rows["entity"][last]] else "log-return",
+        "rows": spacing_of(rows["day"].tolist()).name,
         "as_of": _iso(rows["day"][last]),
         "released": _iso(rows["released"][last]),
         "first_day": _iso(rows["day"][last + 1]),

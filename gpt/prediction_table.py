@@ -16,13 +16,13 @@ OUTER = ("2.5", "50", "97.5")
 
 
 def print_predictions(result: dict[str, Any]) -> None:
-    days = result["horizon"]
-    what = "Change on the next day" if days == 1 else f"Sum of the changes on the next {days} days"
+    days, forecasts = result["horizon"], result["forecasts"]
+    row = "day" if all(entry["rows"] == "daily" for entry in forecasts) else "row"
+    what = f"Change on the next {row}" if days == 1 else f"Sum of the changes on the next {days} {row}s"
     how = "exact" if days == 1 else f"{result['samples']:,} paths, seed {result['seed']}"
     title = f"{what} by {result['checkpoint']}, {how}"
     compact: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False, "padding": (0, 1, 0, 0)}
     table = Table(**compact)
-    forecasts = result["forecasts"]
     table.add_column("entity; after → " + ("day" if days == 1 else "last day"), min_width=14)
     table.add_column("by", no_wrap=True)
     console = wide_console()
@@ -55,7 +55,8 @@ def notes(result: dict[str, Any]) -> list[str]:
         "Log-returns in %, or differences in the entity's own units; columns with % are quantiles. "
         f"P(gain) is no signal: {result['direction_note']}; EWMA's is 50% by construction.",
         f"Nothing after the day in 'after' was used as context; the model learned from rows up to {until}. "
-        "Days ahead are weekdays on which the entity has rows; holidays are not known.",
+        "Days ahead are weekdays on which the entity has rows, a month or a quarter ahead where its rows are "
+        "so far apart; holidays are not known.",
     ]
     early = [entry["entity"] for entry in forecasts if entry["released"] < until]
     if early:

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 
 from data.bins import BINS, CLIP, HISTORY, PIECES, Bins, levels_from, log_returns, trailing_volatility
 from data.documents import DataError, SplitDates
-from data.numbers import ROWS, TAPE, Ids, Tape, check_tape, documents, make_tape, make_tokenizer
+from data.numbers import ROWS, TAPE, Ids, Tape, documents, make_tape, make_tokenizer
 from data.prepare import Config, prepare
 from data.problems import Problems
 from data.series import Row
 from data.sources.rows import read_rows
+from data.tape_check import check_tape
 from tapelm import Tokenizer, TokenLoader
 
 DATES = SplitDates(date(2012, 1, 1), date(2013, 1, 1), date(2014, 1, 1), embargo_days=0)
@@ -322,7 +323,7 @@ def test_mistakes_are_named(tmp_path):
     for taken in ("endoftext", "jan mon"):
         with pytest.raises(DataError, match=f"cannot be called '{taken}'"):
             make_tokenizer(make_tape(rows(taken), DATES, BLOCK, Problems()))
-    with pytest.raises(DataError, match="no entity has more than 21 daily rows"):
+    with pytest.raises(DataError, match="no entity has more than 21 rows without a gap"):
         make_tape(rows()[:20], DATES, BLOCK, Problems())
     with pytest.raises(DataError, match="holds no tape of numbers"):
         Tape.load(tmp_path)

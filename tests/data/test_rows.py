@@ -294,6 +294,60 @@ def test_prices_become_notes_too(tmp_path):
     assert "AAPL, week to Friday" in text and " points" not in text
 
 
+def write_monthly(path, *entities, lag=43, days=1):
+    lines = ["date,available_at,entity,value"]
+    for entity in entities:
+        for month, value in enumerate(prices(entity, 600)):
+            day = date(1960 + month // 12, month % 12 + 1, days)
+            lines.append(f"{day},{day + timedelta(days=lag)},{entity},{value}")
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_monthly_rows_become_notes_and_daily_ones_beside_them(tmp_path):
+    paths = (write_monthly(tmp_path / "macro.csv", "CPI", "payrolls"), write_wide(tmp_path / "m.csv", "SPX"))
+    settings = {"vocab_size": 300, "min_block": 64, "deduplicate": False}
+    settings |= {"validation_from": date(2000, 1, 1), "test_from": date(2012, 1, 1)}
+    card = prepare(Config(out=tmp_path / "out", source=("rows",), input=tuple(map(str, paths)), **settings))
+    assert "missing days" not in card["bad_rows"] and card["warnings"] == []
+    assert (
+        card["splits"]["train"]["macro"]["documents"] > 900 and card["splits"]["val"]["m"]["documents"] > 100
+    )
+    train = (tmp_path / "out" / "documents" / "train.jsonl").read_text()
+    assert "CPI, January 1970." in train and "twelve" in train
+
+
+def test_monthly_rows_that_are_known_at_once_are_warned_of(tmp_path):
+    path = write_monthly(tmp_path / "macro.csv", "CPI", "payrolls", lag=0)
+    settings = {"source": ("rows",), "view": "numbers", "min_block": 32}
+    card = prepare(Config(out=tmp_path / "out", input=(str(path),), **settings))
+    assert card["leak_check"]["rows"] == 2 * (600 - 21)
+    assert len(card["warnings"]) == 3 and card["warnings"][2].startswith(
+        f"{path}, line 2: the rows are a month"
+    )
+    card = prepare(
+        Config(
+            out=tmp_path / "out", input=(str(write_monthly(path, "CPI", "wages")),), force=True, **settings
+        )
+    )
+    assert "a month" not in " ".join(card["warnings"])
+
+
+def test_weekly_rows_are_bins_but_no_notes(tmp_path):
+    weeks = [date(1990, 1, 5) + timedelta(days=7 * number) for number in range(1300)]
+    lines = [f"{day},{value}" for day, value in zip(weeks, prices("claims", 1300), strict=True)]
+    path = tmp_path / "claims.csv"
+    path.write_text("\n".join(["date,ICSA", *lines]) + "\n")
+    settings = {"source": ("rows",), "input": (str(path),), "min_block": 32}
+    prepare(Config(out=tmp_path / "tape", view="numbers", **settings))
+    tape = Tape.load(tmp_path / "tape")
+    assert tape.rows.size == 1300 - 21 and np.unique(tape.rows["series"]).size == 1
+    with pytest.raises(
+        DataError, match="line 2, column ICSA: the rows of ICSA are weekly, notes are written of"
+    ):
+        prepare(Config(out=tmp_path / "notes", **settings))
+
+
 def test_a_jump_is_told_and_kept(tmp_path):
     path = write_wide(tmp_path / "m.csv", "SPX", count=1300)
     lines = path.read_text().splitlines()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+from calendar import monthrange
 from datetime import date, timedelta
 
 import numpy as np
@@ -151,6 +152,27 @@ def test_days_to_come_are_weekdays_that_the_entity_has() -> None:
     assert next(_days_after(once)) - once[-1] == 3
     assert next(_days_after(every)) - every[-1] == 1
     assert next(_days_after(every[::7])) - every[::7][-1] == 7
+
+
+@pytest.mark.parametrize(
+    ("day", "apart", "coming"),
+    [
+        (1, 1, ["2021-01-01", "2021-02-01", "2021-03-01"]),
+        (31, 1, ["2021-01-31", "2021-02-28", "2021-03-31"]),
+        (12, 1, ["2021-01-14", "2021-02-14", "2021-03-14"]),  # on the 10th to the 14th: not before the last
+        (31, 3, ["2021-03-31", "2021-06-30", "2021-09-30"]),
+    ],
+)
+def test_days_to_come_of_sparse_rows_are_a_month_or_a_quarter_ahead(
+    day: int, apart: int, coming: list[str]
+) -> None:
+    months = [(2015 + month // 12, month % 12 + 1) for month in range(71, -1, -apart)][::-1]
+    days = [
+        date(*month, min(day, monthrange(*month)[1]) + (number % 5 - 2 if day == 12 else 0)).toordinal()
+        for number, month in enumerate(months)
+    ]
+    following = _days_after(np.array(days))
+    assert [date.fromordinal(next(following)).isoformat() for _ in range(3)] == coming
 
 
 def test_volatility_moves_on_a_path_as_in_the_tape(model: GPT, tokenizer: Tokenizer, tape: Tape) -> None:
