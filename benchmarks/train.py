@@ -26,7 +26,7 @@ from gpt.cli import UserError
 from gpt.config import PRESETS, TrainConfig, preset
 from gpt.hardware import pick_precision, synchronize
 from gpt.ops import Ops
-from gpt.session import autocast, model_and_optimizer
+from gpt.steps import autocast, model_and_optimizer
 
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
 KEPT = ", memory kept"

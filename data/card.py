@@ -14,11 +14,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from data.documents import SPLITS, DataError, SplitDates
 from data.problems import Problems
+from gpt.cli import wide_console
+from tapelm import Tokenizer
 
 NAME = "data_card.json"
 PAGE = "data_card.html"
@@ -38,12 +39,13 @@ class Tally:
     documents_by_year: Counter[int] = field(default_factory=Counter)
     tokens_by_year: Counter[int] = field(default_factory=Counter)
 
-    def add(self, size: int, released: date | None) -> None:
-        """Count a document of `size` bytes."""
+    def add(self, size: int, released: date | None, *, since: date | None = None) -> None:
+        """Count a document of `size` bytes; since: the first release in one that has several."""
         self.documents += 1
         self.bytes += size
         if released is not None:
-            self.first = min(self.first or released, released)
+            since = since or released
+            self.first = min(self.first or since, since)
             self.last = max(self.last or released, released)
             self.documents_by_year[released.year] += 1
 
@@ -148,6 +150,7 @@ def make_card(
             split: {source: _tally_entry(tally) for source, tally in sorted(counts.tallies[split].items())}
             for split in SPLITS
         },
+        "vocabulary": Tokenizer.load(directory / "tokenizer.json").vocab_size,
         "split_dates": _dates_entry(dates),
         "left_out_documents": counts.left_out,
         "undated_documents": counts.undated,
@@ -170,7 +173,7 @@ def write_card(directory: Path, card: Mapping[str, Any]) -> None:
 
 
 def print_table(card: dict[str, Any]) -> None:
-    """Print size and time span of every split and source of a card, and how much is in no split."""
+    """Print size and time span of every split and source of a card, its sums, and how much is in no split."""
     tape = is_tape(card)
     units = ("runs", "rows", "tokens") if tape else ("docs", "MB", "tokens")
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -182,10 +185,20 @@ def print_table(card: dict[str, Any]) -> None:
             size = f"{tally['bytes']:,}" if tape else f"{tally['bytes'] / 1e6:.3f}"
             table.add_row(split, source, f"{tally['documents']:,}", size, f"{tally['tokens']:,}", span)
         table.add_section()
-    console = Console()
+    console = wide_console()
     console.print(table)
-    for line in _left_out(card):
+    for line in (*_sums(card), *_left_out(card)):
         console.print(line, soft_wrap=True, highlight=False)
+
+
+def _sums(card: Mapping[str, Any]) -> Iterator[str]:
+    """The vocabulary, which cards of earlier versions do not have, and the tokens of every split."""
+    sums = ", ".join(
+        f"{split} {sum(tally['tokens'] for tally in sources.values()):,}"
+        for split, sources in card["splits"].items()
+    )
+    vocabulary = f"vocabulary {card['vocabulary']:,}; " if "vocabulary" in card else ""
+    yield f"{vocabulary}tokens: {sums}"
 
 
 def _left_out(card: Mapping[str, Any]) -> Iterator[str]:

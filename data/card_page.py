@@ -137,7 +137,8 @@ def plot(card: Mapping[str, Any]) -> str:
             heights = [[by_source[source].get(year, 0) for year in every] for source in sources]
             axes.stackplot(every, heights, labels=sources, step="mid")
             told = "runs of rows" if what == "documents" and is_tape(card) else what
-            axes.set(xlabel="year of release", ylabel=f"{told} a year")
+            year = "year in which a run's last row was released" if is_tape(card) else "year of release"
+            axes.set(xlabel=year, ylabel=f"{told} a year")
             axes.spines[["top", "right"]].set_visible(False)
         both[0].legend(frameon=False, fontsize=8, loc="upper left")
         image = io.StringIO()

@@ -12,6 +12,11 @@ tapelm[cluster]; the executor slurm submits jobs, ray starts tasks.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from gpt.interrupt import end_quietly
+
+    end_quietly()
+
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

@@ -33,7 +33,7 @@ class Config:
     files, of numbers for rows: date, entity, value (if need be field, unit, available_at), or date and a
     column for each entity, or the prices of one entity, after which the file is named."""
     view: Literal["text", "numbers"] = "text"
-    """text: prose, and numbers told in words. numbers: daily rows as calendar and bin tokens."""
+    """text: prose, and daily and monthly numbers told in words. numbers: rows as calendar and bin tokens."""
     tickers: tuple[str, ...] = ()
     """Companies of --source sec and news, as in AAPL; news without any takes the members of the S&P 500."""
     since: date | None = None

@@ -10,6 +10,11 @@ rows. Everything is streamed; of very many 13-grams an even share, chosen by has
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from gpt.interrupt import end_quietly
+
+    end_quietly()
+
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -21,7 +26,8 @@ import tyro
 
 from data import card
 from data.documents import END_OF_TEXT, SPLITS, DataError, Document, SplitDates, read_jsonl
-from data.numbers import TAPE, check_tape
+from data.numbers import TAPE
+from data.tape_check import check_tape
 from gpt.cli import UserError, parse_options, run_program
 from gpt.corpus import token_arrays
 from tapelm import Tokenizer
@@ -33,6 +39,8 @@ FEWEST_GRAMS = 20  # in a document that is judged
 FEWEST_SAMPLED = 8  # the same where only a share of them is compared
 MOST_GRAMS = 1 << 23  # of held-out text that are remembered, 64 MB
 CHUNK = 1 << 19  # tokens hashed at a time
+BEGINNING = 24  # bits of a hash that tell at once that most others are different
+REST = np.uint64(64 - BEGINNING)
 MULTIPLIER = 0x9E3779B97F4A7C15
 POWERS = np.array([pow(MULTIPLIER, power, 2**64) for power in range(1, GRAM + 1)], dtype=np.uint64)
 
@@ -85,12 +93,13 @@ def compare(directory: Path) -> Iterator[HeldOut]:
     held_out = [split for split in SPLITS if split != "train"]
     tokens = sum(array.size for split in held_out for array in token_arrays(directory / split))
     stride = max(1, -(-tokens // MOST_GRAMS))
-    for split in held_out:
-        grams, documents = _grams(directory / split, end_of_text, stride)
-        seen = _seen_in_train(directory / "train", end_of_text, stride, grams)
-        yield HeldOut(
-            split, stride, seen, _overlaps(seen, documents, max(FEWEST_SAMPLED, FEWEST_GRAMS // stride))
-        )
+    found = [_grams(directory / split, end_of_text, stride) for split in held_out]
+    together = np.concatenate([grams for grams, _ in found])
+    seen = _seen_in_train(directory / "train", end_of_text, stride, together)  # which is read once for both
+    fewest = max(FEWEST_SAMPLED, FEWEST_GRAMS // stride)
+    for split, (grams, documents) in zip(held_out, found, strict=True):
+        of_split, seen = seen[: grams.size], seen[grams.size :]
+        yield HeldOut(split, stride, of_split, _overlaps(of_split, documents, fewest))
 
 
 def _check_documents(directory: Path, dates: SplitDates | None) -> None:
@@ -165,8 +174,11 @@ def _seen_in_train(train: Path, end_of_text: int, stride: int, grams: np.ndarray
     """(grams,) bool: which of the hashes occur among those of train."""
     unique, where = np.unique(grams, return_inverse=True)
     seen = np.zeros(unique.size, dtype=bool)
+    begins = np.zeros(1 << BEGINNING, dtype=bool)  # 16 MB, by which most of train's are ruled out
+    begins[unique >> REST] = True
     for hashes, _ in _hashed(train, end_of_text, stride):
-        if unique.size:
+        hashes = hashes[begins[hashes >> REST]]
+        if hashes.size:
             places = np.minimum(np.searchsorted(unique, hashes), unique.size - 1)
             seen[places[unique[places] == hashes]] = True
     return seen[where]

@@ -1,13 +1,16 @@
 """The tape of numbers: `python -m data.prepare --view numbers`, a directory for gpt.train like any other.
 
-OUT/rows.npy has one record for every daily row (ROW), OUT/tape.json the entities, the bins and the cuts. A
-document is one entity's rows of one context: its token, then for every row a calendar token (month and
-weekday, known beforehand) and a bin, and the end-of-text mark; in OUT/train it fills a block exactly. A bin
-is one of the 256 bytes, so that bits per byte of a training are bits per
-return, those of its calendar token included. OUT/train has its rows in PHASES rounds of
+OUT/rows.npy has one record for every row (ROW), daily as a rule, OUT/tape.json the entities, the bins and the
+cuts. A document is one entity's rows of one context: its token, then for every row a calendar token (month
+and weekday, known beforehand) and a bin, and the end-of-text mark; in OUT/train it fills a block exactly. A
+bin is one of the 256 bytes, so that bits per byte of a training are bits per return, those of its calendar
+token included. OUT/train has its rows in PHASES rounds of
 documents that begin at different rows; OUT/val and OUT/test have every row of their split once.
 
 The embargo is one context: train ends so many rows before validation begins, and validation before test.
+
+Weekly, monthly and quarterly series (data.series.SPACINGS) are told in the same way, a change from each row
+to the next; rows a month apart or more have the calendar token of a Monday, as their weekdays mean nothing.
 """
 
 from __future__ import annotations
@@ -18,15 +21,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from data.bins import BINS, DECAY, HISTORY, SMALLEST_VOLATILITY, Bins, log_returns, trailing_volatility
+from data.bins import BINS, HISTORY, Bins, log_returns, trailing_volatility
 from data.card import Counts
 from data.documents import END_OF_TEXT, SPLITS, DataError, SplitDates
 from data.problems import Problems
-from data.series import Row, Series
+from data.series import SPARSE, Row, Series, spacing_of
 from data.soundness import sound_series
 from data.words import DAYS, MONTHS
 from tapelm import Tokenizer, write_shards
@@ -91,7 +93,9 @@ class Tape:
             raise DataError(f"{directory} holds no tape of numbers: {error}") from error
         if rows.dtype != ROW or edges.shape != (BINS + 1,):
             raise DataError(f"{directory} holds a tape of another format: prepare it again")
-        return cls(rows, entities, Bins(edges), context, differences)
+        scaled = rows["change"] / rows["volatility"]
+        bins = Bins.between(edges, scaled[rows["split"] == SPLITS.index("train")])
+        return cls(rows, entities, bins, context, differences)
 
 
 def context_rows(block: int) -> int:
@@ -123,12 +127,12 @@ def make_tape(rows: Iterable[tuple[str, Row]], dates: SplitDates, block: int, pr
         table.append(row)
     entities = sorted(domains)
     parts, differences = [], dict.fromkeys(entities, False)
-    for number, series in enumerate(sound_series(table, problems, daily=True)):
+    for number, series in enumerate(sound_series(table, problems)):
         differences[series.entity] = series.unit.change != "percent"
         if len(series.rows) > HISTORY + 1:
             parts.append(_records(series, entities.index(series.entity), number, dates))
     if not parts:
-        raise DataError(f"no entity has more than {HISTORY + 1} daily rows")
+        raise DataError(f"no entity has more than {HISTORY + 1} rows without a gap")
     records = np.concatenate(parts)
     _apply_embargo(records, context)
     scaled = records["change"] / records["volatility"]
@@ -184,6 +188,15 @@ def _calendar_token(month: str, day: str) -> str:
     return f"<|{month[:3]} {day[:3]}|>".lower()
 
 
+def sparse(rows: np.ndarray) -> np.ndarray:
+    """(rows,) bool: whether those of a row's series are a month or more apart."""
+    found = np.zeros(rows.size, dtype=bool)
+    for series in np.unique(rows["series"]):
+        of_series = rows["series"] == series
+        found[of_series] = spacing_of(rows["day"][of_series].tolist()).name in SPARSE
+    return found
+
+
 @dataclass(frozen=True)
 class Ids:
     """Token ids: of a row's calendar day (rows,), of the entities, of the end-of-text mark, of bin 0."""
@@ -196,9 +209,10 @@ class Ids:
     @classmethod
     def of(cls, tape: Tape, tokenizer: Tokenizer) -> Ids:
         first = tokenizer.special_tokens[_calendar_token(MONTHS[0], DAYS[0])]
-        days = [date.fromordinal(int(day)) for day in np.unique(tape.rows["day"])]
-        codes = np.array([first + (day.month - 1) * len(DAYS) + day.weekday() for day in days])
-        calendar = codes[np.searchsorted(np.unique(tape.rows["day"]), tape.rows["day"])]
+        unique, where = np.unique(tape.rows["day"], return_inverse=True)
+        days = [date.fromordinal(int(day)) for day in unique]
+        months = np.array([first + (day.month - 1) * len(DAYS) for day in days])[where]
+        calendar = months + np.where(sparse(tape.rows), 0, np.array([day.weekday() for day in days])[where])
         entities = np.array([tokenizer.special_tokens[f"<|{name}|>"] for name, _ in tape.entities])
         return cls(calendar, entities, tokenizer.special_tokens[END_OF_TEXT], len(tokenizer.special_tokens))
 
@@ -236,8 +250,8 @@ def write_tape(tape: Tape, staging: Path) -> Counts:
                 tokens = ids.document(tape, rows)
                 domain = tape.entities[tape.rows["entity"][rows[0]]][1]
                 tally = counts.tally(split, domain)
-                released = date.fromordinal(int(tape.rows["released"][rows[-1]]))
-                tally.add(rows.size, released)
+                since, released = (date.fromordinal(int(tape.rows["released"][rows[end]])) for end in (0, -1))
+                tally.add(rows.size, released, since=since)
                 tally.add_tokens(tokens.size + 1, released)
                 yield tokens
 
@@ -249,49 +263,3 @@ def write_tape(tape: Tape, staging: Path) -> Counts:
         write_shards(encoded(), staging / split, vocab_size=tokenizer.vocab_size, end_of_text=ids.end_of_text)
     counts.left_out = int(np.sum(tape.rows["split"] == NO_SPLIT))
     return counts
-
-
-def check_tape(directory: Path, dates: SplitDates) -> dict[str, Any]:
-    """The leak check of a tape: days inside their splits, bins those of train, volatility trailing.
-
-    Raises DataError naming what is wrong.
-    """
-    tape = Tape.load(directory)
-    if np.any(tape.rows["released"] < tape.rows["day"]):
-        raise DataError(f"leak: {directory / ROWS}: rows are released before their day")
-    for split in SPLITS:
-        rows = tape.rows[tape.rows["split"] == SPLITS.index(split)]
-        for released in np.unique(rows["released"]):
-            day = date.fromordinal(int(released))
-            if dates.split_of(day) != split:
-                raise DataError(f"leak: {directory / ROWS}: rows released {day} are in the {split} split")
-    scaled = tape.rows["change"] / tape.rows["volatility"]
-    fitted = Bins.fit(scaled[tape.rows["split"] == SPLITS.index("train")])
-    if not np.array_equal(fitted.edges, tape.bins.edges):
-        raise DataError(f"leak: {directory / TAPE}: the bins are not those of the train rows")
-    if not np.array_equal(tape.bins.encode(scaled), tape.rows["bin"]):
-        raise DataError(f"leak: {directory / ROWS}: the tokens are not the bins of change over volatility")
-    for number in np.unique(tape.rows["series"]):
-        _check_series(directory, tape, tape.rows[tape.rows["series"] == number])
-    return {"rows": int(tape.rows.size), "bins_fitted_on_train": True, "embargo_rows": tape.context}
-
-
-def _check_series(directory: Path, tape: Tape, rows: np.ndarray) -> None:
-    """Raise DataError unless changes are those of the levels, volatility trails and the embargo is kept."""
-    name = tape.entities[rows["entity"][0]][0]
-    difference = tape.differences[rows["entity"][0]]
-    changes = log_returns(rows["level"], differences=difference)[1:]
-    before = rows["volatility"][:-1]
-    expected = np.sqrt(DECAY * before**2 + (1 - DECAY) * rows["change"][:-1] ** 2)
-    told = before > SMALLEST_VOLATILITY  # below it the average behind it is not known
-    trails = np.isclose(rows["volatility"][1:], np.maximum(expected, SMALLEST_VOLATILITY), rtol=1e-9)
-    if not np.allclose(changes, rows["change"][1:], rtol=1e-9, atol=1e-12) or not np.all(trails | ~told):
-        raise DataError(f"leak: {directory / ROWS}: the volatility of {name} is not that of the rows before")
-    for split, after in ((0, 1), (1, 2)):
-        last, first = np.flatnonzero(rows["split"] == split), np.flatnonzero(rows["split"] >= after)
-        first = first[rows["split"][first] != NO_SPLIT]
-        if last.size and first.size and first[first > last[0]].size:
-            gap = first[first > last[0]][0] - last[-1] - 1
-            if gap < tape.context:
-                where = f"{directory / ROWS}: {name}"
-                raise DataError(f"leak: {where}: {gap} rows between two splits, fewer than a context")

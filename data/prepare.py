@@ -10,6 +10,11 @@ has passed: an interrupted run leaves OUT as it was.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from gpt.interrupt import end_quietly
+
+    end_quietly()
+
 import errno
 import shutil
 import signal
@@ -32,6 +37,7 @@ from data.numbers import choose_cuts, make_tape, write_tape
 from data.problems import Problems
 from data.sources import fed, files, hf, news, packages, rows, sec
 from data.tokens import hash_of, open_tokenizer, write_tokens
+from gpt import interrupt
 from gpt.cli import UserError, parse_options
 from tapelm import Tokenizer
 from tapelm._shard_folders import replace_directory, sibling
@@ -195,6 +201,7 @@ def _date_warnings(counts: card.Counts) -> list[str]:
 
 def main() -> None:
     """Command line: exits 2 with one line for the user's mistakes and for full disks."""
+    interrupt.raise_again()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         config = parse_options(Config, sys.argv[1:], prog="python -m data.prepare", description=__doc__)

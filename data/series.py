@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
 from itertools import pairwise
+from statistics import median
 from typing import NamedTuple
 
 from data.documents import DataError
@@ -47,6 +48,29 @@ class Unit:
     change: str = "percent"
     hidden: bool = False
     splits: bool = False
+
+
+class Spacing(NamedTuple):
+    """How far apart the rows of a series are. gaps: its usual ones. longest: above it rows are missing."""
+
+    name: str
+    gaps: range
+    longest: timedelta
+
+
+SPACINGS = (
+    Spacing("daily", range(5), timedelta(days=7)),  # markets closed that long in September 2001
+    Spacing("weekly", range(5, 10), timedelta(days=11)),
+    Spacing("monthly", range(26, 36), timedelta(days=45)),
+    Spacing("quarterly", range(85, 97), timedelta(days=120)),
+)
+SPARSE = ("monthly", "quarterly")
+
+
+def spacing_of(days: Sequence[int]) -> Spacing:
+    """By the median gap between ordinals of days, in order; daily where it is none of SPACINGS."""
+    gap = round(median(after - before for before, after in pairwise(days))) if len(days) > 1 else 1
+    return next((spacing for spacing in SPACINGS if gap in spacing.gaps), SPACINGS[0])
 
 
 UNITS = {

@@ -9,15 +9,18 @@ from itertools import groupby, pairwise
 from types import MappingProxyType
 
 from data.problems import Problems
-from data.series import MAIN_FIELDS, Row, Series, unit_of
+from data.series import MAIN_FIELDS, SPARSE, Row, Series, spacing_of, unit_of
 
-LONGEST_GAP = timedelta(days=7)  # between daily rows: markets closed that long in September 2001
 # Ratios of a split of shares, and how far the market may move on its day.
 SPLIT_RATIOS = (1.5, 2, 3, 4, 5, 6, 7, 8, 10, 15, 20, 50)
 SPLIT_TOLERANCE = 0.08
-LIKELY_SPLIT = "likely split"
+LIKELY_SPLIT, MISSING = "likely split", "missing days"
 LATE = timedelta(days=31)
 LATE_ROW = "released a month or more after the row behind it, which counts as released no earlier"
+EARLY = (
+    "the rows are a month or more apart and count as released on their dates, as they have no available_at: "
+    "a figure of a month that is published in the next one would be known too early"
+)
 LARGE_JUMP = 1.9  # a split of two for one, on a day when the market moved by 5% against it
 JUMP = (
     "the price nearly doubles or halves from one row to the next and is kept: a crash, a slip or a split? "
@@ -29,15 +32,14 @@ def sound_series(
     rows: Iterable[Row],
     problems: Problems,
     *,
-    daily: bool,
     splits: Mapping[tuple[str, date], bool] = MappingProxyType({}),
 ) -> Iterator[Series]:
     """The rows of every entity, in order of its name, as one or more series without breaks.
 
     A row is left out when it is not a number, no positive price, released before its day, or a second value
-    for a day, of which the one released first stays. A series ends and another begins where days are missing
-    (daily) or the price jumps as it does in a split, so that no change is computed across. All are counted in
-    `problems`, and DataError is raised if it is strict.
+    for a day, of which the one released first stays. A series ends and another begins where rows are missing
+    (see SPACINGS) or the price jumps as it does in a split, so that no change is computed across. All are
+    counted in `problems`, and DataError is raised if it is strict.
     splits: (entity, day) of jumps that are known to be splits (True) or not to be (False): not counted.
     """
     ordered = sorted(rows, key=lambda row: row.entity)
@@ -46,18 +48,21 @@ def sound_series(
         main = sorted((row for row in kept if row.field in MAIN_FIELDS), key=lambda row: row.date)
         if not main:
             continue
-        starts = [main[0].date]
+        starts, spacing = [main[0].date], spacing_of([row.date.toordinal() for row in main])
+        if spacing.name in SPARSE and main[0].place and all(row.available_at == row.date for row in main):
+            problems.note(EARLY, place_of(main[0]))
         for before, after in pairwise(main):
             if before.available_at - after.available_at >= LATE:
                 problems.note(LATE_ROW, place_of(before))
-            kind = _break(before, after, daily)
+            kind = _break(before, after, spacing.longest)
             known = splits.get((after.entity, after.date))
             if known is not None and kind in (None, LIKELY_SPLIT):
                 starts += [after.date] if known else []
             elif kind is None:
                 _note_jump(before, after, problems)
             else:
-                problems.skip(kind, place_of(after), "the series begins anew there")
+                if after.place or kind != MISSING:  # rows of the packages are fixed, and their gaps known
+                    problems.skip(kind, place_of(after), "the series begins anew there")
                 starts.append(after.date)
         for start, end in pairwise([*starts, None]):
             assert start is not None
@@ -86,12 +91,12 @@ def _sound_rows(rows: Iterable[Row], problems: Problems) -> Iterator[Row]:
             yield row
 
 
-def _break(before: Row, after: Row, daily: bool) -> str | None:
+def _break(before: Row, after: Row, longest: timedelta) -> str | None:
     """Why no change may be computed between two rows that follow each other, or None."""
     if before.unit != after.unit:
         return "another unit"
-    if daily and after.date - before.date > LONGEST_GAP:
-        return "missing days"
+    if after.date - before.date > longest:
+        return MISSING
     if unit_of(after.unit).splits:
         jump = abs(math.log(after.value / before.value))
         if any(abs(jump - math.log(ratio)) < SPLIT_TOLERANCE for ratio in SPLIT_RATIOS):

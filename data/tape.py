@@ -40,7 +40,7 @@ def write_notes(
     "release" writes one note per row of a monthly series and needs 12. A period with no new row has no note.
     Bad rows and breaks are counted in `problems`; splits: known ones, see sound_series.
     """
-    for series in sound_series(rows, problems, daily=rhythm != "release", splits=splits):
+    for series in sound_series(rows, problems, splits=splits):
         if rhythm == "release":
             for last in range(12, len(series.rows)):
                 text = figure_note(series, last)
@@ -60,7 +60,7 @@ def write_notes(
 
 def write_wrap(rows: Iterable[Row], problems: Problems, *, source: str, group: str) -> Iterator[Document]:
     """A Friday note that ranks all entities (daily prices) by their week, e.g. group="large US stocks"."""
-    members = list(sound_series(rows, problems, daily=True))
+    members = list(sound_series(rows, problems))
     start = min(series.released[0] for series in members)
     end = max(series.released[-1] for series in members)
     for day in _calendar(start, end, "week"):

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from data.bins import BINS, Bins
+from data.bins import BINS
 from data.documents import SPLITS
 from data.numbers import Tape
 from gpt.cli import UserError
@@ -39,20 +39,9 @@ class Forecasts:
 
 
 def from_probabilities(tape: Tape, rows: np.ndarray, probabilities: np.ndarray) -> Forecasts:
-    """Forecasts from bin probabilities (n, BINS), changes being spread evenly inside a bin."""
-    scaled = scaled_quantiles(tape.bins, probabilities, np.broadcast_to(LEVELS, (len(rows), LEVELS.size)))
+    """Forecasts from bin probabilities (n, BINS), changes being spread inside a bin as those of train are."""
+    scaled = tape.bins.quantiles(probabilities, np.broadcast_to(LEVELS, (len(rows), LEVELS.size)))
     return Forecasts(scaled * tape.rows["volatility"][rows, None], probabilities)
-
-
-def scaled_quantiles(bins: Bins, probabilities: np.ndarray, levels: np.ndarray) -> np.ndarray:
-    """(n, L) quantiles of changes over volatility at `levels` (n, L), in 0 to 1, each row at its own.
-
-    From bin probabilities (n, BINS), changes being spread evenly inside a bin. At uniform random levels these
-    are samples.
-    """
-    cumulative = np.concatenate((np.zeros((len(levels), 1)), np.cumsum(probabilities, axis=1)), axis=1)
-    cumulative /= cumulative[:, -1:]
-    return np.stack([np.interp(at, row, bins.edges) for at, row in zip(levels, cumulative, strict=True)])
 
 
 def from_normal(tape: Tape, rows: np.ndarray, deviation: np.ndarray) -> Forecasts:

@@ -18,6 +18,9 @@ from typing import Any, TypeVar
 
 import tyro
 from rich.console import Console
+from rich.table import Table
+
+from gpt import interrupt
 
 Options = TypeVar("Options")
 # What PyTorch's RuntimeErrors say: on CPUs, on GPUs, and of sizes that no memory has.
@@ -39,6 +42,7 @@ def run_program(main: Callable[[list[str]], int]) -> None:
     is a bug and keeps its traceback.
     """
     try:
+        interrupt.raise_again()
         status = main(sys.argv[1:])
     except UserError as error:
         status = _complain(str(error), 2)
@@ -207,3 +211,10 @@ def wide_console() -> Console:
     """Standard output; where it is no terminal, wide enough for the tables to keep their columns."""
     console = Console()
     return console if console.is_terminal else Console(width=130)
+
+
+def print_titled(title: str, table: Table, console: Console | None = None) -> None:
+    """Print the table under a title of one line, which rich would break to the table's width."""
+    console = console or wide_console()
+    console.print(title, style="italic", markup=False, highlight=False, soft_wrap=True)
+    console.print(table)

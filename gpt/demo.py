@@ -8,6 +8,11 @@ Every stage is a process of its own: peak memory is that of the stage, and a fai
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from gpt.interrupt import end_quietly
+
+    end_quietly()
+
 import contextlib
 import dataclasses
 import hashlib

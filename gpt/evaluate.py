@@ -7,6 +7,11 @@ loss, CRPS and coverage beside five baselines, see gpt.forecast.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from gpt.interrupt import end_quietly
+
+    end_quietly()
+
 import bz2
 import dataclasses
 import json
@@ -24,7 +29,7 @@ from rich.table import Table
 import tapelm
 from data.numbers import TAPE, Tape
 from gpt.checkpoint import load_model, sha256_of
-from gpt.cli import UserError, parse_options, prepare_output, run_program, wide_console, write_atomically
+from gpt.cli import UserError, parse_options, prepare_output, print_titled, run_program, write_atomically
 from gpt.corpus import END_OF_TEXT, not_out_of_sample, open_tokenizer, read_domains, training_counts
 from gpt.forecast import print_tape_table, score_tape
 from gpt.hardware import fingerprint, pick_device, set_threads
@@ -187,7 +192,7 @@ def check_same_tape(checkpoint: Path, state: dict[str, Any], data: Path) -> None
 
 
 def print_table(result: dict[str, Any]) -> None:
-    table = Table(title=f"{result['split']} of {result['checkpoint']}")
+    table = Table()
     columns = ("domain", "bytes", "tokens", "loss", "perplexity", "bits/byte", "unigram", "bz2 -9", "xz -9")
     for column in columns:
         table.add_column(column, justify="left" if column == "domain" else "right")
@@ -195,7 +200,7 @@ def print_table(result: dict[str, Any]) -> None:
         numbers = [row[f"{key}bits_per_byte"] for key in ("", "unigram_", "bz2_", "xz_")]
         counts = (f"{row['bytes']:,}", f"{row['tokens']:,}", f"{row['loss']:.4f}", f"{row['perplexity']:.2f}")
         table.add_row(name, *counts, *(f"{number:.3f}" for number in numbers))
-    wide_console().print(table)
+    print_titled(f"{result['split']} of {result['checkpoint']}", table)
 
 
 def main(arguments: list[str]) -> int:

@@ -9,6 +9,11 @@ model, its ids those of our tokenizer. DIR/export.json says what was exported an
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from gpt.interrupt import end_quietly
+
+    end_quietly()
+
 import contextlib
 import dataclasses
 import errno

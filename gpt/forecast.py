@@ -28,7 +28,7 @@ from data.bins import BINS
 from data.documents import SPLITS
 from data.numbers import Ids, Tape
 from gpt.baselines import BASELINES, LEVELS, TRAIN, Forecasts, from_probabilities, in_train, train_deviations
-from gpt.cli import UserError, wide_console
+from gpt.cli import UserError, print_titled, wide_console
 from gpt.model import GPT
 from tapelm import Tokenizer
 
@@ -225,7 +225,7 @@ def bootstrap(columns: dict[str, np.ndarray], days: np.ndarray) -> dict[str, np.
 
 def print_tape_table(result: dict[str, Any]) -> None:
     """One row for every domain and method, each value with half the width of its interval."""
-    table = Table(title=f"{result['split']} of {result['checkpoint']}, 95% intervals", title_justify="left")
+    table = Table()
     for column in (
         "domain",
         "method",
@@ -245,7 +245,7 @@ def print_tape_table(result: dict[str, Any]) -> None:
                 cells += ["×" + _cell(scores["model_crps_ratio"], 3)]
             table.add_row(domain, name, *cells)
         table.add_section()
-    wide_console().print(table)
+    print_titled(f"{result['split']} of {result['checkpoint']}, 95% intervals", table)
     if result["left_out_without_train_rows"]:
         names = ", ".join(result["left_out_without_train_rows"])
         wide_console().print(f"Left out, having no train rows: {names}.")

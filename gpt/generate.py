@@ -5,6 +5,11 @@ Text streams to standard output as it is sampled; the timing line goes to standa
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from gpt.interrupt import end_quietly
+
+    end_quietly()
+
 import codecs
 import dataclasses
 import json

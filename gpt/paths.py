@@ -10,6 +10,7 @@ evaluation, so that keys and values of the rows before are computed once.
 from __future__ import annotations
 
 import math
+from calendar import monthrange
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date
@@ -20,11 +21,12 @@ from torch import Tensor
 
 from data.bins import BINS, next_variance, variance_after, volatility_of
 from data.numbers import NO_SPLIT, Ids, Tape
-from gpt.baselines import scaled_quantiles
+from data.series import spacing_of
 from gpt.model import GPT, KVCache
 from tapelm import Tokenizer
 
 YEAR = 250  # rows that tell on which weekdays an entity has any
+MONTHS_APART = {"monthly": 1, "quarterly": 3}
 RARE = 0.05  # share of a weekday that is an exception, as a Saturday on which a market was open once
 
 
@@ -65,7 +67,13 @@ def continued(tape: Tape, entity: int, horizon: int, as_of: date) -> Continued |
 
 
 def _days_after(days: np.ndarray) -> Iterator[int]:
-    """Ordinals after the last of `days` (rows,) that fall on the weekdays of a year of rows before."""
+    """Ordinals after the last of `days` (rows,) that fall on the weekdays of a year of rows before.
+
+    Of a monthly or quarterly series: on the latest day of the month of a year of rows before.
+    """
+    spacing = spacing_of(days.tolist()).name
+    if spacing in MONTHS_APART:
+        yield from _months_after(days, MONTHS_APART[spacing])
     counts = np.bincount((days[-YEAR:] - 1) % 7, minlength=7)  # ordinal 1 was a Monday
     usual = counts >= RARE * counts.sum()
     day = int(days[-1])
@@ -73,6 +81,16 @@ def _days_after(days: np.ndarray) -> Iterator[int]:
         day += 1
         if usual[(day - 1) % 7]:
             yield day
+
+
+def _months_after(days: np.ndarray, apart: int) -> Iterator[int]:
+    last = date.fromordinal(int(days[-1]))
+    latest = max(date.fromordinal(int(day)).day for day in days[-12 // apart :])
+    month = 12 * last.year + last.month - 1
+    while True:
+        month += apart
+        year, number = month // 12, month % 12 + 1
+        yield date(year, number, min(latest, monthrange(year, number)[1])).toordinal()
 
 
 def sample_paths(
@@ -90,7 +108,7 @@ def sample_paths(
     for day in range(days):
         if day:
             chances = reader.probabilities(bins[:, :day])
-        scaled = scaled_quantiles(tape.bins, chances, levels[:, day : day + 1])[:, 0]
+        scaled = tape.bins.quantiles(chances, levels[:, day : day + 1])[:, 0]
         bins[:, day] = tape.bins.encode(scaled)
         changes[:, day] = scaled * volatility_of(variance)
         variance = next_variance(variance, changes[:, day])

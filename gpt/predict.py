@@ -1,13 +1,19 @@
 """Forecast from a tape of numbers: python -m gpt.predict --checkpoint RUN --data DIR [--horizon 5]
 
 For each entity, the distribution of its next daily log-return (of its difference, where the tape has those)
-after the last row in the data directory, or of the sum over the next days, beside the EWMA forecast. Rows
-count in whatever split they are, and where they are in none. A single day is exact: the model's probabilities
-of the bins, turned into changes as gpt.evaluate does it. The sum over several days is that of sampled paths,
-see gpt.paths; EWMA's is normal with the variance of one day times their number.
+after the last row in the data directory, or of the sum over the next days, beside the EWMA forecast. A day of
+a weekly or monthly series is its next week or month. Rows count in whatever split they are, and where they
+are in none. A single day is exact: the model's probabilities of the bins, turned into changes as gpt.evaluate
+does it. The sum over several days is that of sampled paths, see gpt.paths; EWMA's is normal with the variance
+of one day times their number.
 """
 
 from __future__ import annotations
+
+if __name__ == "__main__":
+    from gpt.interrupt import end_quietly
+
+    end_quietly()
 
 import dataclasses
 import difflib
@@ -20,11 +26,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from data.bins import CLIP
 from data.corpus import progress_on_terminal
 from data.documents import DataError
 from data.numbers import TAPE, Tape, is_of_numbers
-from gpt.baselines import TRAIN, in_train, scaled_quantiles
+from data.series import spacing_of
+from gpt.baselines import TRAIN, in_train
 from gpt.checkpoint import load_model
 from gpt.cli import UserError, parse_options, prepare_output, run_program, write_atomically
 from gpt.corpus import no_data, open_tokenizer
@@ -170,7 +176,6 @@ def forecast(
         "context_rows": tape.context,
         "left_out": missing,
         "direction_note": CHANCE,
-        "variance_of_bins": variance_of_bins(tape),
         "forecasts": forecasts,
     }
 
@@ -202,11 +207,11 @@ def first_day(
 
 
 def exactly(tape: Tape, of: Continued, probabilities: np.ndarray) -> dict[str, Any]:
-    """What is said of the first day, from probabilities (BINS,), changes being spread evenly inside a bin."""
+    """What is said of the first day, from probabilities (BINS,) of its bin."""
     volatility = float(of.tape.rows["volatility"][of.last + 1])
     levels = np.array(LEVELS)[None] / 100
-    quantiles = volatility * scaled_quantiles(tape.bins, probabilities[None], levels)[0]
-    mean, square = (float(probabilities @ moment) for moment in moments(tape))
+    quantiles = volatility * tape.bins.quantiles(probabilities[None], levels)[0]
+    mean, square = (float(probabilities @ moment) for moment in tape.bins.moments())
     deviation = volatility * (square - mean**2) ** 0.5
     return said(quantiles, volatility * mean, deviation, float(probabilities @ sides(tape)[0]))
 
@@ -233,22 +238,6 @@ def said(quantiles: np.ndarray, mean: float, deviation: float, gain: float) -> d
     }
 
 
-def moments(tape: Tape) -> tuple[np.ndarray, np.ndarray]:
-    """Means (BINS,) of a change over volatility, and of its square, that is spread evenly inside a bin."""
-    low, high = tape.bins.edges[:-1], tape.bins.edges[1:]
-    return (low + high) / 2, (low**2 + low * high + high**2) / 3
-
-
-def variance_of_bins(tape: Tape) -> float:
-    """Mean square of train's changes over volatility, clipped, once spread in their bins, over what it is.
-
-    Above 1 where the outermost bins are wide: standard deviations and paths are then too wide.
-    """
-    train = tape.rows[tape.rows["split"] == TRAIN]
-    scaled = np.clip(train["change"] / train["volatility"], -CLIP, CLIP)
-    return float(moments(tape)[1][train["bin"]].mean() / np.mean(scaled**2))
-
-
 def described(of: Continued, horizon: int) -> dict[str, Any]:
     """Who is forecast, after which row and for which days."""
     rows, last = of.tape.rows, of.last
@@ -257,6 +246,7 @@ def described(of: Continued, horizon: int) -> dict[str, Any]:
         "entity": name,
         "domain": domain,
         "change": "difference" if of.tape.differences[rows["entity"][last]] else "log-return",
+        "rows": spacing_of(rows["day"].tolist()).name,
         "as_of": _iso(rows["day"][last]),
         "released": _iso(rows["released"][last]),
         "first_day": _iso(rows["day"][last + 1]),

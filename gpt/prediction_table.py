@@ -9,21 +9,20 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from gpt.cli import wide_console
+from gpt.cli import print_titled, wide_console
 
 NARROW = 100  # characters in a line, below which only these quantiles are shown
 OUTER = ("2.5", "50", "97.5")
-WIDE = 1.05  # variance_of_bins from which on a reader is told
 
 
 def print_predictions(result: dict[str, Any]) -> None:
-    days = result["horizon"]
-    what = "Change on the next day" if days == 1 else f"Sum of the changes on the next {days} days"
+    days, forecasts = result["horizon"], result["forecasts"]
+    row = "day" if all(entry["rows"] == "daily" for entry in forecasts) else "row"
+    what = f"Change on the next {row}" if days == 1 else f"Sum of the changes on the next {days} {row}s"
     how = "exact" if days == 1 else f"{result['samples']:,} paths, seed {result['seed']}"
     title = f"{what} by {result['checkpoint']}, {how}"
     compact: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False, "padding": (0, 1, 0, 0)}
-    table = Table(title=escape(title), title_justify="left", **compact)
-    forecasts = result["forecasts"]
+    table = Table(**compact)
     table.add_column("entity; after → " + ("day" if days == 1 else "last day"), min_width=14)
     table.add_column("by", no_wrap=True)
     console = wide_console()
@@ -42,7 +41,7 @@ def print_predictions(result: dict[str, Any]) -> None:
             gain = f"{100 * says['probability_of_gain']:.1f}%"
             table.add_row(name, by, *(f"{scale * number:.{digits}f}" for number in numbers), gain)
         table.add_section()
-    console.print(table)
+    print_titled(title, table, console)
     if shown is OUTER:
         console.print("This terminal is too narrow for the other quantiles; --json has them all.")
     for sentence in notes(result):
@@ -56,17 +55,12 @@ def notes(result: dict[str, Any]) -> list[str]:
         "Log-returns in %, or differences in the entity's own units; columns with % are quantiles. "
         f"P(gain) is no signal: {result['direction_note']}; EWMA's is 50% by construction.",
         f"Nothing after the day in 'after' was used as context; the model learned from rows up to {until}. "
-        "Days ahead are weekdays on which the entity has rows; holidays are not known.",
+        "Days ahead are weekdays on which the entity has rows, a month or a quarter ahead where its rows are "
+        "so far apart; holidays are not known.",
     ]
     early = [entry["entity"] for entry in forecasts if entry["released"] < until]
     if early:
         said.append(f"The model has learned from rows after these: {', '.join(early)}.")
-    if result["variance_of_bins"] > WIDE:
-        excess = 100 * (result["variance_of_bins"] - 1)
-        said.append(
-            f"The tape's outermost bins are so wide that the variance of train comes out {excess:.0f}% too "
-            "large: so do sd here, and sums over several days; inner quantiles of a day are not affected."
-        )
     if result["left_out"]:
         said.append(f"Left out, without train rows or without any so early: {', '.join(result['left_out'])}.")
     return said

@@ -6,6 +6,11 @@ sample.json (gpt.generate). Writes DIR/report.json and DIR/report.html, whose pl
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from gpt.interrupt import end_quietly
+
+    end_quietly()
+
 import base64
 import dataclasses
 import datetime
@@ -18,7 +23,7 @@ from typing import Any
 
 from rich.table import Table
 
-from gpt.cli import UserError, parse_options, run_program, wide_console, write_atomically
+from gpt.cli import UserError, parse_options, print_titled, run_program, wide_console, write_atomically
 from gpt.progress import plot
 
 RUNS = ("plain", "optimized")
@@ -236,20 +241,20 @@ def html_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 def print_report(report: dict[str, Any]) -> None:
     console = wide_console()
     batches = "same batches, same order" if report["same_batches"] else "DIFFERENT BATCHES"
-    comparison = Table(title=f"plain and optimized: {batches}", title_justify="left")
+    comparison = Table()
     for number, name in enumerate(("", *RUNS, "ratio")):
         comparison.add_column(name, justify="left" if number == 0 else "right")
     for row in shown_rows(report):
         comparison.add_row(*row)
-    domains = Table(title=f"bits per byte on {scored_text(report)}", title_justify="left")
+    domains = Table()
     for number, name in enumerate(("domain", *RUNS, "unigram", "bz2 -9", "xz -9")):
         domains.add_column(name, justify="left" if number == 0 else "right")
     for row in domain_rows(report):
         domains.add_row(*row)
-    console.print(comparison)
+    print_titled(f"plain and optimized: {batches}", comparison, console)
     apart = f"The validation losses ended {report['val_loss_apart']:.2%} apart."
     console.print(apart, SEQUENTIAL, "\n", highlight=False)
-    console.print(domains)
+    print_titled(f"bits per byte on {scored_text(report)}", domains, console)
 
 
 def write_report(config: ReportConfig) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 from typing import Any, Protocol
@@ -47,9 +48,24 @@ def check_unchanged(before: dict[str, Any], now: dict[str, Any], start: Path) ->
 
 
 def resume_command(program: str, arguments: list[str] | None) -> str:
-    """What continues a run of `program`, a module or what follows torchrun, with these options."""
-    given = list(arguments or [])
+    """What continues a run of `program`, all that comes before its options, with these options."""
+    given = [argument for argument in arguments or [] if not argument.startswith("--resume=")]
     if "--resume" in given:
         position = given.index("--resume")
         del given[position : position + 2]
     return f"{program} {shlex.join([*given, '--resume', 'auto'])}"
+
+
+def launched_by(arguments: list[str] | None) -> str:
+    """How torchrun was started, up to these options, which it has handed on to this process.
+
+    That is what the parent process says of itself; "torchrun [as before] -m gpt.train" where it has others.
+    """
+    options = list(arguments or [])
+    command = Path(f"/proc/{os.getppid()}/cmdline")
+    started = command.read_text().split("\0")[:-1] if command.is_file() else []
+    program, given = started[: len(started) - len(options)], started[len(started) - len(options) :]
+    if len(program) < 2 or given != options:
+        return "torchrun [as before] -m gpt.train"
+    script = Path(program[1]).name == "torchrun"  # whose first line names the Python before it
+    return shlex.join(program[1:] if script else program)

@@ -9,6 +9,11 @@ several processes train together, see gpt/parallel.py.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from gpt.interrupt import end_quietly
+
+    end_quietly()
+
 import contextlib
 import json
 
@@ -27,7 +32,7 @@ from gpt.metrics import (
 )
 from gpt.parallel import Ranks
 from gpt.progress import TrainingProgress, plot, validation_text
-from gpt.resume import choose_checkpoint, resume_command
+from gpt.resume import choose_checkpoint, launched_by, resume_command
 from gpt.session import Training
 
 PLOTTED = ("loss", "lr", "grad_norm", "tokens_per_second", "val_loss")
@@ -83,7 +88,7 @@ def _train(config: TrainConfig, ranks: Ranks, arguments: list[str] | None) -> in
             if signal or run.step % config.checkpoint_interval == 0 or run.step == last:
                 saved = run.save()
             if signal:
-                program = "python -m gpt.train" if ranks.size == 1 else "torchrun [as before] -m gpt.train"
+                program = "python -m gpt.train" if ranks.size == 1 else launched_by(arguments)
                 command = resume_command(program, arguments)
                 console.print(f"stopped after step {run.step}, saved {saved}; go on with: {command}")
                 return 128 + signal

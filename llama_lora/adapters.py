@@ -2,7 +2,8 @@
 
 adapter_config.json and adapter_model.safetensors are PEFT's, so that `PeftModel.from_pretrained(base, DIR)`
 takes them; tokenizer files lie beside them. What the adapter was trained over, which PEFT does not keep, is
-noted in the metadata of the weights. A directory is written beside its place and renamed.
+noted in the metadata of the weights: the method, and some weights of the base, by which another one is known.
+A directory is written beside its place and renamed.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from torch import Tensor
 
 from gpt import extras
 from gpt.cli import UserError
+from llama_lora.base import check, sample
 from llama_lora.config import PROJECTIONS
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of the names in the file
-METHOD = "tapelm.method"  # in the metadata of the file
+METHOD, BASE = "tapelm.method", "tapelm.base"  # in the metadata of the file
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,9 @@ def write(out: Path, adapters: Mapping[str, Adapter], recipe: Recipe, base: Path
     )
     out.mkdir(parents=True, exist_ok=True)
     described.save_pretrained(out)
+    noted = {METHOD: recipe.method, BASE: sample(base)}
     try:
-        save_file(named_tensors(adapters), out / WEIGHTS, metadata={"format": "pt", METHOD: recipe.method})
+        save_file(named_tensors(adapters), out / WEIGHTS, metadata={"format": "pt", **noted})
     except SafetensorError as error:  # it reports a full disk under its own type
         raise OSError(str(error)) from error
     (out / WEIGHTS).chmod(0o644)  # safetensors leaves 0600
@@ -116,18 +119,33 @@ def method_of(path: Path | None, asked: str) -> str:
     """
     if asked != "auto" or path is None:
         return "lora" if asked == "auto" else asked
+    noted = _notes(path).get(METHOD)
+    if noted not in ("lora", "qlora"):
+        raise UserError(
+            f"{path / WEIGHTS} does not say what the adapter was trained over: pass --method qlora (the base "
+            "in NF4) or --method lora (the base as it is)"
+        )
+    return noted
+
+
+def base_of(path: Path, given: Path | None) -> Path:
+    """The base model for the adapter in `path`: `given`, else the one that it names.
+
+    Raises UserError for one with other weights than those it was trained over.
+    """
+    _, named = read_recipe(path)
+    base = given or named
+    check(_notes(path).get(BASE), named, base, path)
+    return base
+
+
+def _notes(path: Path) -> dict[str, str]:
     file = path / WEIGHTS
     try:
         with safe_open(file, "pt") as opened:
-            noted = (opened.metadata() or {}).get(METHOD)
+            return opened.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise UserError(f"cannot read {file}: {error}") from error
-    if noted not in ("lora", "qlora"):
-        raise UserError(
-            f"{file} does not say what the adapter was trained over: pass --method qlora (the base in NF4) "
-            "or --method lora (the base as it is)"
-        )
-    return noted
 
 
 def load(path: Path, adapters: Mapping[str, Adapter]) -> None:

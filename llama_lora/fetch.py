@@ -7,6 +7,11 @@ weights are dequantized from Q4_1 into a bf16 Hugging Face directory that appear
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from gpt.interrupt import end_quietly
+
+    end_quietly()
+
 import dataclasses
 import json
 import os

@@ -7,6 +7,11 @@ model; RUN/summary.json the result, RUN/loss.png the plot, RUN/checkpoints/ what
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from gpt.interrupt import end_quietly
+
+    end_quietly()
+
 import math
 import time
 from pathlib import Path

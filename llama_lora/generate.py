@@ -6,6 +6,11 @@ prefill and decode apart, go to standard error.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from gpt.interrupt import end_quietly
+
+    end_quietly()
+
 import dataclasses
 import json
 import math
@@ -105,8 +110,8 @@ def load(
     """(model of the tapelm backend, tokenizer). Raises UserError for directories that do not fit."""
     recipe, base = Recipe(), model
     if adapter is not None:
-        recipe, named = files.read_recipe(adapter)
-        base = model or named
+        recipe, _ = files.read_recipe(adapter)
+        base = files.base_of(adapter, model)
     recipe = dataclasses.replace(recipe, method=files.method_of(adapter, method))
     assert base is not None
     backend = TapelmBackend()

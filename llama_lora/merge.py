@@ -7,6 +7,11 @@ weights meets the unquantized ones in the merge, and sums are rounded to bf16 on
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from gpt.interrupt import end_quietly
+
+    end_quietly()
+
 import dataclasses
 import json
 import math
@@ -120,8 +125,7 @@ def main(arguments: list[str]) -> int:
     for path in (config.json, config.gguf):
         if path is not None:
             prepare_output(path)
-    _, named = files.read_recipe(config.adapter)
-    base = config.model or named
+    base = files.base_of(config.adapter, config.model)
     if config.data is not None:
         find_split(config.data, "val")  # nothing is written before it is known to be there
         config = dataclasses.replace(config, method=files.method_of(config.adapter, config.method))

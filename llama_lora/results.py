@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gpt import checkpoint
-from gpt.cli import wide_console, write_atomically
+from gpt.cli import print_titled, write_atomically
 from gpt.hardware import device_name, gemm_peak_flops, versions
 from gpt.metrics import UNTIMED_STEPS, read_records
 from gpt.progress import plot
@@ -154,7 +154,7 @@ def flops_per_token(shape: Any, config: FinetuneConfig) -> float:
 
 
 def print_table(summary: dict[str, Any], config: FinetuneConfig) -> None:
-    table = Table(title=f"{config.backend} {config.method} of {config.model}")
+    table = Table()
     for column in ("", "base", "best"):
         table.add_column(column, justify="left" if not column else "right")
     table.add_row("validation loss", f"{summary['base_val_loss']:.4f}", f"{summary['best_val_loss']:.4f}")
@@ -169,4 +169,4 @@ def print_table(summary: dict[str, Any], config: FinetuneConfig) -> None:
         ("seconds", f"{summary['seconds']:,.0f}"),
     ):
         table.add_row(label, "", text)
-    wide_console().print(table)
+    print_titled(f"{config.backend} {config.method} of {config.model}", table)

@@ -8,11 +8,13 @@ import json
 import zlib
 from collections.abc import Iterator, Mapping
 from importlib import import_module
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from data.documents import DataError, is_unicode
 from data.problems import Problems
+from data.sources.pairs import HEADER_LINES, LEVELS, joined_header
 
 CHUNK_BYTES = 1 << 20
 FIELD_BYTES = 1 << 24  # longest field of a CSV; an open quote does not swallow more than this
@@ -139,32 +141,48 @@ def json_records(path: Path, problems: Problems) -> Iterator[Record]:
 
 
 def csv_records(path: Path, problems: Problems) -> Iterator[Record]:
-    """The rows of a CSV file whose first line names the columns. Raises DataError when that is not UTF-8."""
+    """The rows of a CSV file whose first line names the columns, or whose first three do, see pairs.
+
+    Raises DataError when the names are not UTF-8.
+    """
+    lines = _csv_lines(path, problems)
+    start = list(islice(lines, 1))
+    if not start:
+        return
+    place, names, fault = start[0]
+    if not all(map(is_unicode, names)):
+        place, advice = fault or (place, "")
+        raise DataError(f"{place}: not UTF-8; {advice}")
+    if names and names[0] in LEVELS:
+        start += islice(lines, HEADER_LINES - 1)
+    joined = joined_header([cells for _, cells, _ in start])
+    for place, cells, fault in lines if joined else chain(start[1:], lines):
+        if fault is not None:
+            problems.skip("not UTF-8", *fault)
+        elif len(cells) != len(joined or names):
+            problems.skip("another number of columns", place)
+        else:
+            yield place, dict(zip(joined or names, cells, strict=True))
+
+
+def _csv_lines(path: Path, problems: Problems) -> Iterator[tuple[str, list[str], Fault | None]]:
+    """(place, cells, what is not UTF-8 in them) of the lines of a CSV, empty ones but the first left out."""
     csv.field_size_limit(FIELD_BYTES)
     escaped: list[Fault] = []
-    lines = read_lines(path, problems, escaped=escaped)
-    reader = csv.DictReader((line for _, line in lines), strict=True)
+    reader = csv.reader((line for _, line in read_lines(path, problems, escaped=escaped)), strict=True)
+    first = True
     while True:
         try:
-            names = reader.fieldnames
-            if names is not None and not all(map(is_unicode, names)):
-                place, advice = escaped[0]
-                raise DataError(f"{place}: not UTF-8; {advice}")
-            record = next(reader)
+            cells = next(reader)
         except StopIteration:
             return
         except csv.Error:
-            escaped.clear()
-            problems.skip("broken CSV", f"{path}, line {reader.reader.line_num}")
-            continue
-        place = f"{path}, line {reader.line_num}"
-        if escaped:
-            problems.skip("not UTF-8", *escaped[0])
-            escaped.clear()
-        elif None in record or None in record.values():
-            problems.skip("another number of columns", place)
+            problems.skip("broken CSV", f"{path}, line {reader.line_num}")
         else:
-            yield place, record
+            if cells or first:
+                yield f"{path}, line {reader.line_num}", cells, escaped[0] if escaped else None
+            first = False
+        escaped.clear()
 
 
 def parquet_records(path: Path, columns: list[str] | None) -> Iterator[Record]:

@@ -16,15 +16,17 @@ from data.config import Config
 from data.corpus import Corpus
 from data.documents import DataError, Document
 from data.problems import Problems
-from data.series import Row
+from data.series import Row, spacing_of
 from data.sources.files import find_files, first_rows, kind_of, read_records
 from data.sources.formats import unpacked_name
 from data.sources.shapes import Wanted, shape_of
-from data.tape import write_notes
+from data.tape import Rhythm, write_notes
+
+RHYTHMS: dict[str, Rhythm] = {"daily": "week", "monthly": "release"}
 
 
 def open_corpus(config: Config, progress: Progress) -> Corpus:
-    """The tables of --input: weekly notes on every entity, or its daily rows."""
+    """The tables of --input: a note on each week of daily rows and on each monthly one; or the rows."""
     paths = find_files(config.input)
     plain = [path for path in paths if kind_of(path) == ".txt"]
     if plain:
@@ -37,9 +39,31 @@ def open_corpus(config: Config, progress: Progress) -> Corpus:
         for domain, row in read_rows(paths, problems, wanted):
             by_domain.setdefault(domain, []).append(row)
         for domain, rows in sorted(by_domain.items()):
-            yield from write_notes(rows, problems, source=domain, rhythm="week")
+            for rhythm, told in by_rhythm(rows).items():
+                yield from write_notes(told, problems, source=domain, rhythm=rhythm)
 
     return Corpus(documents, inputs, lambda problems: read_rows(paths, problems, wanted))
+
+
+def by_rhythm(rows: Sequence[Row]) -> dict[Rhythm, list[Row]]:
+    """The rows of daily entities, told by the week, and of monthly ones, told one by one.
+
+    Raises DataError for an entity whose rows are a week or a quarter apart, for which there are no words.
+    """
+    days: dict[str, set[int]] = {}
+    for row in rows:
+        days.setdefault(row.entity, set()).add(row.date.toordinal())
+    spacings = {entity: spacing_of(sorted(of)).name for entity, of in days.items()}
+    found: dict[Rhythm, list[Row]] = {}
+    for row in rows:
+        rhythm = RHYTHMS.get(spacings[row.entity])
+        if rhythm is None:
+            raise DataError(
+                f"{row.place}: the rows of {row.entity} are {spacings[row.entity]}, notes are written of "
+                "daily and monthly ones: pass --view numbers, or leave it out"
+            )
+        found.setdefault(rhythm, []).append(row)
+    return found
 
 
 def read_rows(

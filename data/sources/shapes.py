@@ -3,6 +3,7 @@
     date,entity,value                            long; also date, entity and the columns of prices
     Date,Open,High,Low,Close,Adj Close,Volume    one entity, which the file is named after: Adj Close or Close
     Date,SPX,AAPL                                wide: a column for each entity, blank where it has no value
+    Price,Close,Close / Ticker,SPX,AAPL / Date,, yfinance's: Adj Close or Close of each ticker, see pairs
 
 Names of columns are the same in capital and small letters. What fits none of these, or more than one, is an
 error: nothing is guessed from the values but that they are numbers.
@@ -23,15 +24,15 @@ from data.problems import Problems
 from data.series import MAIN_FIELDS, Row
 from data.sources.columns import MOSTLY, Head, listed, names_of, other_date_column, quoted, to_day
 from data.sources.formats import unpacked_name
+from data.sources.pairs import CLOSES, closes_of, is_adjusted, plain
 
 OPTIONAL = ("field", "unit", "available_at", "source")
 ROW_NUMBERS = ("", "Unnamed: 0", "__index_level_0__")  # what pandas calls a column without a name
 FIELDS = (*MAIN_FIELDS, "high", "low", "volume")
-ADJUSTED, CLOSE = ("adjclose", "adjustedclose"), "close"
 BESIDE = ("open", "high", "low", "volume")  # one of them beside a close, or two, make prices of one entity
 ACCEPTED = (
     "a table of numbers has columns date, entity, value; or date, Open, High, Low, Close, Adj Close, Volume "
-    "in a file named after the entity; or date and one column of numbers for each entity"
+    "in a file named after the entity; or date and one column of numbers for each entity; or is yfinance's"
 )
 
 
@@ -88,7 +89,7 @@ class Shape:
             if self.wide and _is_blank(value):
                 continue
             where = f"{place}, column {column}" if self.wide else place
-            unit = str(told.get("unit") or ("adjusted price" if _plain(column) in ADJUSTED else "points"))
+            unit = str(told.get("unit") or ("adjusted price" if is_adjusted(column) else "points"))
             yield Row(day, released or day, entity, field, _number(value), unit, where)
 
 
@@ -114,7 +115,9 @@ def shape_of(path: Path, head: Head, wanted: Wanted) -> Shape:
     one = "" if entity is not None else stem
     if value is not None:
         return Shape(date, entity, {value: one}, optional)
-    closes, beside = _closes(others), sum(_plain(name) in BESIDE for name in others)
+    if entity is None and (tickers := closes_of(others)):
+        return Shape(date, None, tickers, {}, wide=True)
+    closes, beside = _closes(others), sum(plain(name) in BESIDE for name in others)
     if closes and (entity is not None or beside or len(closes) == len(others)):
         return Shape(date, entity, {closes[0]: one}, optional)
     # Entities may be called as an optional column or a price is: UNIT and LOW are shares.
@@ -147,13 +150,8 @@ def _find(asked: Iterable[str], names: list[str]) -> str | None:
 
 def _closes(names: list[str]) -> list[str]:
     """Columns of closing prices, adjusted ones first."""
-    adjusted = [name for name in names if _plain(name) in ADJUSTED]
-    return adjusted + [name for name in names if _plain(name) == CLOSE]
-
-
-def _plain(name: str) -> str:
-    """As in adjclose, whether it is written Adj Close, adj_close or Adj. Close."""
-    return "".join(character for character in name.lower() if character.isalnum())
+    closes = [name for name in names if plain(name) in CLOSES]
+    return sorted(closes, key=lambda name: not is_adjusted(name))
 
 
 def _holds_numbers(head: Head, name: str) -> bool:

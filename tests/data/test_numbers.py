@@ -10,13 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.bins import BINS, CLIP, HISTORY, Bins, levels_from, log_returns, trailing_volatility
+from data.bins import BINS, CLIP, HISTORY, PIECES, Bins, levels_from, log_returns, trailing_volatility
 from data.documents import DataError, SplitDates
-from data.numbers import ROWS, TAPE, Ids, Tape, check_tape, documents, make_tape, make_tokenizer
+from data.numbers import ROWS, TAPE, Ids, Tape, documents, make_tape, make_tokenizer
 from data.prepare import Config, prepare
 from data.problems import Problems
 from data.series import Row
 from data.sources.rows import read_rows
+from data.tape_check import check_tape
 from tapelm import Tokenizer, TokenLoader
 
 DATES = SplitDates(date(2012, 1, 1), date(2013, 1, 1), date(2014, 1, 1), embargo_days=0)
@@ -75,6 +76,42 @@ def test_ties_leave_as_many_bins_and_too_few_rows_are_refused():
     assert Bins.fit(np.zeros(1000)).edges.size == BINS + 1
     with pytest.raises(DataError, match="256 bins need as many train rows, there are 100"):
         Bins.fit(np.zeros(100))
+
+
+@settings(max_examples=100, deadline=None)
+@given(SHAPES)
+def test_changes_are_spread_inside_their_bin(shape):
+    train = scaled_returns(shape)
+    bins = Bins.fit(train)
+    assert np.array_equal(bins.spread[::PIECES], bins.edges) and np.all(np.diff(bins.spread) >= 0)
+    levels = np.linspace(0.001, 0.999, 499)[None]
+    for code in {0, BINS - 1, *bins.encode(train[:20]).tolist()}:
+        only = np.eye(BINS)[[code]]
+        low, high = bins.edges[code], bins.edges[code + 1]
+        found = bins.quantiles(only, levels)
+        assert np.all(np.diff(found) >= 0) and np.all((low <= found) & (found <= high))
+
+
+TAPES = {
+    "normal": lambda generator, count: generator.standard_normal(count),
+    "heavy tails": lambda generator, count: generator.standard_t(4, count),
+    "tied": lambda generator, count: np.round(2 * generator.standard_normal(count)) / 2,
+    "often 0": lambda generator, count: generator.standard_t(4, count) * (generator.random(count) < 0.5),
+}
+
+
+@pytest.mark.parametrize("count", [1000, 100_000])
+@pytest.mark.parametrize("name", TAPES)
+def test_variance_of_train_comes_out_of_its_bins(name, count):
+    """Spread evenly, the outermost bins alone would make it up to 17% too large."""
+    train = np.clip(TAPES[name](np.random.default_rng(count), count), -CLIP, CLIP)
+    bins = Bins.fit(train)
+    often = np.bincount(bins.encode(train), minlength=BINS) / count
+    mean, square = (often @ moment for moment in bins.moments())
+    assert mean == pytest.approx(train.mean(), abs=0.005 * train.std())
+    assert square == pytest.approx(np.mean(train**2), rel=0.01)
+    drawn = bins.quantiles(often[None], (np.arange(200_000)[None] + 0.5) / 200_000)
+    assert (drawn.mean(), np.mean(drawn**2)) == pytest.approx((mean, square), rel=0.002, abs=1e-4)
 
 
 @settings(max_examples=30, deadline=None)
@@ -286,7 +323,7 @@ def test_mistakes_are_named(tmp_path):
     for taken in ("endoftext", "jan mon"):
         with pytest.raises(DataError, match=f"cannot be called '{taken}'"):
             make_tokenizer(make_tape(rows(taken), DATES, BLOCK, Problems()))
-    with pytest.raises(DataError, match="no entity has more than 21 daily rows"):
+    with pytest.raises(DataError, match="no entity has more than 21 rows without a gap"):
         make_tape(rows()[:20], DATES, BLOCK, Problems())
     with pytest.raises(DataError, match="holds no tape of numbers"):
         Tape.load(tmp_path)

@@ -23,7 +23,7 @@ def rows(values, unit="dollars a share", entity="IBM shares"):
 
 
 def lengths(rows, problems, **settings):
-    return [len(series.rows) for series in sound_series(rows, problems, daily=True, **settings)]
+    return [len(series.rows) for series in sound_series(rows, problems, **settings)]
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_the_first_of_two_values_for_a_day_stays():
     table = rows([100.0, 101.0])
     table.insert(1, table[0]._replace(value=99.0, place="prices.csv, line 9"))
     problems = Problems()
-    (series,) = sound_series(table, problems, daily=True)
+    (series,) = sound_series(table, problems)
     assert series.values == [100.0, 101.0]
     assert problems.places == {"second value for a day": ["prices.csv, line 9"]}
 
@@ -66,7 +66,7 @@ def test_a_revision_does_not_take_the_place_of_what_was_released_before_it():
     table = rows([100.0, 101.0, 102.0])
     table.insert(0, table[0]._replace(value=99.0, available_at=date(2018, 5, 5), place="prices.csv, line 9"))
     problems = Problems()
-    (series,) = sound_series(table, problems, daily=True)
+    (series,) = sound_series(table, problems)
     assert series.values == [100.0, 101.0, 102.0] and series.released == series.dates
     assert problems.places == {"second value for a day": ["prices.csv, line 9"]} and not problems.notes
 
@@ -91,7 +91,7 @@ def test_a_late_row_that_delays_those_behind_it_is_noted():
     table = rows([100.0, 101.0, 102.0])
     table[1] = table[1]._replace(available_at=date(2012, 1, 1))
     problems = Problems()
-    (series,) = sound_series(table, problems, daily=True)
+    (series,) = sound_series(table, problems)
     assert series.released[1:] == [date(2012, 1, 1)] * 2
     assert list(problems.notes.values()) == [(1, "prices.csv, line 3")]
 
@@ -122,7 +122,21 @@ def test_missing_days_begin_the_series_anew():
     problems = Problems()
     assert lengths(table, problems) == [36, 14]  # four holidays are bridged
     assert problems.places == {"missing days": ["prices.csv, line 48"]}
-    assert [len(series.rows) for series in sound_series(table, Problems(strict=True), daily=False)] == [50]
+
+
+@pytest.mark.parametrize("step", [7, 30, 91])
+def test_rows_a_week_a_month_or_a_quarter_apart_are_one_series_until_one_is_missing(step):
+    start = date(1990, 1, 31)
+    table = [
+        row._replace(
+            date=start + timedelta(days=step * number), available_at=start + timedelta(days=step * number)
+        )
+        for number, row in enumerate(rows([100.0] * 60))
+    ]
+    assert lengths(table, Problems(strict=True)) == [60]
+    problems = Problems()
+    assert lengths(table[:40] + table[41:], problems) == [40, 19]
+    assert problems.rows == {"missing days": 1}
 
 
 def test_a_card_keeps_the_first_places_of_a_kind():

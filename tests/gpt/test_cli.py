@@ -7,15 +7,22 @@ import errno
 import importlib
 import os
 import re
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 import pytest
 import torch
+from rich.table import Table
 
-from gpt.cli import UserError, parse_options, prepare_output, run_program, write_atomically
+from gpt import interrupt
+from gpt.cli import UserError, parse_options, prepare_output, print_titled, run_program, write_atomically
 from gpt.hardware import pick_device, set_threads
+
+ROOT = Path(__file__).parents[2]
 
 
 def raising(error: BaseException) -> Callable[[list[str]], int]:
@@ -42,10 +49,67 @@ def test_expected_errors_are_one_line(
     assert ended.value.code == status and capsys.readouterr().err == line
 
 
+PROGRAMS = sorted(
+    f"{path.parent.name}.{path.stem}"
+    for folder in ("gpt", "data", "llama_lora")
+    for path in (ROOT / folder).glob("*.py")
+    if re.search(
+        r'^if __name__ == "__main__":\n    (run_program\(main\)|main\(\))$', path.read_text(), re.MULTILINE
+    )
+)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_programs_watch_for_ctrl_c_before_they_import(program: str) -> None:
+    assert {"gpt.train", "data.prepare", "llama_lora.finetune"} < set(PROGRAMS)
+    text = (ROOT / f"{program.replace('.', '/')}.py").read_text()
+    first = text.index("import", text.index("from __future__ import annotations") + 30)
+    assert text[first:].startswith("import end_quietly\n\n    end_quietly()\n")
+
+
+@pytest.mark.parametrize("program", ["gpt.train", "data.prepare", "llama_lora.finetune"])
+def test_ctrl_c_during_the_imports_is_one_line(program: str) -> None:
+    paths = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+    with subprocess.Popen(
+        [sys.executable, "-X", "importtime", "-m", program],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": paths},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        assert process.stderr is not None
+        while "numpy" not in (line := process.stderr.readline()):
+            assert line.startswith("import time:"), line
+        process.send_signal(signal.SIGINT)
+        out, said = process.communicate(timeout=60)
+    lines = [line for line in said.splitlines() if not line.startswith("import time:")]
+    assert (process.returncode, out, lines) == (130, "", ["error: interrupted"])
+
+
+def test_after_the_imports_ctrl_c_raises() -> None:
+    """And where a shell has it ignored, it stays ignored."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        for handler in (signal.default_int_handler, signal.SIG_IGN):
+            signal.signal(signal.SIGINT, handler)
+            interrupt.end_quietly()
+            with pytest.raises(SystemExit):
+                run_program(lambda _: 0)
+            assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("bug", (ZeroDivisionError(), RuntimeError("shapes differ")))
 def test_bugs_keep_their_traceback(bug: Exception) -> None:
     with pytest.raises(type(bug)):
         run_program(raising(bug))
+
+
+def test_a_title_is_one_line_above_a_narrow_table(capsys: pytest.CaptureFixture[str]) -> None:
+    table = Table()
+    table.add_column("a")
+    print_titled("val of [runs] " + "x" * 200, table)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "val of [runs] " + "x" * 200 and max(map(len, said[1:])) == 5
 
 
 def test_memory_that_pytorch_cannot_have_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

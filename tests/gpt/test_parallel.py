@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from gpt.generate import main as generate
+from gpt.resume import launched_by, resume_command
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
@@ -120,7 +122,8 @@ def test_a_signal_to_torchrun_saves_and_another_number_of_processes_is_refused(
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=120)[1]
     assert process.returncode != 0 and said.count("stopped after step") == 1, said
-    assert "torchrun [as before] -m gpt.train" in said and "--resume auto" in said
+    again = [*command(tiny_data, out, *options), "--resume", "auto"]
+    assert f"go on with: {shlex.join(again)}\n" in said
     (saved,) = (out / "checkpoints").glob("step-*")
     steps = int(saved.name.removeprefix("step-"))
     assert len((out / "metrics.jsonl").read_text().splitlines()) == steps
@@ -129,6 +132,19 @@ def test_a_signal_to_torchrun_saves_and_another_number_of_processes_is_refused(
         cwd=ROOT, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert refused.returncode == 2 and "processes was 2 and is 1 now" in refused.stderr
+
+
+def test_a_run_says_how_torchrun_was_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script, options = tmp_path / "torchrun", ["--out", "my runs", "--resume", "auto"]
+    script.write_text("import time\ntime.sleep(60)\n")
+    start = [str(script), "--nproc-per-node", "8", "-m", "gpt.train"]
+    with subprocess.Popen([sys.executable, *start, *options]) as process:
+        monkeypatch.setattr(os, "getppid", lambda: process.pid)
+        told = [resume_command(launched_by(given), given) for given in (options, [*options, "--seed", "1"])]
+        process.kill()
+    assert told[0] == f"{shlex.join(start)} --out 'my runs' --resume auto"
+    assert told[1] == "torchrun [as before] -m gpt.train --out 'my runs' --seed 1 --resume auto"
+    assert resume_command("python -m gpt.train", ["--resume=none"]) == "python -m gpt.train --resume auto"
 
 
 def test_bad_input_ends_all_processes(tiny_data: Path, tmp_path: Path) -> None:

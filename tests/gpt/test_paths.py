@@ -5,13 +5,22 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+from calendar import monthrange
 from datetime import date, timedelta
 
 import numpy as np
 import pytest
 import torch
 
-from data.bins import BINS, HISTORY, SMALLEST_VOLATILITY, trailing_volatility, variance_after, volatility_of
+from data.bins import (
+    BINS,
+    HISTORY,
+    PIECES,
+    SMALLEST_VOLATILITY,
+    trailing_volatility,
+    variance_after,
+    volatility_of,
+)
 from data.documents import SplitDates
 from data.numbers import Ids, Tape, make_tape, make_tokenizer
 from data.problems import Problems
@@ -63,12 +72,24 @@ def test_first_day_of_paths_is_the_exact_one(model: GPT, tape: Tape, tokenizer: 
     levels = np.random.default_rng(0).random((4000, 2))
     changes = sample_paths(model, tokenizer, of, chances, levels)
     volatility = of.tape.rows["volatility"][of.last + 1]
-    cumulative = np.concatenate(([0.0], np.cumsum(chances)))
-    at = np.interp(np.sort(changes[:, 0]) / volatility, tape.bins.edges, cumulative)
+    cumulative = np.concatenate(([0.0], np.cumsum(np.repeat(chances / PIECES, PIECES))))
+    at = np.interp(np.sort(changes[:, 0]) / volatility, tape.bins.spread, cumulative)
     assert np.abs(at - (np.arange(4000) + 0.5) / 4000).max() < 1.63 / math.sqrt(4000)  # Kolmogorov, 1%
     exact = forecast(model, tokenizer, tape, ["walk"])["forecasts"][0]["model"]
     for level, value in zip(LEVELS, exact["quantiles"].values(), strict=True):
         assert np.mean(changes[:, 0] <= value) == pytest.approx(level / 100, abs=0.03)
+
+
+def test_paths_vary_as_train_does(model: GPT, tokenizer: Tokenizer, tape: Tape) -> None:
+    """Of a model that says what train has: its days are not wider than they have been."""
+    of = continued(tape, 1, 1, date.max)
+    assert of is not None
+    train = tape.rows[tape.rows["split"] == 0]
+    often = np.bincount(train["bin"], minlength=BINS) / train.size
+    levels = (np.arange(100_000)[:, None] + 0.5) / 100_000
+    changes = sample_paths(model, tokenizer, of, often, levels)
+    known = (train["change"] / train["volatility"]).std() * math.sqrt(of.variance)
+    assert changes.std() == pytest.approx(known, rel=0.01)
 
 
 @pytest.mark.parametrize("past", [40, 4])
@@ -133,6 +154,27 @@ def test_days_to_come_are_weekdays_that_the_entity_has() -> None:
     assert next(_days_after(every[::7])) - every[::7][-1] == 7
 
 
+@pytest.mark.parametrize(
+    ("day", "apart", "coming"),
+    [
+        (1, 1, ["2021-01-01", "2021-02-01", "2021-03-01"]),
+        (31, 1, ["2021-01-31", "2021-02-28", "2021-03-31"]),
+        (12, 1, ["2021-01-14", "2021-02-14", "2021-03-14"]),  # on the 10th to the 14th: not before the last
+        (31, 3, ["2021-03-31", "2021-06-30", "2021-09-30"]),
+    ],
+)
+def test_days_to_come_of_sparse_rows_are_a_month_or_a_quarter_ahead(
+    day: int, apart: int, coming: list[str]
+) -> None:
+    months = [(2015 + month // 12, month % 12 + 1) for month in range(71, -1, -apart)][::-1]
+    days = [
+        date(*month, min(day, monthrange(*month)[1]) + (number % 5 - 2 if day == 12 else 0)).toordinal()
+        for number, month in enumerate(months)
+    ]
+    following = _days_after(np.array(days))
+    assert [date.fromordinal(next(following)).isoformat() for _ in range(3)] == coming
+
+
 def test_volatility_moves_on_a_path_as_in_the_tape(model: GPT, tokenizer: Tokenizer, tape: Tape) -> None:
     """A model without an opinion has the same bins each day, so that changes tell their volatilities."""
     even = GPT(model.config, PLAIN).eval()
@@ -142,7 +184,7 @@ def test_volatility_moves_on_a_path_as_in_the_tape(model: GPT, tokenizer: Tokeni
     assert of is not None
     levels = np.random.default_rng(3).random((5, 12))
     changes = sample_paths(even, tokenizer, of, np.full(BINS, 1 / BINS), levels)
-    scaled = np.interp(levels, np.linspace(0, 1, BINS + 1), tape.bins.edges)
+    scaled = np.interp(levels, np.linspace(0, 1, tape.bins.spread.size), tape.bins.spread)
     variance = of.tape.rows["volatility"][of.last] ** 2
     before = of.tape.rows["change"][of.last]
     for day in range(12):

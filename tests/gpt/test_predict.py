@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from data.bins import BINS
+from data.bins import BINS, PIECES
 from data.documents import SPLITS
-from data.numbers import NO_SPLIT, Tape, make_tokenizer
+from data.numbers import NO_SPLIT, Ids, Tape, make_tokenizer
 from data.prepare import Config, prepare
 from gpt import generate
 from gpt.baselines import from_probabilities
@@ -27,7 +27,7 @@ from gpt.forecast import _windows, bin_probabilities, row_scores, sides
 from gpt.model import GPT
 from gpt.ops import PLAIN
 from gpt.paths import continued
-from gpt.predict import PredictConfig, first_day, forecast, main, moments, open_tape
+from gpt.predict import PredictConfig, first_day, forecast, main, open_tape
 from gpt.prediction_table import print_predictions
 from gpt.train import train
 from tapelm import Tokenizer
@@ -114,8 +114,10 @@ def test_a_saw_is_predicted_and_nothing_of_a_walk(
     assert 0.25 < walk["model"]["probability_of_gain"] < 0.75
     ratio = walk["model"]["standard_deviation"] / walk["ewma"]["standard_deviation"]
     assert 0.7 < ratio < 1.4
-    said = " ".join(capsys.readouterr().out.split())
-    assert "Change on the next day" in said and "direction is about chance" in said and "2013-12-05" in said
+    title, *table = capsys.readouterr().out.splitlines()
+    assert title.startswith("Change on the next day by ") and title.endswith("step-00000500, exact")
+    said = " ".join(" ".join(table).split())
+    assert "direction is about chance" in said and "2013-12-05" in said
 
     ten = predicted(run, data, tmp_path / "ten.json", "--horizon", "10", "--samples", "400")
     assert ten["saw"]["last_day"] == "2013-12-19"
@@ -157,11 +159,11 @@ def test_mean_and_deviation_are_those_of_the_quantiles(model: GPT, tokenizer: To
     assert of is not None
     levels = (np.arange(200_000)[None] + 0.5) / 200_000
     chances = first_day(model, tokenizer, tape, [of], 1)
-    cumulative = np.concatenate(([0.0], np.cumsum(chances[0])))
-    spread = np.interp(levels[0], cumulative, tape.bins.edges) * made["volatility"]
+    cumulative = np.concatenate(([0.0], np.cumsum(np.repeat(chances[0] / PIECES, PIECES))))
+    spread = np.interp(levels[0], cumulative, tape.bins.spread) * made["volatility"]
     assert made["model"]["mean"] == pytest.approx(spread.mean(), abs=1e-6)
     assert made["model"]["standard_deviation"] == pytest.approx(spread.std(), rel=1e-4)
-    assert moments(tape)[0].shape == (BINS,)
+    assert tape.bins.moments()[0].shape == (BINS,)
 
 
 @pytest.mark.parametrize("horizon", [1, 5])
@@ -271,6 +273,33 @@ def test_a_narrow_terminal_gets_fewer_quantiles_and_names_are_no_markup(
     assert "walk [red]" in said and "2013-12-05 → 2013-12-06, units" in said
     assert " 97.5% " in said and " 75% " not in said and "too narrow" in said
     assert "learned from rows after these: walk [red]." in said and "so early: x." in said
+
+
+def test_monthly_series_are_forecast_by_the_month(
+    model: GPT, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generator, lines = random.Random(0), ["date,available_at,entity,value"]
+    for name in ("prices", "wages"):
+        level = 100.0
+        for month in range(60 * 12):
+            first = date(1960 + month // 12, month % 12 + 1, 1)
+            level *= math.exp(generator.gauss(0.002, 0.004))
+            lines.append(f"{first},{first + timedelta(days=43)},{name},{level!r}")
+    (tmp_path / "macro.csv").write_text("\n".join(lines) + "\n")
+    cuts = {"validation_from": date(1998, 1, 1), "test_from": date(2008, 1, 1), "until": None}
+    tape = Tape.load(prepared(tmp_path / "data", tmp_path / "macro.csv", **cuts))
+    tokenizer = make_tokenizer(tape)
+    # Their weekdays say nothing: all have the token of a Monday.
+    told = {token for row in range(24) for token in Ids.of(tape, tokenizer).calendar[[row]].tolist()}
+    words = {tokenizer.decode([token]) for token in told}
+    assert len(words) == 12 and all(word.endswith(" mon|>") for word in words)
+    options: dict[str, Any] = {"horizon": 3, "samples": 100}
+    for entry in forecast(model, tokenizer, tape, **options)["forecasts"]:
+        assert (entry["rows"], entry["as_of"]) == ("monthly", "2019-12-01")
+        assert (entry["first_day"], entry["last_day"]) == ("2020-01-01", "2020-03-01")
+    made = forecast(model, tokenizer, tape)
+    print_predictions(made | {"checkpoint": "run", "trained_on_rows_until": "2014-01-01"})
+    assert capsys.readouterr().out.startswith("Change on the next row by run, exact\n")
 
 
 def test_text_and_numbers_have_programs_of_their_own(

@@ -6,7 +6,9 @@ import itertools
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from gpt.cli import UserError
 from llama_lora import adapters as files
+from llama_lora import merge
 from llama_lora.adapters import Recipe
 from llama_lora.backends import TapelmBackend, open_base
 from llama_lora.decoder import Decoder
@@ -206,3 +209,64 @@ def test_mistakes_are_named(model, tmp_path, tiny_model) -> None:
         generate(model, [[1]], max_new_tokens=512)
     with pytest.raises(UserError, match=r"no adapter_config\.json"):
         load(tmp_path, tiny_model, "lora", torch.float32, CPU)
+
+
+def copied(model: Path, out: Path, change: Callable[[Any], Any]) -> Path:
+    shutil.copytree(model, out)
+    change(open_base(model, torch.float32)).save_pretrained(out)
+    return out
+
+
+def trained_again(step: float) -> Callable[[Any], Any]:
+    def change(model: Any) -> Any:
+        for name, parameter in model.named_parameters():
+            parameter.mul_(1 + step * (-1) ** len(name))
+        return model
+
+    return change
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_base_may_be_a_copy_in_another_precision(dtype, adapter, tiny_model, tmp_path, capsys) -> None:
+    copy = copied(tiny_model, tmp_path / "copy", lambda model: model.to(dtype))
+    assert files.base_of(adapter, copy) == copy
+    load(adapter, copy, "auto", torch.float32, CPU)
+    assert capsys.readouterr().err == ""  # bf16 lies in both, but for the smallest numbers
+
+
+def test_a_base_whose_weights_differ_by_a_rounding_is_warned_of(
+    adapter, tiny_model, tmp_path, capsys
+) -> None:
+    copy = copied(tiny_model, tmp_path / "copy", trained_again(0.003))
+    assert files.base_of(adapter, copy) == copy
+    said = capsys.readouterr().err
+    assert said.startswith(
+        f"warning: the weights in {copy} are not those of {tiny_model}, over which {adapter}"
+    )
+    assert said.endswith("no further from them than a copy in another precision\n")
+
+
+def test_an_adapter_over_another_base_is_refused(adapter, tiny_model, tmp_path) -> None:
+    other = copied(tiny_model, tmp_path / "other", trained_again(0.03))
+    message = f"the weights in {other} are not those of {tiny_model}, over which {adapter} was trained: "
+    with pytest.raises(UserError, match=rf"^{message}84 of 84 compared differ; pass that base with --model$"):
+        load(adapter, other, "auto", torch.float32, CPU)
+    with pytest.raises(UserError, match=message):
+        merge.main(["--adapter", str(adapter), "--out", str(tmp_path / "merged"), "--model", str(other)])
+    assert not (tmp_path / "merged").exists()
+    larger = tmp_path / "larger"
+    larger.mkdir()
+    tensors = load_file(tiny_model / "model.safetensors")
+    more = {name.replace("layers.2", "layers.3"): tensor.clone() for name, tensor in tensors.items()}
+    save_file(tensors | more, larger / "model.safetensors")
+    with pytest.raises(UserError, match="was trained: it has other layers; pass that base"):
+        files.base_of(adapter, larger)
+
+
+def test_what_cannot_be_compared_is_used_as_it_is(adapter, tiny_model, tmp_path) -> None:
+    """An adapter of another program, a base of another format."""
+    theirs, other = tmp_path / "theirs", copied(tiny_model, tmp_path / "other", trained_again(0.03))
+    shutil.copytree(adapter, theirs)
+    save_file(load_file(adapter / files.WEIGHTS), theirs / files.WEIGHTS, metadata={"format": "pt"})
+    assert files.base_of(theirs, other) == other
+    assert files.base_of(adapter, tmp_path) == tmp_path
