@@ -34,7 +34,8 @@ def rows() -> list[Row]:
         row("removal gpt seed", name, {RUNGS[2]: 0.9}, **extra) for name in (RUNGS[2], "without loader")
     ]
     ops = [row("norm", "torch", {"torch": 1.0}), row("norm", "tapelm", {"torch": 2.0}, fraction=1.2)]
-    return [*ladder, *removal, *ops]
+    generated = [row(f"{what} seed", "cached", {"x": 2.0}, **extra) for what in ("prefill", "decode")]
+    return [*ladder, *removal, *generated, *ops]
 
 
 SECTION = {
@@ -54,6 +55,8 @@ def test_the_page_is_self_contained_and_escaped(tmp_path: Path) -> None:
     assert text.count("<h2>The training step") == 2 and "left out: x: &lt;y&gt;" in text
     made = (tmp_path / "tables.md").read_text(encoding="utf-8")
     assert made.count("| + loader | 10 ms | 100 |") == 2 == made.count("The gains multiply to")
+    assert "<h2>Generating text</h2>" in text and "<td>cached</td>" in text.replace(' class="name"', "")
+    assert "| cached | 10.0 ms | 10.00 ms | 100 | 2.0× | 50% |" in made
 
 
 def test_parts_that_were_not_measured_are_left_out(tmp_path: Path) -> None:
