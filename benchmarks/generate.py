@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from benchmarks.ceilings import Ceilings
-from benchmarks.harness import Row, Seconds, interleave, make_row
+from benchmarks.harness import Row, Seconds, WrongResult, interleave, make_row
 from benchmarks.train import VOCAB_SIZE
 from gpt.checkpoint import load_model
 from gpt.cli import UserError
@@ -50,8 +50,10 @@ def measure(
 ) -> tuple[list[Row], list[str]]:
     """Rows of reading a prompt and of a further token; a line with the reason for what cannot run here.
 
-    checkpoint: whose weights to take; without one, random ones in the shape of the preset `name`. Raises
-    UserError where the tokens do not fit the block, or a variant chooses others than it should.
+    checkpoint: whose weights to take; without one, random ones in the shape of the preset `name`.
+
+    Raises UserError where the tokens do not fit the block or times are too noisy, WrongResult where a variant
+    chooses other tokens than it should.
     """
     weights = weights_of(checkpoint, name).to(device)
     shape = weights.config
@@ -154,7 +156,7 @@ def transformers(weights: GPT, prompt: list[int], dtype: torch.dtype) -> Variant
 
 @torch.no_grad()
 def check(weights: GPT, variants: list[Variant], prompt: list[int], new_tokens: int) -> None:
-    """Raise UserError unless every variant chooses the tokens that plain float32 does with its weights.
+    """Raise WrongResult unless every variant chooses the tokens that plain float32 does with its weights.
 
     Logits that are nearly the same may be taken for one another; behind such a tie texts differ, so that each
     token is held against the logits that follow the variant's own ones.
@@ -167,13 +169,15 @@ def check(weights: GPT, variants: list[Variant], prompt: list[int], new_tokens: 
                 continue
             found = variant.run(new_tokens)
             if len(found) != new_tokens:
-                raise UserError(f"{variant.name} made {len(found)} of {new_tokens} tokens: nothing was timed")
+                raise WrongResult(
+                    f"{variant.name} made {len(found)} of {new_tokens} tokens: nothing was timed"
+                )
             ids = torch.tensor([[*prompt, *found[:-1]]], device=exact.head.weight.device)
             logits = exact.logits(ids)[0, len(prompt) - 1 :]  # (new_tokens, V)
             chosen = logits[torch.arange(new_tokens), torch.tensor(found)]
             below = float((logits.amax(-1) - chosen).max() / logits.abs().max())
             if not below <= SLACK[dtype]:
-                raise UserError(
+                raise WrongResult(
                     f"{variant.name} chose a token whose logit is {below:.2g} of the largest one below the "
                     "best: nothing was timed"
                 )

@@ -1,7 +1,9 @@
 """The final table: runs of GPT and LLaMA beside each other, python -m benchmarks models RUN RUN ...
 
 A run directory holds summary.json (gpt.train, llama_lora.finetune), and, where they were asked for,
-evaluation.json and sample.json. Bits per byte makes different tokenizers comparable, on the same text only.
+evaluation.json and sample.json. Bits per byte makes different tokenizers comparable, on the same text only,
+which is known by its SHA-256. An evaluation scores all of it, or the bytes it was limited to; what a training
+validates on is a part of it, which depends on the tokenizer: the table says which of them a loss is.
 """
 
 from __future__ import annotations
@@ -30,10 +32,24 @@ class Column:
     show: Callable[[Any], str]
 
 
+SCORES = {
+    "evaluation": (
+        Column("loss", ("evaluation.total.loss",), "{:.4f}".format),
+        Column("perplexity", ("evaluation.total.perplexity",), "{:.3f}".format),
+        Column("bits per byte", ("evaluation.total.bits_per_byte",), "{:.4f}".format),
+    ),
+    "training": (  # at the last step, of which the checkpoint is
+        Column("loss", ("summary.val_loss",), "{:.4f}".format),
+        Column("perplexity", (), str),
+        Column("bits per byte", ("summary.val_bits_per_byte",), "{:.4f}".format),
+    ),
+    "fine-tuning": (  # at its best, of which the adapter is
+        Column("loss", ("summary.best_val_loss",), "{:.4f}".format),
+        Column("perplexity", ("summary.perplexity",), "{:.3f}".format),
+        Column("bits per byte", (), str),
+    ),
+}
 COLUMNS = (
-    Column("validation loss", ("evaluation.total.loss", "summary.val_loss"), "{:.4f}".format),
-    Column("perplexity", ("evaluation.total.perplexity", "summary.perplexity"), "{:.3f}".format),
-    Column("bits per byte", ("evaluation.total.bits_per_byte", "summary.val_bits_per_byte"), "{:.4f}".format),
     Column("ms per new token", ("sample.ms_per_token",), "{:,.1f}".format),
     Column("model, MB", ("summary.model_bytes",), lambda number: f"{number / 1e6:,.1f}"),
     Column("peak memory, MB", ("summary.peak_memory_bytes",), lambda number: f"{number / 1e6:,.0f}"),
@@ -60,13 +76,30 @@ def read_run(directory: Path) -> dict[str, Any]:
     return found
 
 
-def scored_text(run: dict[str, Any]) -> tuple[Any, ...] | None:
-    """What the evaluation was of: split, limit, and the bytes of each domain; None when there was none."""
-    evaluation = run.get("evaluation")
-    if evaluation is None:
+@dataclass(frozen=True)
+class Scored:
+    """What the loss of a run is of."""
+
+    by: str
+    """evaluation, or training or fine-tuning where there was none."""
+    text: str | None
+    """SHA-256; None in files of earlier versions."""
+    part: str
+
+    @classmethod
+    def of(cls, run: dict[str, Any]) -> Scored | None:
+        """None where the run only has a sample."""
+        if (evaluation := run.get("evaluation")) is not None:
+            limit = evaluation.get("max_bytes")
+            part = f"{evaluation['split']}, {limit:,} bytes a source" if limit else evaluation["split"]
+            return cls("evaluation", evaluation.get("text_sha256"), part)
+        if (summary := run.get("summary")) is not None:
+            by = "fine-tuning" if "base_val_loss" in summary else "training"
+            return cls(by, summary.get("text_sha256"), "part of val")
         return None
-    domains = {name: row.get("bytes") for name, row in evaluation.get("domains", {}).items()}
-    return evaluation.get("split"), evaluation.get("max_bytes"), tuple(sorted(domains.items()))
+
+    def __str__(self) -> str:
+        return f"{self.by}: {self.part} of {self.text[:8] if self.text else 'unknown text'}"
 
 
 def look_up(run: dict[str, Any], path: str) -> Any:
@@ -79,19 +112,46 @@ def look_up(run: dict[str, Any], path: str) -> Any:
 def build(runs: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
     """A line per run; what a run has no file for is a dash.
 
-    Raises UserError when the runs were evaluated on different text.
+    Raises UserError when losses are of different texts, or evaluations of different parts of one.
     """
-    texts = {name: text for name, run in runs.items() if (text := scored_text(run)) is not None}
-    if len(set(texts.values())) > 1:
+    scored = {name: found for name, run in runs.items() if (found := Scored.of(run)) is not None}
+    texts = {found.text for found in scored.values()} - {None}
+    parts = {found.part for found in scored.values() if found.by == "evaluation"}
+    if len(texts) > 1 or len(parts) > 1:
         raise UserError(
-            "the runs were evaluated on different text, so that their bits per byte say nothing: "
-            + "; ".join(f"{name} {text[:2]}" for name, text in texts.items())
+            "the losses of these runs are of different text and cannot be compared: "
+            + "; ".join(f"{name} {found}" for name, found in scored.items())
+            + ". Evaluate or train them on the same --data, with the same --split and --max-bytes"
         )
     lines = []
     for name, run in runs.items():
-        values = [next((v for p in c.paths if (v := look_up(run, p)) is not None), None) for c in COLUMNS]
-        lines.append((name, *("-" if v is None else c.show(v) for c, v in zip(COLUMNS, values, strict=True))))
+        found = scored.get(name)
+        scores = SCORES[found.by if found else "training"]
+        cells = [_cell(run, column) for column in (*scores, *COLUMNS)]
+        lines.append((name, *cells[: len(scores)], str(found or "-"), *cells[len(scores) :]))
     return lines
+
+
+def remarks(runs: dict[str, dict[str, Any]]) -> list[str]:
+    """What keeps the losses from being compared as they stand."""
+    scored = [found for run in runs.values() if (found := Scored.of(run)) is not None]
+    found = []
+    if len({each.by for each in scored}) > 1:
+        found.append(
+            "Losses are of different parts of the text: an evaluation scores all of it or what it was "
+            "limited to, training and fine-tuning what they validate on."
+        )
+    if len(scored) > 1 and any(each.text is None for each in scored):
+        found.append(
+            "Unknown text: a file of an earlier version does not say what its loss is of, so that it may be "
+            "of another text."
+        )
+    return found
+
+
+def _cell(run: dict[str, Any], column: Column) -> str:
+    value = next((value for path in column.paths if (value := look_up(run, path)) is not None), None)
+    return "-" if value is None else column.show(value)
 
 
 def run(directories: Sequence[Path], out: Path | None) -> int:
@@ -100,16 +160,20 @@ def run(directories: Sequence[Path], out: Path | None) -> int:
         raise UserError("models takes run directories: python -m benchmarks models runs/demo/plain ...")
     if out is not None:
         prepare_output(out / "models.md")
-    lines = build({_name(path, directories): read_run(path) for path in directories})
-    head = ("run", *(column.label for column in COLUMNS))
-    table = Table(title="models on the same held-out text")
+    runs = {_name(path, directories): read_run(path) for path in directories}
+    lines, notes = build(runs), remarks(runs)
+    of = "loss of"
+    head = ("run", *(c.label for c in SCORES["evaluation"]), of, *(column.label for column in COLUMNS))
+    table = Table(title="models on held-out text")
     for label in head:
-        table.add_column(label, justify="left" if label in ("run", "device") else "right")
+        table.add_column(label, justify="left" if label in ("run", of, "device") else "right")
     for line in lines:
         table.add_row(*line)
-    Console(width=None if Console().is_terminal else 150).print(table)
+    Console(width=None if Console().is_terminal else 170).print(table)
+    print("".join(f"{note}\n" for note in notes), end="")
     if out is not None:
-        write_atomically(out / "models.md", markdown(head, lines))
+        text = markdown(head, lines) + "".join(f"\n{note}\n" for note in notes)
+        write_atomically(out / "models.md", text)
     return 0
 
 

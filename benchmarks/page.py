@@ -135,6 +135,8 @@ def to_html(results: Results) -> str:
     parts = []
     for section in results.content.get("ladders", ()):
         parts += _ladder(results, section)
+    if rows_of(results, "decode "):
+        parts.append("<h2>Generating text</h2>" + _from_markdown(table_kinds.generation(results)))
     if any(
         row.fraction_of_ceiling > 0 and not row.subject.startswith(table_kinds.NOT_OPS)
         for row in results.rows
@@ -198,6 +200,7 @@ def write(results: Results, folder: Path) -> Path:
         "ladder": "ladder",
         "removal": "removal",
         "train": "steps",
+        "decode ": "generation",
         "cold": "tokenizer",
         "loader": "loader",
     }

@@ -82,6 +82,12 @@ def check_shards(data: Path, tokenizer: Tokenizer) -> None:
             )
 
 
+def text_sha256(data: Path, split: str) -> str:
+    """SHA-256 of a split's documents, whatever the tokenizer; of its shards where it has none (a tape)."""
+    documents = data / "documents" / f"{split}.jsonl"
+    return sha256_of(documents if documents.is_file() else data / split / "manifest.json")
+
+
 def released(data: Path, split: str) -> tuple[str, str] | None:
     """First and last day, ISO, on which the documents of a split came out, as the data card has them; None
     where documents are split by hash and days say nothing."""

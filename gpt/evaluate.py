@@ -30,7 +30,14 @@ import tapelm
 from data.numbers import TAPE, Tape
 from gpt.checkpoint import load_model, sha256_of
 from gpt.cli import UserError, parse_options, prepare_output, print_titled, run_program, write_atomically
-from gpt.corpus import END_OF_TEXT, not_out_of_sample, open_tokenizer, read_domains, training_counts
+from gpt.corpus import (
+    END_OF_TEXT,
+    not_out_of_sample,
+    open_tokenizer,
+    read_domains,
+    text_sha256,
+    training_counts,
+)
 from gpt.forecast import print_tape_table, score_tape
 from gpt.hardware import fingerprint, pick_device, set_threads
 from gpt.model import GPT
@@ -137,6 +144,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "block_size": model.config.block_size,
         "trained": {key: state[key] for key in ("tokens", "seconds")},
         "machine": fingerprint(device),
+        "text_sha256": text_sha256(config.data, config.split),
     }
     if warning := not_out_of_sample(config.data, config.split, state.get("trained_until")):
         print(warning, file=sys.stderr)

@@ -24,6 +24,7 @@ from gpt.corpus import (
     open_tokenizer,
     released,
     text_bytes,
+    text_sha256,
 )
 from gpt.hardware import (
     device_name,
@@ -278,6 +279,7 @@ class Training:
             "model": vars(self.shape),
             "config": self.config.as_json(),
         }
+        summary["text_sha256"] = text_sha256(self.config.data, "val")
         summary["val_tokens"] = sum(batch.targets.numel() for batch in self.validation)
         val_bits = summary["val_loss"] / math.log(2) * summary["val_tokens"]
         summary["val_bits_per_byte"] = val_bits / text_bytes(self.tokenizer, self.validation)

@@ -102,6 +102,7 @@ def finish(
         "threads": torch.get_num_threads(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": versions(),
+        "text_sha256": checkpoint.sha256_of(find_split(config.data, "val")),
         "config": config.as_json(),
     }
     if device.type == "cuda":

@@ -10,10 +10,22 @@ from typing import Any, ClassVar
 
 import torch
 
-from benchmarks import compare, harness, ladder_report, llama_rungs, loader, page, peers, sweeps, tokenizer
+from benchmarks import (
+    compare,
+    generate,
+    harness,
+    ladder_report,
+    llama_rungs,
+    loader,
+    page,
+    peers,
+    sweeps,
+    tokenizer,
+)
 from benchmarks.commands.timed import (
     SMOLLM2,
     Flag,
+    Generate,
     Loader,
     Measuring,
     alone,
@@ -24,9 +36,12 @@ from benchmarks.commands.timed import (
 from benchmarks.harness import Row
 from benchmarks.ladder import Request
 from gpt.cli import UserError, prepare_output
+from gpt.config import preset
 
 FEWER_ROUNDS = 5
 """Of what takes long and is taken in parts."""
+FEWER_TOKENS = 32
+"""Generated after a prompt, which halves what a round takes."""
 
 
 class Gathered:
@@ -59,16 +74,17 @@ class Gathered:
 
 @dataclass(frozen=True)
 class All(Measuring):
-    """Ops, the ladders of both models, peers, tokenizer and loader; --out takes the report."""
+    """Ops, the ladders of both models, peers, generation, tokenizer, loader; --out takes the report."""
 
     name: ClassVar[str] = "all"
     rounds: int | None = None  # type: ignore[assignment]
-    """None takes 5 for ops and peers, 9 for tokenizer and loader, and for ladders those that begin within 36
-    seconds, from 3 to 9. Ops and GPT's ladder are taken in three parts, which rounds them up."""
+    """None takes 5 for ops, peers and generation, 9 for tokenizer and loader, and for ladders those that
+    begin within 36 seconds, from 3 to 9. Ops and GPT's ladder are taken in three parts, which rounds
+    them up."""
     out: Path | None = None
     """A directory for results.json, index.html and tables.md."""
     preset: str = "seed"
-    """Of the training steps."""
+    """Of the training steps and the generation."""
     batch_size: int | None = None
     """Windows (sequences) in a step or batch; None takes 4, and 16 for the loader."""
     no_compiled: Flag = False
@@ -120,6 +136,8 @@ class All(Measuring):
         found.sections["skipped_peers"] = skipped
         print("".join(f"skipped: {line}\n" for line in skipped), end="")
         found.save("peers")
+        found.rows += try_generation(self.preset, device, self.rounds or FEWER_ROUNDS)
+        found.save("generation")
         if self.text is None and not tokenizer.CORPORA.is_dir():
             print("skipped: tokenizer: no text here, give --text a .txt or .jsonl file")
         else:
@@ -137,6 +155,19 @@ class All(Measuring):
         found.save("ops")
         parts = ", ".join(f"{part} {took / 60:.1f}" for part, took in found.seconds.items())
         print(f"minutes: {sum(found.seconds.values()) / 60:.1f}; {parts}")
+
+
+def try_generation(name: str, device: torch.device, rounds: int) -> list[Row]:
+    """With random weights; where it cannot be measured, says why, but for wrong tokens."""
+    prompt = min(Generate.prompt_tokens, preset(name, data=Path(), out=Path()).block_size // 2)
+    try:
+        rows, skipped = generate.measure(None, name, prompt, FEWER_TOKENS, device, rounds)
+    except harness.WrongResult:
+        raise
+    except UserError as error:
+        rows, skipped = [], [str(error)]
+    print("".join(f"skipped: generation: {line}\n" for line in skipped), end="")
+    return rows
 
 
 def try_llama_ladder(

@@ -14,7 +14,9 @@ import torch
 
 from benchmarks import generate
 from benchmarks.__main__ import main
+from benchmarks.commands.everything import try_generation
 from benchmarks.generate import BASELINE, Variant, check, decode_bytes, prompt_flops
+from benchmarks.harness import WrongResult
 from gpt import checkpoint
 from gpt.cli import UserError
 from gpt.config import PRESETS, ModelConfig
@@ -72,6 +74,37 @@ def test_rows_of_every_variant_from_the_command_line(tmp_path: Path, capsys, clo
     assert written["skipped"] == [] and "decode tiny" in capsys.readouterr().out
 
 
+def test_all_has_a_short_generation_that_fits_the_block(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[tuple[object, ...]] = []
+
+    def measure(*arguments: object) -> tuple[list[str], list[str]]:
+        asked.append(arguments)
+        return ["row"], ["transformers: not here"]
+
+    monkeypatch.setattr(generate, "measure", measure)
+    assert try_generation("seed", CPU, 5) == ["row"] == try_generation("demo", CPU, 5)
+    assert asked == [(None, "seed", 128, 32, CPU, 5), (None, "demo", 64, 32, CPU, 5)]
+    assert "skipped: generation: transformers: not here" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error", [UserError, WrongResult])
+def test_wrong_tokens_end_all_and_noise_does_not(
+    error: type[UserError], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measure(*_: object) -> None:
+        raise error("as it is")
+
+    monkeypatch.setattr(generate, "measure", measure)
+    if error is WrongResult:
+        with pytest.raises(WrongResult):
+            try_generation("seed", CPU, 5)
+    else:
+        assert try_generation("seed", CPU, 5) == []
+        assert "skipped: generation: as it is" in capsys.readouterr().out
+
+
 def test_a_further_token_is_the_difference_over_their_number(clock, monkeypatch) -> None:
     def fake(weights: GPT, prompt: list[int], device: torch.device) -> tuple[list[Variant], list[str]]:
         def variant(name: str, first: float, further: float) -> Variant:
@@ -110,9 +143,9 @@ def test_other_tokens_are_refused_and_ties_are_not(dtype: torch.dtype) -> None:
     found = variant.run(12)
     assert len(set(found)) > 3
     wrong = [*found[:8], (found[8] + 1) % 320, *found[9:]]
-    with pytest.raises(UserError, match="nothing was timed"):
+    with pytest.raises(WrongResult, match="nothing was timed"):
         check(model, [Variant("wrong", dtype, lambda count: wrong)], prompt, 12)
-    with pytest.raises(UserError, match="made 11 of 12 tokens"):
+    with pytest.raises(WrongResult, match="made 11 of 12 tokens"):
         check(model, [Variant("short", dtype, lambda count: found[:-1])], prompt, 12)
     twin = (found[0] + 1) % 320
     with torch.no_grad():

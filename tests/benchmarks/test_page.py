@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,8 @@ def rows() -> list[Row]:
         row("removal gpt seed", name, {RUNGS[2]: 0.9}, **extra) for name in (RUNGS[2], "without loader")
     ]
     ops = [row("norm", "torch", {"torch": 1.0}), row("norm", "tapelm", {"torch": 2.0}, fraction=1.2)]
-    return [*ladder, *removal, *ops]
+    generated = [row(f"{what} seed", "cached", {"x": 2.0}, **extra) for what in ("prefill", "decode")]
+    return [*ladder, *removal, *generated, *ops]
 
 
 SECTION = {
@@ -53,6 +55,8 @@ def test_the_page_is_self_contained_and_escaped(tmp_path: Path) -> None:
     assert text.count("<h2>The training step") == 2 and "left out: x: &lt;y&gt;" in text
     made = (tmp_path / "tables.md").read_text(encoding="utf-8")
     assert made.count("| + loader | 10 ms | 100 |") == 2 == made.count("The gains multiply to")
+    assert "<h2>Generating text</h2>" in text and "<td>cached</td>" in text.replace(' class="name"', "")
+    assert "| cached | 10.0 ms | 10.00 ms | 100 | 2.0× | 50% |" in made
 
 
 def test_parts_that_were_not_measured_are_left_out(tmp_path: Path) -> None:
@@ -61,28 +65,54 @@ def test_parts_that_were_not_measured_are_left_out(tmp_path: Path) -> None:
     assert text.count("<img") == 1 and "The training step" not in text
 
 
-def write_run(folder: Path, limit: int = 100, evaluation: bool = True) -> Path:
+TEXT = "abcdef0123" * 6
+
+
+def write_run(
+    folder: Path, limit: int = 100, evaluation: bool = True, text: str | None = TEXT, **summary: float
+) -> Path:
     folder.mkdir()
-    (folder / "summary.json").write_text(json.dumps({"val_loss": 2.5, "model_bytes": 2e6, "device": "cpu"}))
+    of_text = {} if text is None else {"text_sha256": text}
+    trained = {"val_loss": 2.5, "model_bytes": 2e6, "device": "cpu", **of_text, **summary}
+    (folder / "summary.json").write_text(json.dumps(trained))
     if evaluation:
-        domain = {"bytes": 90}
-        content = {
-            "split": "val", "max_bytes": limit, "domains": {"news": domain},
-            "total": {"loss": 2.0, "perplexity": 7.39, "bits_per_byte": 1.1},
-        }  # fmt: skip
+        total = {"loss": 2.0, "perplexity": 7.39, "bits_per_byte": 1.1}
+        content = {"split": "val", "max_bytes": limit, "total": total, **of_text}
         (folder / "evaluation.json").write_text(json.dumps(content))
     return folder
 
 
-def test_runs_are_compared_on_the_same_text_alone(tmp_path: Path, capsys) -> None:
-    plain, lora = write_run(tmp_path / "plain"), write_run(tmp_path / "lora", evaluation=False)
-    assert models.run([plain, lora], tmp_path) == 0
+def test_the_table_of_models_says_what_a_loss_is_of(tmp_path: Path, capsys) -> None:
+    plain, other = write_run(tmp_path / "plain"), write_run(tmp_path / "other")
+    assert models.run([plain, other], tmp_path) == 0
     table = (tmp_path / "models.md").read_text().splitlines()
-    assert table[2].startswith("| plain | 2.0000 | 7.390 | 1.1000 | - | 2.0 |")
-    assert table[3].startswith("| lora | 2.5000 | - | - | - | 2.0 |")
-    other = write_run(tmp_path / "other", limit=7)
-    with pytest.raises(UserError, match="different text"):
-        models.run([plain, other], None)
+    line = " | 2.0000 | 7.390 | 1.1000 | evaluation: val, 100 bytes a source of abcdef01 | - | 2.0 |"
+    assert len(table) == 4
+    assert table[2].startswith(f"| plain{line}") and table[3].startswith(f"| other{line}")
+    trained = write_run(tmp_path / "trained", evaluation=False)
+    fine_tuning: dict[str, Any] = {"base_val_loss": 3.0, "best_val_loss": 2.25, "perplexity": 9.49}
+    lora = write_run(tmp_path / "lora", evaluation=False, **fine_tuning)
+    assert models.run([plain, trained, lora], tmp_path) == 0
+    table = (tmp_path / "models.md").read_text().splitlines()
+    assert table[3].startswith("| trained | 2.5000 | - | - | training: part of val of abcdef01 | - | 2.0 |")
+    assert table[4].startswith("| lora | 2.2500 | 9.490 | - | fine-tuning: part of val of abcdef01 |")
+    assert (
+        table[6].startswith("Losses are of different parts") and "different parts" in capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize("other", [{"text": "f" * 64}, {"text": "f" * 64, "evaluation": False}, {"limit": 7}])
+def test_losses_of_different_texts_are_refused(other: dict[str, Any], tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / "plain"), write_run(tmp_path / "other", **other)]
+    with pytest.raises(UserError, match=r"different text.*plain evaluation: val, 100 bytes.*same --data"):
+        models.run(runs, None)
+
+
+def test_a_text_that_is_not_recorded_is_remarked(tmp_path: Path, capsys) -> None:
+    runs = [write_run(tmp_path / "plain"), write_run(tmp_path / "old", text=None)]
+    assert models.run(runs, tmp_path) == 0
+    assert "100 bytes a source of unknown text |" in (tmp_path / "models.md").read_text()
+    assert "may be of another text" in capsys.readouterr().out
 
 
 def test_a_directory_without_results_is_named(tmp_path: Path) -> None:

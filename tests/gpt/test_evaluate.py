@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from gpt.checkpoint import sha256_of
 from gpt.cli import UserError
 from gpt.config import ModelConfig, preset
 from gpt.corpus import open_tokenizer, read_domains, training_counts
@@ -114,3 +115,5 @@ def test_program_reports_domains_and_total(
     assert total["bits_per_byte"] < total["unigram_bits_per_byte"]
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["val_bits_per_byte"] == pytest.approx(total["bits_per_byte"], rel=0.1)
+    documents = sha256_of(tiny_data / "documents" / "val.jsonl")
+    assert result["text_sha256"] == summary["text_sha256"] == documents

@@ -306,6 +306,7 @@ def test_program_trains_and_evaluates_numbers(tmp_path: Path, capsys: pytest.Cap
     assert "about chance" in said and "Direction: " in said
     summary_file = json.loads((run / "summary.json").read_text())
     assert summary_file["val_bits_per_byte"] > 0
+    assert summary_file["text_sha256"] == result["text_sha256"]
     with pytest.raises(UserError, match=f"tape that {data} held, {others} has other rows, splits or bins"):
         main(["--checkpoint", str(run), "--data", str(others), "--json", str(file)])
     with pytest.raises(UserError, match="does not say which tape it was trained on: train again on"):

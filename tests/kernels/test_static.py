@@ -4,11 +4,16 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton.backends.nvidia")
+
+from benchmarks import static
+from tapelm.proofs import resources
 
 ROOT = Path(__file__).parents[2]
 LOCK = ROOT / "benchmarks/results/static.lock.json"
@@ -82,6 +87,84 @@ def test_fault_shared_memory_that_does_not_fit() -> None:
     done = run("-c", SPILLING.format(config="(128, 128, 8, 5)"))
     assert done.returncode == 0, done.stderr
     assert "shared memory" in done.stdout
+
+
+def test_programs_start_at_fixed_addresses_within_it_alone() -> None:
+    """Where the system refuses it, as Docker does, it says so."""
+
+    def addresses() -> str:
+        return subprocess.run(["cat", "/proc/self/maps"], capture_output=True, text=True, check=True).stdout
+
+    with resources.fixed_addresses() as fixed:
+        assert (addresses() == addresses()) == fixed
+    assert addresses() != addresses()
+
+
+TWO_FILES = """
+%0 = tt.load %a : tensor<64x!tt.ptr<f32>> loc(#loc1)
+%1 = tt.load %b : tensor<64x!tt.ptr<f32>> loc(#loc3)
+#loc1 = loc("/x/one.py":7:4)
+#loc2 = loc("/x/two.py":{line}:4)
+#loc3 = loc(callsite(#loc2 at #loc1))
+"""
+ASSEMBLY = {
+    "ptx": """
+	.loc	1 7 4
+	ld.global.v4.b32 {{%r1, %r2, %r3, %r4}}, [%rd1];
+	.loc	2 {line} 4
+	ld.global.b32 %r5, [%rd2];
+	.file	1 "/x/one.py"
+	.file	2 "/x/two.py"
+""",
+    "amdgcn": """
+	.file	1 "/x" "one.py"
+	.loc	1 7 4 prologue_end ; one.py:7:4
+	global_load_dwordx4 v[0:3], v1, s[0:1]
+	.file	2 "/x" "two.py"
+	.loc	2 {line} 4 ; two.py:{line}:4
+	global_load_dword v4, v1, s[2:3]
+""",
+}
+
+
+@pytest.mark.parametrize("kind", ASSEMBLY)
+def test_lines_of_two_files_are_not_one(kind: str) -> None:
+    """Half of the bytes are loaded wide, whether or not the other load is on the same line of its file."""
+    for line in (7, 8):
+        share = resources._wide_share(TWO_FILES.format(line=line), ASSEMBLY[kind].format(line=line))
+        assert share == 0.5
+
+
+@pytest.mark.parametrize(
+    ("registers", "changes"), [([188, 188, 191], []), ([188] * static.TRIES, ["registers was 191, is 188"])]
+)
+def test_a_row_that_differs_by_chance_is_compiled_again(
+    registers: list[int], changes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At random addresses, which may give what fixed ones do not behind other paths."""
+    given: list[bool] = []
+
+    def facts(unit: static.Unit, *, fixed: bool = True) -> dict[str, int]:
+        given.append(fixed)
+        return {"registers": registers[len(given) - 1]}
+
+    monkeypatch.setattr(static, "facts", facts)
+    unit = static.Unit(0, 0, 0, "sm_90")
+    assert static._difference((unit, float("inf"), {"registers": 191})) == changes
+    assert given == [True] + [False] * (len(registers) - 1)
+    assert static._difference((unit, 0.0, {})) is None
+
+
+def test_a_lock_is_not_written_by_chance(monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def refused() -> Iterator[bool]:
+        yield False
+
+    monkeypatch.setattr(static.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(static, "fixed_addresses", refused)
+    monkeypatch.setattr(static, "update", lambda seconds: pytest.fail("wrote the lock"))
+    with pytest.raises(static.UserError, match="random addresses"):
+        static.run(check_only=False, seconds=1.0)
 
 
 def test_capturing_needs_a_compiler() -> None:

@@ -47,6 +47,7 @@ def test_a_run_learns_and_writes_its_files(settings, backend, method) -> None:
     assert summary["perplexity"] == pytest.approx(math.exp(lines[-1]["val_loss"]))
     assert summary["base_perplexity"] == pytest.approx(math.exp(lines[0]["val_loss"]))
     assert summary["tokens"] == lines[-1]["tokens"] <= 6 * 4 * 64
+    assert summary["text_sha256"] == checkpoint.sha256_of(find_split(config.data, "val"))
     assert summary["parameters"] == sum(
         p.numel() for p in open_base(config.model, torch.float32).parameters()
     )

@@ -4,25 +4,35 @@ instructions.
 Facts of NVIDIA targets are read from the machine code (SASS) with the tools that ship inside Triton; those of
 AMD targets from the assembly's metadata. The share of 128-bit loads weighs each load of the kernel's source
 by the bytes of its tile, so that a scalar does not weigh like a row; which instructions a load became is
-known from their source lines. Occupancy: resident warps of the largest number that a multiprocessor holds.
+known from their source files and lines. Occupancy: resident warps of the largest number that a
+multiprocessor holds.
+
+Kernels are compiled with line information, as they are for users, and anew, with ptxas at fixed addresses: of
+one and the same PTX it makes one of several programs, depending on the addresses that it happens to get (one
+of our kernels has 188 registers or 191). What is left are long paths of its files, which move them as well.
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
 import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 
 from tapelm.proofs.launches import Specialized
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_PERSONALITY_NOW, _ADDR_NO_RANDOMIZE = 0xFFFFFFFF, 0x0040000  # sys/personality.h
 
 
 @dataclass(frozen=True)
@@ -84,13 +94,32 @@ class Resources:
     feeds them: UTMALDG, copies of whole tiles (sm_90 and later)."""
 
 
-def compile_resources(specialized: Specialized, target: Target) -> Resources:
-    """Compiles for ``target`` and reads the facts off the result.
+@contextmanager
+def fixed_addresses() -> Iterator[bool]:
+    """Within it, programs that this process starts are loaded at the same addresses every time.
+
+    It yields whether they are: Docker's default seccomp profile refuses it.
+    """
+    personality = ctypes.CDLL(None).personality
+    before = personality(ctypes.c_ulong(_PERSONALITY_NOW))
+    fixed = personality(ctypes.c_ulong(before | _ADDR_NO_RANDOMIZE)) != -1
+    try:
+        yield fixed
+    finally:
+        if fixed:
+            personality(ctypes.c_ulong(before))
+
+
+def compile_resources(specialized: Specialized, target: Target, *, fixed: bool = True) -> Resources:
+    """Compiles for ``target`` and reads the facts off the result; without ``fixed`` with ptxas at random
+    addresses, as users have it.
 
     Raises:
         triton.CompilationError: the kernel does not compile for the target.
     """
-    compiled = triton.compile(specialized.source, target=target.gpu, options=specialized.options)
+    with knobs.compilation.scope(), fixed_addresses() if fixed else nullcontext():
+        knobs.compilation.always_compile = True  # Triton's cache may hold another of ptxas' programs
+        compiled = triton.compile(specialized.source, target=target.gpu, options=specialized.options)
     shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
     if target.gpu.backend == "hip":
         assembly = compiled.asm["amdgcn"]
@@ -138,30 +167,32 @@ def _largest_tile(ttir: str) -> int:
 def _wide_share(ttir: str, assembly: str) -> float:
     places = dict(re.findall(r"^(#loc\d*) = loc\((.*)\)$", ttir, re.MULTILINE))
 
-    def line(place: str) -> int:
+    def line(place: str) -> tuple[str, int]:
         # 'loc("x"(#loc5))' names #loc5; 'callsite(#loc5 at #loc9)' was inlined from #loc5.
-        while (direct := re.match(r'".*":(\d+):\d+', places[place])) is None:
+        while (direct := re.match(r'"(?:.*/)?(.*)":(\d+):\d+', places[place])) is None:
             inner = re.search(r"#loc\d*", places[place])
             assert inner is not None, places[place]
             place = inner[0]
-        return int(direct[1])
+        return direct[1], int(direct[2])
 
-    tiles: Counter[int] = Counter()
-    copies: Counter[int] = Counter()
+    tiles: Counter[tuple[str, int]] = Counter()
+    copies: Counter[tuple[str, int]] = Counter()
     for kind, place in re.findall(r"tt\.load .* : (\S+) loc\((#loc\d*)\)", ttir):
         shape, bits = re.fullmatch(r"(?:tensor<((?:\d+x)+))?!tt\.ptr<\D+(\d+)>>?", kind).groups()  # type: ignore[union-attr]
         elements = math.prod(int(size) for size in (shape or "1x").rstrip("x").split("x"))
         tiles[line(place)] += elements * int(bits) // 8
         copies[line(place)] += 1
-    wide: Counter[int] = Counter()
-    total: Counter[int] = Counter()
-    current, inline = 0, False
+    # '.file 1 "/x/y.py"' in PTX, '.file 1 "/x" "y.py"' in AMD's assembly, behind the lines that use it.
+    names = dict(re.findall(r'^\s*\.file\s+(\d+) .*?([^/"]+)"$', assembly, re.MULTILINE))
+    wide: Counter[tuple[str, int]] = Counter()
+    total: Counter[tuple[str, int]] = Counter()
+    current, inline = ("", 0), False
     for text in assembly.splitlines():
         if "inline asm" in text:
             inline = "begin" in text
-        elif found := re.match(r"\s*\.loc\s+\d+ (\d+)", text):
+        elif found := re.match(r"\s*\.loc\s+(\d+) (\d+)", text):
             # Within inline assembly, LLVM counts its lines on from the source line.
-            current = current if inline else int(found[1])
+            current = current if inline else (names[found[1]], int(found[2]))
         elif size := _loaded_bytes(text):
             total[current] += size
             wide[current] += size if size >= 16 else 0
