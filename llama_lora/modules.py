@@ -133,12 +133,9 @@ class Attention(nn.Module):
                     f"Attention: a document mask of {q.shape[2]} tokens says nothing of the "
                     f"{k.shape[2] - q.shape[2]} keys before them in the cache; pass use_cache=False."
                 )
-        if attention_mask is None and q.shape[2] == k.shape[2]:
+        if attention_mask is None:
             y = tapelm.attention(q, k, v, scale=self.scaling, document_ids=documents)
         else:
-            if attention_mask is None and q.shape[2] > 1:  # queries that continue cached keys
-                visible = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
-                attention_mask = visible.tril(k.shape[2] - q.shape[2])
             y = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=attention_mask, scale=self.scaling, enable_gqa=True
             )
