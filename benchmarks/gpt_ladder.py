@@ -59,6 +59,7 @@ class Setting:
 
 
 def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float) -> torch.Tensor:
+    """`Ops.attention` of training, where there are as many keys as queries."""
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
 
 

@@ -34,21 +34,27 @@ class Subject:
 
 
 def _attention(
-    make: Make, batch: int, heads: int, key_heads: int, time: int, width: int, variant: str = ""
-) -> tuple[Any, ...]:
-    """q, k, v as views of one fused projection, as a model passes them."""
-    fused = make((batch, time, heads + 2 * key_heads, width)).transpose(1, 2)
-    q, k, v = fused.split([heads, key_heads, key_heads], dim=1)
+    make: Make, batch: int, heads: int, key_heads: int, time: int, width: int, variant: str = "",
+    keys: int | None = None,
+) -> tuple[Any, ...]:  # fmt: skip
+    """q, k, v as views of one fused projection, as a model passes them; with a number of keys k and v as of a
+    cache."""
+    if keys is None:
+        keys, fused = time, make((batch, time, heads + 2 * key_heads, width)).transpose(1, 2)
+        q, k, v = fused.split([heads, key_heads, key_heads], dim=1)
+    else:
+        q = make((batch, time, heads, width)).transpose(1, 2)
+        k, v = (make((batch, key_heads, keys, width)) for _ in range(2))
     seed = make((), torch.int64) if "dropout" in variant else None
-    documents = make((batch, time), torch.int32) if "documents" in variant else None
+    documents = make((batch, keys), torch.int32) if "documents" in variant else None
     settings = ("full" not in variant, width**-0.5, 0.1 if seed is not None else 0.0, seed, documents)
     return q, k, v, *settings
 
 
 def _attention_backward(
-    make: Make, batch: int, heads: int, key_heads: int, time: int, width: int, variant: str = ""
+    make: Make, batch: int, heads: int, key_heads: int, time: int, width: int, *rest: Any
 ) -> tuple[Any, ...]:
-    q, k, v, *settings = _attention(make, batch, heads, key_heads, time, width, variant)
+    q, k, v, *settings = _attention(make, batch, heads, key_heads, time, width, *rest)
     out, grad = (make((batch, time, heads, width)).transpose(1, 2) for _ in range(2))
     return grad, q, k, v, out, make((batch, heads, time), FP32), *settings
 
@@ -73,6 +79,7 @@ ATTENTION_SHIPPED = (
     (FP32, (2, 8, 4, 2048, 256)),
     (FP32, (2, 8, 4, 2048, 256, "dropout documents")),
 )
+DECODE_SHIPPED = ((BF16, (8, 32, 8, 1, 128, "", 4096)),)
 ATTENTION_ODD = (
     (1, 1, 1, 1, 16),
     (2, 4, 2, 67, 24),
@@ -80,6 +87,9 @@ ATTENTION_ODD = (
     (2, 2, 1, 67, 17, "documents"),
     (1, 2, 1, 41, 64, "dropout documents full"),
     (1, 1, 1, 35, 128, "full"),
+    (1, 2, 1, 1, 24, "", 37),
+    (1, 2, 1, 19, 24, "dropout documents", 53),
+    (1, 1, 1, 35, 16, "full", 18),
 )
 
 
@@ -277,7 +287,7 @@ OPTIMIZER_ODD = (
 )
 
 SUBJECTS = (
-    Subject("attention_forward", _attention, ATTENTION_SHIPPED, ATTENTION_ODD),
+    Subject("attention_forward", _attention, (*ATTENTION_SHIPPED, *DECODE_SHIPPED), ATTENTION_ODD),
     Subject("attention_backward", _attention_backward, ATTENTION_SHIPPED, ATTENTION_ODD),
     Subject("layer_norm_forward", _layer_norm, NORM_SHIPPED, NORM_ODD, (512, 384)),
     Subject("layer_norm_backward", _layer_norm_backward, NORM_SHIPPED, NORM_ODD, (1024, 384)),

@@ -10,15 +10,15 @@ constexpr float LOG2E = 1.44269504088896341f;
 // Which squares (query chunk, key chunk) of NR x NR are seen; documents are those of one batch row.
 struct Mask {
   const AttentionShape& s;
-  const int32_t* documents = nullptr;  // [tokens], beyond T the last one
+  const int32_t* documents = nullptr;  // [tokens], beyond S the last one
   const int32_t *lowest = nullptr, *highest = nullptr;  // [tokens / NR]
 
   Mask(const AttentionShape& shape, const int32_t* ids, float* space) : s(shape) {
     if (ids == nullptr) return;
     int32_t* copy = reinterpret_cast<int32_t*>(space);
-    const int64_t tokens = round_up(s.T, NR), chunks = tokens / NR;
-    std::memcpy(copy, ids, s.T * sizeof(int32_t));
-    std::fill(copy + s.T, copy + tokens, ids[s.T - 1]);
+    const int64_t tokens = round_up(s.S, NR), chunks = tokens / NR;
+    std::memcpy(copy, ids, s.S * sizeof(int32_t));
+    std::fill(copy + s.S, copy + tokens, ids[s.S - 1]);
     for (int64_t c = 0; c < chunks; ++c) {
       const auto [low, high] = std::minmax_element(copy + c * NR, copy + (c + 1) * NR);
       copy[tokens + c] = *low;
@@ -28,13 +28,13 @@ struct Mask {
     lowest = copy + tokens;
     highest = lowest + chunks;
   }
-  static int64_t floats(const AttentionShape& s) { return 3 * round_up(s.T, NR); }
+  static int64_t floats(const AttentionShape& s) { return 3 * round_up(s.S, NR); }
 
   bool hidden(int64_t q, int64_t k) const {
     return (s.causal && k > q) || (documents && (highest[q] < lowest[k] || highest[k] < lowest[q]));
   }
   bool whole(int64_t q, int64_t k) const {
-    return !(s.causal && k == q) && (k + 1) * NR <= s.T &&
+    return !(s.causal && k == q) && (k + 1) * NR <= s.S &&
            (!documents || (lowest[q] == highest[k] && highest[q] == lowest[k]));
   }
   Range keys(int64_t q, Range k) const {
@@ -49,19 +49,19 @@ struct Mask {
   }
 };
 
-// NR queries of one head as the lanes of two vectors.
+// The queries at NR positions of one head as the lanes of two vectors.
 struct Panel {
   vi last[2], document[2];  // the last key that a query sees; its document
   vl counter[2][2];         // Philox counters of key 0 of the even and of the odd lanes
 
   Panel(const Mask& m, int64_t head, int64_t q0) {
-    const int64_t row = round_up(m.s.T, 8) / 8;
+    const int64_t row = round_up(m.s.S, 8) / 8, query = head * m.s.T - m.s.first;
     for (int v = 0; v < 2; ++v)
       for (int i = 0; i < W; ++i) {
         const int64_t t = q0 + v * W + i;
-        last[v][i] = static_cast<int32_t>(m.s.causal ? std::min(t, m.s.T - 1) : m.s.T - 1);
+        last[v][i] = static_cast<int32_t>(m.s.causal ? std::min(t, m.s.S - 1) : m.s.S - 1);
         document[v][i] = m.documents ? m.documents[t] : 0;
-        counter[v][i % 2][i / 2] = static_cast<uint64_t>((head * m.s.T + t) * row);
+        counter[v][i % 2][i / 2] = static_cast<uint64_t>((query + t) * row);
       }
   }
 
@@ -71,7 +71,7 @@ struct Panel {
     return hidden ? broadcast(-__builtin_inff()) : x;
   }
 
-  // Random words of R keys, two in each: element index ((b Hq + h) T + t) S8 + key, S8 = T rounded up to 8.
+  // Random words of R keys, two in each: element index ((b Hq + h) T + t) S8 + key, S8 = S rounded up to 8.
   TAPELM_INLINE void random(uint64_t seed, int v, int64_t key, vu out[R / 2]) const {
     vl even[4], odd[4];
     philox(seed, counter[v][0] + static_cast<uint64_t>(key / 8), even);
@@ -118,14 +118,18 @@ TAPELM_INLINE void score_tile(const Mask& m, const Panel& p, int64_t key, bool m
   }
 }
 
+// Chunks of NR positions that hold queries.
+Range query_chunks(const AttentionShape& s) { return {s.first / NR, (s.first + s.T + NR - 1) / NR}; }
+
 // One panel of queries against all its keys. A NaN score may be lost by the maximum but not by the total.
 template <typename T, bool DROPOUT>
 void forward_panel(const Mask& m, int64_t head, int64_t q, const ForwardSpace<T>& w, T* out, int64_t out_row, float* lse) {
   const AttentionShape& s = m.s;
   const int64_t q0 = q * NR, width = round_up(s.D, NR), row = width / PAIR<T>, depth = round_up(s.D, PAIR<T>) / PAIR<T>;
-  const int64_t chunks = s.causal ? q + 1 : round_up(s.T, NR) / NR;
+  const int64_t chunks = s.causal ? q + 1 : round_up(s.S, NR) / NR;
+  const Range rows = {std::max(q0, s.first), std::min(q0 + NR, s.first + s.T)};  // positions of queries
   const Panel p(m, head, q0);
-  for (int64_t t = q0; t < std::min(q0 + NR, s.T); ++t) prefetch_row<1>(out + t * out_row, s.D);
+  for (int64_t t = rows.begin; t < rows.end; ++t) prefetch_row<1>(out + (t - s.first) * out_row, s.D);
   const vf none = broadcast(-__builtin_inff());
   vf top[2] = {none, none}, total[2] = {};
   std::memset(w.sums, 0, NR * width * sizeof(float));
@@ -191,17 +195,18 @@ void forward_panel(const Mask& m, int64_t head, int64_t q, const ForwardSpace<T>
     store(totals + v * W, total[v]);
     store(tops + v * W, top[v]);
   }
-  for (int64_t i = 0; i < std::min<int64_t>(NR, s.T - q0); ++i) {
-    write_row(w.sums + i * width, s.D, s.keep_scale / totals[i], out + (q0 + i) * out_row);
-    lse[q0 + i] = (tops[i] + std::log2(totals[i])) / LOG2E;
+  for (int64_t t = rows.begin; t < rows.end; ++t) {
+    const int64_t i = t - q0;
+    write_row(w.sums + i * width, s.D, s.keep_scale / totals[i], out + (t - s.first) * out_row);
+    lse[t - s.first] = (tops[i] + std::log2(totals[i])) / LOG2E;
   }
 }
 
-int64_t attention_forward_blocks(const AttentionShape& s) { return (s.T + NR - 1) / NR; }
+int64_t attention_forward_blocks(const AttentionShape& s) { return query_chunks(s).end - query_chunks(s).begin; }
 
 template <typename T>
 int64_t attention_forward_floats(const AttentionShape& s) {
-  const int64_t tokens = round_up(s.T, NR), width = round_up(s.D, NR);
+  const int64_t tokens = round_up(s.S, NR), width = round_up(s.D, NR);
   return 2 * tokens * width / PAIR<T> + 2 * NR * width + 2 * FORWARD_KEYS * NR + Mask::floats(s);
 }
 
@@ -209,7 +214,8 @@ int64_t attention_forward_floats(const AttentionShape& s) {
 template <typename T>
 void attention_forward_group(const AttentionShape& s, int64_t head, int64_t group, const int32_t* documents, Split split,
                              Strided<T> q, Strided<T> k, Strided<T> v, T* out, int64_t out_row, float* lse, float* space) {
-  const int64_t tokens = round_up(s.T, NR), width = round_up(s.D, NR);
+  const int64_t tokens = round_up(s.S, NR), width = round_up(s.D, NR);
+  const Range panels = query_chunks(s);
   const Mask mask(s, documents, space);
   space += Mask::floats(s);
   ForwardSpace<T> w;
@@ -222,7 +228,7 @@ void attention_forward_group(const AttentionShape& s, int64_t head, int64_t grou
   pack_rows(k, s, w.k_rows);
   pack_steps(v, s, w.v_steps);
   for (int64_t g = 0; g < group; ++g)
-    for (int64_t panel = split.index; panel < tokens / NR; panel += split.count) {
+    for (int64_t panel = panels.begin + split.index; panel < panels.end; panel += split.count) {
       pack_columns(q.head_offset(g), s, panel * NR, w.q_columns);
       prefetch_next_head(q.head_offset(g), s, panel * NR, NR);
       if (g == 0) {
@@ -234,3 +240,4 @@ void attention_forward_group(const AttentionShape& s, int64_t head, int64_t grou
     }
 }
 #include "attention_backward.inl"
+#include "attention_decode.inl"

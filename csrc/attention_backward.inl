@@ -3,10 +3,10 @@
 template <typename T>
 struct BackwardSpace {
   Unit<T>*k_rows, *v_rows, *k_steps;                        // of the key/value head
-  Unit<T>*q_columns, *g_columns, *q_steps, *g_steps;        // of a query head; g is the gradient of the output
+  Unit<T>*q_columns, *g_columns, *q_steps, *g_steps;        // of a query head at position 0; g is the output's gradient
   Unit<T>*weights, *dscore_rows, *dscore_steps;             // of a block: rows [key][query / PAIR], steps [key / PAIR][query]
-  float *lse, *delta;                                       // [tokens]; lse in powers of two
-  float *dq, *dk, *dv;                                      // sums [tokens][width]
+  float *lse, *delta;                                       // [tokens] at position 0; lse in powers of two
+  float *dq, *dk, *dv;                                      // sums [tokens][width] at position 0
 };
 
 // Weights and score gradients of R keys from `key` and the queries of one panel; V = 1 leaves out the first vector of
@@ -116,12 +116,12 @@ void backward_block(const Mask& m, int64_t head, Range queries, Range keys, cons
               w.dk + k_start * width);
 }
 
-// delta[t] = sum over d of grad[t][d] * out[t][d], over `scale`.
+// delta[t] = sum over d of grad[t][d] * out[t][d], over `scale`, at the positions of the queries.
 template <typename T>
 void row_products(Strided<T> grad, Strided<T> out, const AttentionShape& s, float scale, float* delta) {
   const int64_t whole = s.D / W * W;
-  for (int64_t t = 0; t < s.T; ++t) {
-    const T *a = grad.data + t * grad.row, *b = out.data + t * out.row;
+  for (int64_t t = grad.begin; t < grad.end; ++t) {
+    const T *a = grad.at(t), *b = out.at(t);
     prefetch_row<0>(a + AHEAD * grad.row, s.D);
     prefetch_row<0>(b + AHEAD * out.row, s.D);
     vf sums = {};
@@ -132,14 +132,17 @@ void row_products(Strided<T> grad, Strided<T> out, const AttentionShape& s, floa
   }
 }
 
-int64_t attention_backward_blocks(const AttentionShape& s) { return (s.T + BACKWARD - 1) / BACKWARD; }
+int64_t attention_backward_blocks(const AttentionShape& s) { return (s.S + BACKWARD - 1) / BACKWARD; }
 
-int64_t attention_sum_floats(const AttentionShape& s) { return round_up(s.T, NR) * round_up(s.D, NR); }
+// Positions of whole chunks that hold queries, and sums of dq at them.
+int64_t query_tokens(const AttentionShape& s) { return attention_forward_blocks(s) * NR; }
+int64_t attention_sum_floats(const AttentionShape& s) { return query_tokens(s) * round_up(s.D, NR); }
 
 template <typename T>
 int64_t attention_backward_floats(const AttentionShape& s) {
-  return 7 * attention_sum_floats(s) / PAIR<T> + 3 * attention_sum_floats(s) + 2 * round_up(s.T, NR) +
-         3 * BACKWARD * BACKWARD + Mask::floats(s);
+  const int64_t queries = attention_sum_floats(s), keys = round_up(s.S, NR) * round_up(s.D, NR);
+  return (3 * keys + 4 * queries) / PAIR<T> + 2 * keys + queries + 2 * query_tokens(s) + 3 * BACKWARD * BACKWARD +
+         Mask::floats(s);
 }
 
 // dq of one head from the sums of `splits` tasks, `stride` floats apart.
@@ -147,7 +150,7 @@ template <typename T>
 void attention_write_dq(const AttentionShape& s, float* sums, int64_t splits, int64_t stride, T* dq, int64_t dq_row) {
   for (int64_t i = 1; i < splits; ++i)
     for (int64_t j = 0; j < attention_sum_floats(s); j += W) store(sums + j, load(sums + j) + load(sums + i * stride + j));
-  write_rows(sums, s.T, s, s.scale * s.keep_scale, dq, dq_row);
+  write_rows(sums + s.first % NR * round_up(s.D, NR), s.T, s, s.scale * s.keep_scale, dq, dq_row);
 }
 
 // One key/value head with the `group` query heads that read it, so that dk and dv have a single writer; of split.count
@@ -156,8 +159,10 @@ template <typename T>
 void attention_backward_group(const AttentionShape& s, int64_t head, int64_t group, const int32_t* documents, Split split,
                               Strided<T> grad, Strided<T> q, Strided<T> k, Strided<T> v, Strided<T> out, const float* lse,
                               T* dq, int64_t dq_row, T* dk, T* dv, int64_t dk_row, float* dq_sums, float* space) {
-  const int64_t tokens = round_up(s.T, NR), width = round_up(s.D, NR), size = tokens * width, chunks = tokens / NR;
-  const int64_t block = BACKWARD / NR;
+  const int64_t tokens = round_up(s.S, NR), width = round_up(s.D, NR), size = tokens * width, chunks = tokens / NR;
+  const int64_t block = BACKWARD / NR, q_size = attention_sum_floats(s);
+  const Range panels = query_chunks(s);
+  const int64_t base = panels.begin * NR;  // position of the first row of what is kept of the queries
   const Mask mask(s, documents, space);
   space += Mask::floats(s);
   BackwardSpace<T> w;
@@ -169,48 +174,49 @@ void attention_backward_group(const AttentionShape& s, int64_t head, int64_t gro
   w.k_rows = units(size / PAIR<T>);
   w.v_rows = units(size / PAIR<T>);
   w.k_steps = units(size / PAIR<T>);
-  w.q_columns = units(size / PAIR<T>);
-  w.g_columns = units(size / PAIR<T>);
-  w.q_steps = units(size / PAIR<T>);
-  w.g_steps = units(size / PAIR<T>);
+  w.q_columns = units(q_size / PAIR<T>) - base * width / PAIR<T>;
+  w.g_columns = units(q_size / PAIR<T>) - base * width / PAIR<T>;
+  w.q_steps = units(q_size / PAIR<T>) - base * width / PAIR<T>;
+  w.g_steps = units(q_size / PAIR<T>) - base * width / PAIR<T>;
   w.weights = units(BACKWARD * BACKWARD / PAIR<T>);
   w.dscore_rows = units(BACKWARD * BACKWARD / PAIR<T>);
   w.dscore_steps = PAIR<T> == 1 ? w.dscore_rows : units(BACKWARD * BACKWARD / PAIR<T>);
-  w.lse = space;
-  w.delta = w.lse + tokens;
-  w.dk = w.delta + tokens;
+  w.lse = space - base;
+  w.delta = w.lse + query_tokens(s);
+  w.dk = space + 2 * query_tokens(s);
   w.dv = w.dk + size;
   float* own_dq = w.dv + size;
   pack_rows(k, s, w.k_rows);
   pack_rows(v, s, w.v_rows);
   pack_steps(k, s, w.k_steps);
   std::memset(w.dk, 0, 2 * size * sizeof(float));
-  std::fill(w.lse + s.T, w.lse + tokens, __builtin_inff());
-  std::fill(w.delta + s.T, w.delta + tokens, 0.0f);
+  std::fill(w.lse + base, w.lse + panels.end * NR, __builtin_inff());  // where no query stands weights are 0
+  std::fill(w.delta + base, w.delta + panels.end * NR, 0.0f);
   for (int64_t g = 0; g < group; ++g) {
     const Strided<T> qh = q.head_offset(g), gh = grad.head_offset(g);
-    w.dq = dq_sums ? dq_sums + g * size : own_dq;
-    std::memset(w.dq, 0, size * sizeof(float));
-    for (int64_t t = 0; t < tokens; t += NR) {
+    float* const sums = dq_sums ? dq_sums + g * q_size : own_dq;
+    w.dq = sums - base * width;
+    std::memset(sums, 0, q_size * sizeof(float));
+    for (int64_t t = base; t < panels.end * NR; t += NR) {
       pack_columns(qh, s, t, w.q_columns + t * width / PAIR<T>);
       pack_columns(gh, s, t, w.g_columns + t * width / PAIR<T>);
     }
-    pack_steps(qh, s, w.q_steps);
-    pack_steps(gh, s, w.g_steps);
+    pack_steps(qh, s, w.q_steps + base * width / PAIR<T>);
+    pack_steps(gh, s, w.g_steps + base * width / PAIR<T>);
     row_products(gh, out.head_offset(g), s, s.keep_scale, w.delta);
-    for (int64_t t = 0; t < s.T; ++t) w.lse[t] = lse[g * s.T + t] * LOG2E;
+    for (int64_t t = 0; t < s.T; ++t) w.lse[s.first + t] = lse[g * s.T + t] * LOG2E;
     for (int64_t kb = split.index * block; kb < chunks; kb += split.count * block) {
       for (const Strided<T> x : {qh, gh, out.head_offset(g)}) prefetch_next_head(x, s, kb * NR, BACKWARD);
       if (g == 0)
         for (const Strided<T> x : {k, v}) prefetch_next_head(x, s, kb * NR, BACKWARD);
-      for (int64_t qb = s.causal ? kb : 0; qb < chunks; qb += block)
+      for (int64_t qb = std::max(panels.begin, s.causal ? kb : 0); qb < panels.end; qb += block)
         (s.dropout ? backward_block<T, true> : backward_block<T, false>)(
-            mask, head + g, {qb, std::min(chunks, qb + block)}, {kb, std::min(chunks, kb + block)}, w);
+            mask, head + g, {qb, std::min(panels.end, qb + block)}, {kb, std::min(chunks, kb + block)}, w);
     }
-    if (!dq_sums) attention_write_dq(s, w.dq, 1, 0, dq + g * s.D, dq_row);
+    if (!dq_sums) attention_write_dq(s, sums, 1, 0, dq + g * s.D, dq_row);
   }
-  for (int64_t t = split.index * BACKWARD; t < s.T; t += split.count * BACKWARD) {
-    const int64_t count = std::min(BACKWARD, s.T - t);
+  for (int64_t t = split.index * BACKWARD; t < s.S; t += split.count * BACKWARD) {
+    const int64_t count = std::min(BACKWARD, s.S - t);
     write_rows(w.dk + t * width, count, s, s.scale * s.keep_scale, dk + t * dk_row, dk_row);
     write_rows(w.dv + t * width, count, s, s.keep_scale, dv + t * dk_row, dk_row);
   }

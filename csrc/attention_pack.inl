@@ -1,6 +1,6 @@
 // Operands and products of attention for one instruction set. A product sums over units (see simd_units.inl); sums are
-// float32. Layouts of a (T, D) head in units, where tokens and `width`, the rounded D, are multiples of NR and the rest
-// is zero:
+// float32. Layouts of a head in units, where `width`, the rounded D, is a multiple of NR, tokens are whole chunks of NR
+// positions, those that the head's rows stand at among them, and the rest is zero:
 //   rows     [tokens][width / PAIR]             left operand when the sum runs over d
 //   columns  [tokens / NR][width / PAIR][NR]    right operand when the sum runs over d (a transpose)
 //   steps    [tokens / PAIR][width]             either operand when the sum runs over t
@@ -58,11 +58,12 @@ TAPELM_INLINE void prefetch_row(const T* row, int64_t D) {
   for (int64_t d = 0; d < D; d += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + d, WRITE);
 }
 
-// Prefetches the same rows of the next head, which follows this one, into the second-level cache.
+// Prefetches the rows at `count` positions from t of the next head, which follows this one, into the second-level cache.
 template <typename T>
 TAPELM_INLINE void prefetch_next_head(Strided<T> x, const AttentionShape& s, int64_t t, int64_t count) {
-  const T* row = x.head_offset(1).data + t * x.row;
-  for (int64_t end = std::min(s.T, t + count); t < end; ++t, row += x.row)
+  const int64_t end = std::min(x.end, t + count);
+  t = std::max(t, x.begin);
+  for (const T* row = x.head_offset(1).at(t); t < end; ++t, row += x.row)
     for (int64_t d = 0; d < s.D; d += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + d, 0, 2);
 }
 
@@ -84,14 +85,16 @@ TAPELM_INLINE vu load_units(const T* p, int64_t count) {
 
 template <typename T>
 void pack_rows(Strided<T> x, const AttentionShape& s, Unit<T>* out) {
-  const int64_t row = round_up(s.D, NR) / PAIR<T>;
-  for (int64_t t = 0; t < s.T; ++t) {
-    const T* from = x.data + t * x.row;
+  const int64_t row = round_up(s.D, NR) / PAIR<T>, before = x.begin % NR * row;
+  std::memset(out, 0, before * sizeof(float));
+  out += before;
+  for (int64_t t = x.begin; t < x.end; ++t) {
+    const T* from = x.at(t);
     prefetch_row<0>(from + AHEAD * x.row, s.D);
     for (int64_t u = 0; u < row; u += W, out += W)
       store(reinterpret_cast<uint32_t*>(out), load_units(from + u * PAIR<T>, s.D - u * PAIR<T>));
   }
-  std::memset(out, 0, (round_up(s.T, NR) - s.T) * row * sizeof(float));
+  std::memset(out, 0, (round_up(x.end, NR) - x.end) * row * sizeof(float));
 }
 
 template <typename T>
@@ -99,17 +102,17 @@ void pack_steps(Strided<T> x, const AttentionShape& s, Unit<T>* out) {
   if constexpr (PAIR<T> == 1) {
     pack_rows(x, s, out);
   } else {
-    const int64_t width = round_up(s.D, NR), whole = s.D / W * W, tokens = round_up(s.T, NR);
-    for (int64_t t = 0; t < tokens; t += 2, out += width) {
-      const T* low = x.data + t * x.row;
+    const int64_t width = round_up(s.D, NR), whole = s.D / W * W, end = round_up(x.end, NR);
+    for (int64_t t = x.begin / NR * NR; t < end; t += 2, out += width) {
+      const T* low = x.at(t);
       const T* high = low + x.row;
       prefetch_row<0>(low + AHEAD * x.row, s.D);
       prefetch_row<0>(high + AHEAD * x.row, s.D);
       int64_t d = 0;
-      if (t + 1 < s.T)
+      if (x.has(t) && x.has(t + 1))
         for (; d < whole; d += W) store(out + d, ((vu)load(low + d) >> 16) | (vu)load(high + d));
       for (; d < width; ++d) {
-        const uint32_t a = t < s.T && d < s.D ? low[d].x : 0, b = t + 1 < s.T && d < s.D ? high[d].x : 0;
+        const uint32_t a = x.has(t) && d < s.D ? low[d].x : 0, b = x.has(t + 1) && d < s.D ? high[d].x : 0;
         out[d] = a | b << 16;
       }
     }
@@ -128,7 +131,7 @@ TAPELM_INLINE void exchange(vu x[W], std::integer_sequence<int, I...>) {
     }
 }
 
-// NR tokens from t0: out[unit][NR], the transpose of W x W units at a time.
+// NR positions from t0: out[unit][NR], the transpose of W x W units at a time.
 template <typename T>
 void pack_columns(Strided<T> x, const AttentionShape& s, int64_t t0, Unit<T>* out) {
   constexpr auto lanes = std::make_integer_sequence<int, W>{};
@@ -138,9 +141,9 @@ void pack_columns(Strided<T> x, const AttentionShape& s, int64_t t0, Unit<T>* ou
       vu block[W];
 #pragma GCC unroll 16
       for (int i = 0; i < W; ++i) {
-        const T* from = x.data + (t0 + i) * x.row + u * PAIR<T>;
+        const T* from = x.at(t0 + i) + u * PAIR<T>;
         __builtin_prefetch(from + AHEAD * x.row);
-        block[i] = load_units(from, t0 + i < s.T ? s.D - u * PAIR<T> : 0);
+        block[i] = load_units(from, x.has(t0 + i) ? s.D - u * PAIR<T> : 0);
       }
       uint32_t* const to = reinterpret_cast<uint32_t*>(out) + u * NR;
 #if defined(TAPELM_AVX2) || defined(TAPELM_AVX512)

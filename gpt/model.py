@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gpt.config import ModelConfig
-from gpt.ops import Ops, ParameterGroups, causal_attention
+from gpt.ops import Ops, ParameterGroups
 
 
 class KVCache:
@@ -32,10 +32,9 @@ class KVCache:
         self.layers[layer] = (k, v)
         return k, v
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, ops: Ops, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of q over the tokens so far and those of k and v, which are kept; all (B, H, T, D)."""
-        # A cached step has one query and many keys: a matrix-vector product, which needs no fused kernel.
-        return causal_attention(q, *self.append(layer, k, v))
+        return ops.attention(q, *self.append(layer, k, v), 0.0)
 
 
 class Attention(nn.Module):
@@ -56,7 +55,7 @@ class Attention(nn.Module):
         if cache is None:
             attended = self.ops.attention(q, k, v, dropout)
         else:
-            attended = cache.attend(self.layer, q, k, v)
+            attended = cache.attend(self.ops, self.layer, q, k, v)
         merged = attended.transpose(1, 2).reshape(B, T, C)
         return self.ops.linear(merged, self.projection.weight, self.projection.bias)
 

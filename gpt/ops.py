@@ -27,7 +27,8 @@ class Ops:
 
     name: str
     attention: Callable[[Tensor, Tensor, Tensor, float], Tensor]
-    """Causal. q, k, v (B, H, T, D) and the dropout probability of the weights -> (B, H, T, D)."""
+    """Causal. q (B, H, T, D) at the last T positions of k and v (B, H, S, D), the dropout probability of the
+    weights -> (B, H, T, D)."""
     layer_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     """x (..., C), weight (C,), bias (C,), eps -> (..., C)."""
     add_norm: Callable[[Tensor, Tensor, Tensor, Tensor, float, float], tuple[Tensor, Tensor]]
@@ -50,7 +51,7 @@ def load_ops(name: Literal["plain", "optimized"]) -> Ops:
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -> Tensor:
-    """Masked softmax attention; q (B, H, T, D) stands at the last T positions of k and v (B, H, S, D)."""
+    """`Ops.attention`, masked."""
     queries, keys = q.shape[-2], k.shape[-2]
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, H, T, S)
     if queries > 1:

@@ -23,6 +23,7 @@ from data.bins import BINS, next_variance, variance_after, volatility_of
 from data.numbers import NO_SPLIT, Ids, Tape
 from data.series import spacing_of
 from gpt.model import GPT, KVCache
+from gpt.ops import Ops
 from tapelm import Tokenizer
 
 YEAR = 250  # rows that tell on which weekdays an entity has any
@@ -167,7 +168,7 @@ class SharedCache(KVCache):
     def __len__(self) -> int:
         return len(self.common) + super().__len__()
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, ops: Ops, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         common = self.common.layers[layer]
         assert common is not None
         (B, H, T, D), k, v = q.shape, *self.append(layer, k, v)

@@ -32,15 +32,16 @@ class Decoder:
         self.llama, self.head, self.use_cache = model.model, model.lm_head.weight, use_cache
         self.device = self.head.device
         longest = max(len(prompt) for prompt in prompts)
-        self.padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=self.device)
-        self.padded = bool(self.padding.any())
+        padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=self.device)[:, None]
         rows = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
         self.ids = torch.zeros(len(prompts), longest + most_new, dtype=torch.int64, device=self.device)
         self.ids[:, :longest] = torch.tensor(rows, device=self.device)
         self.length, self.done = longest, 0
         config = model.config
-        positions = torch.arange(longest + most_new, device=self.device)
-        positions = (positions[None] - self.padding[:, None]).clamp(min=0)  # (B, S)
+        places = torch.arange(longest + most_new, device=self.device)
+        positions = (places - padding).clamp(min=0)  # (B, S)
+        # Padding is a document of its own.
+        self.documents = (places >= padding).int() if padding.any() else None
         with torch.no_grad():
             self.cos, self.sin = self.llama.rotary_emb(self.head[:1, None], position_ids=positions)
         width = self.llama.layers[0].self_attn.head_dim
@@ -55,7 +56,7 @@ class Decoder:
         start = self.done if self.use_cache else 0
         x = F.embedding(self.ids[:, start : self.length], self.llama.embed_tokens.weight)  # (B, T, C)
         cos, sin = (table[:, start : self.length] for table in (self.cos, self.sin))
-        mask = self._mask(start)
+        documents = None if self.documents is None else self.documents[:, : self.length]
         for index, block in enumerate(self.llama.layers):
             attention = block.self_attn
             h = block.input_layernorm(x)
@@ -64,7 +65,9 @@ class Decoder:
                 for project in (attention.q_proj, attention.k_proj, attention.v_proj)
             )
             q, k = tapelm.rope(q, k, cos, sin)
-            y = self._attend(index, q, k, v, start, mask, attention.scaling)
+            if self.use_cache:
+                k, v = self._cached(index, k, v)
+            y = tapelm.attention(q, k, v, scale=attention.scaling, document_ids=documents)
             x = x + attention.o_proj(y.transpose(1, 2).reshape(*h.shape[:2], -1))
             x = x + block.mlp(block.post_attention_layernorm(x))
         self.done = self.length
@@ -75,26 +78,9 @@ class Decoder:
         self.ids[:, self.length] = tokens
         self.length += 1
 
-    def _attend(
-        self, index: int, q: Tensor, k: Tensor, v: Tensor, start: int, mask: Tensor | None, scale: float
-    ) -> Tensor:
-        if self.use_cache:
-            self.keys[index][:, :, start : self.length] = k
-            self.values[index][:, :, start : self.length] = v
-        if start == 0 and mask is None:
-            return tapelm.attention(q, k, v, scale=scale)
-        if self.use_cache:
-            k, v = (cache[index][:, :, : self.length] for cache in (self.keys, self.values))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
-
-    def _mask(self, start: int) -> Tensor | None:
-        """(B, 1, T, S), which keys each new token sees; None where it is all before it."""
-        new = self.length - start
-        if not self.padded and (new == 1 or start == 0):
-            return None
-        places = torch.arange(self.length, device=self.device)
-        visible = places[None, None] >= self.padding[:, None, None]
-        causal = places[None, None] <= places[start:, None]
-        # Padding sees itself, so that no row of the softmax is empty.
-        itself = places[None, None] == places[start:, None]
-        return ((visible & causal) | itself)[:, None]
+    def _cached(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """k and v (B, Hkv, T, D) written behind those of the layer so far: all (B, Hkv, S, D)."""
+        kept = self.keys[layer], self.values[layer]
+        for cache, new in zip(kept, (k, v), strict=True):
+            cache[:, :, self.done : self.length] = new
+        return kept[0][:, :, : self.length], kept[1][:, :, : self.length]

@@ -1,7 +1,7 @@
 """Attention, forward and backward, against SDPA; `python -m benchmarks.ops.attention` measures its grid.
 
 A shape is BxHxTxD, causal unless it says "full". SDPA runs without dropout also where we run with it, as with
-dropout it would leave its fused kernel.
+dropout it would leave its fused kernel. Decoding, forward alone, has T queries at the end of "of HxS" keys.
 """
 
 from __future__ import annotations
@@ -59,8 +59,33 @@ GRID = tuple(
 )
 
 
-def cases(device: torch.device, settings: Sequence[Setting] = SETTINGS) -> list[Callable[[], Case]]:
-    return [partial(case, device, setting) for setting in settings]
+@dataclass(frozen=True)
+class Decoding:
+    """T tokens that continue S - T cached ones, of one sequence."""
+
+    heads: int
+    key_heads: int
+    T: int
+    S: int
+    dtype: torch.dtype
+    D: int = 64
+
+    def __str__(self) -> str:
+        return f"1x{self.heads}x{self.T}x{self.D} of {self.key_heads}x{self.S}"
+
+
+DECODED = tuple(
+    Decoding(heads, key_heads, T, S, dtype)
+    for dtype in (torch.bfloat16, torch.float32)
+    for heads, key_heads in ((9, 3), (8, 8))
+    for T, S in ((1, 256), (1, 1024), (1, 4096), (4, 4096))
+)
+
+
+def cases(device: torch.device, settings: Sequence[Setting] | None = None) -> list[Callable[[], Case]]:
+    """Of these settings; of all that are published, decoding too, where none are given."""
+    steps = [partial(case, device, setting) for setting in settings or SETTINGS]
+    return steps if settings else steps + [partial(decode_case, device, each) for each in DECODED]
 
 
 def agree(dropout_p: float, dtype: torch.dtype) -> Callable[[Sequence[Tensor], Sequence[Tensor]], None]:
@@ -96,6 +121,35 @@ def case(device: torch.device, setting: Setting) -> Case:
         # 2 + 5 products of T x T x D (half of it when causal), two flops each
         work=(7 if setting.causal else 14) * B * H * T * T * D,
         agree=agree(setting.dropout_p, setting.dtype),
+    )
+
+
+def decode_case(device: torch.device, of: Decoding) -> Case:
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(1, of.T, of.heads, of.D, generator=generator).to(device, of.dtype).transpose(1, 2)
+    k, v = (
+        torch.randn(1, of.key_heads, of.S, of.D, generator=generator).to(device, of.dtype) for _ in range(2)
+    )
+    # SDPA would stand the queries at the first positions; one query sees all keys.
+    visible = torch.ones(of.T, of.S, dtype=torch.bool, device=device).tril(of.S - of.T)
+    sdpa = partial(
+        F.scaled_dot_product_attention,
+        attn_mask=visible if of.T > 1 else None,
+        enable_gqa=of.heads != of.key_heads,
+    )
+
+    def run(function: Callable[..., Tensor]) -> list[Tensor]:
+        with torch.no_grad():
+            return [function(q, k, v)]
+
+    return Case(
+        subject="attention fwd",
+        shape=str(of),
+        dtype=of.dtype,
+        variants={"sdpa": partial(run, sdpa), "tapelm": partial(run, tapelm.attention)},
+        bound="copy",
+        work=k.nbytes + v.nbytes,
+        agree=agree(0.0, of.dtype),
     )
 
 

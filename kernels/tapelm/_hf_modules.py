@@ -50,12 +50,9 @@ def attention_forward(
                 f"Attention: a document mask of {query.shape[2]} tokens says nothing of the "
                 f"{key.shape[2] - query.shape[2]} keys before them in the cache; pass use_cache=False."
             )
-    if attention_mask is None and query.shape[2] == key.shape[2]:
+    if attention_mask is None:
         y = attention(query, key, value, scale=scaling, dropout_p=dropout, document_ids=documents)
     else:
-        if attention_mask is None and query.shape[2] > 1:  # queries that continue cached keys
-            visible = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
-            attention_mask = visible.tril(key.shape[2] - query.shape[2])
         y = F.scaled_dot_product_attention(
             query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling, enable_gqa=True
         )

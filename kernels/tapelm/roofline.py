@@ -121,23 +121,23 @@ def _on_meta(value: Any) -> Any:
     return [_on_meta(each) for each in value] if isinstance(value, list) else value
 
 
-def _tiles(time: int, block: int, other: int, causal: bool) -> int:
+def _tiles(time: int, keys: int, block: int, other: int, causal: bool) -> int:
     """Tiles of ``other`` keys that all blocks of ``block`` queries visit together."""
     visited = 0
     for first in range(0, time, block):
-        visited += math.ceil((min(first + block, time) if causal else time) / other)
+        visited += math.ceil((min(first + block + keys - time, keys) if causal else keys) / other)
     return visited
 
 
 def attention_forward_tiles(
     q: Tensor, k: Tensor, causal: bool, block_m: int, block_n: int, block_d: int
 ) -> Work:
-    """Issued by the forward kernel, without dropout or documents, when T is a multiple of both blocks.
+    """Issued by the forward kernel, without dropout or documents, when blocks divide T and S.
 
     Every block of queries reads q once, and k and v up to its diagonal; it writes out and lse.
     """
     batch, heads, time, width = q.shape
-    tiles = batch * heads * _tiles(time, block_m, block_n, causal)
+    tiles = batch * heads * _tiles(time, k.shape[2], block_m, block_n, causal)
     keys = 2 * tiles * block_n * width * k.itemsize
     return Work(
         keys + 2 * q.numel() * q.itemsize + q.numel() // width * 4, 4 * tiles * block_m * block_n * block_d
@@ -161,14 +161,14 @@ def attention_backward_tiles(
     diagonal on, for every query head of the group; it multiplies four times a tile, the latter three times.
     """
     batch, heads, time, width = q.shape
-    row, item = batch * heads, q.itemsize
+    row, length, item = batch * heads, k.shape[2], q.itemsize
     block_m, block_n = keys
     visited = 0
-    for first in range(0, time, block_n):
-        start = first // block_m * block_m if causal else 0
+    for first in range(0, length, block_n):
+        start = max(first + time - length, 0) // block_m * block_m if causal else 0
         visited += math.ceil((time - start) / block_m)
     key_tiles = row * visited
-    query_tiles = row * _tiles(time, *queries, causal)
+    query_tiles = row * _tiles(time, length, *queries, causal)
     delta = 2 * q.numel() * item + row * time * 4
     by_keys = 4 * k.numel() * item + key_tiles * block_m * (2 * width * item + 8)
     by_queries = 3 * q.numel() * item + 8 * row * time + 2 * query_tiles * queries[1] * width * item

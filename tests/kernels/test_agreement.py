@@ -120,14 +120,19 @@ def test_masks_of_add_norm_are_equal() -> None:
             assert torch.equal(total != 0, expected), (run, shape)
 
 
-@pytest.mark.parametrize(("T", "row"), [(41, 48), (48, 48), (7, 8)])
-def test_masks_of_attention_are_equal(T: int, row: int) -> None:
+@pytest.mark.parametrize(
+    ("T", "S", "row"), [(41, 41, 48), (48, 48, 48), (7, 7, 8), (3, 41, 48), (1, 40, 40), (41, 7, 8)]
+)
+def test_masks_of_attention_are_equal(T: int, S: int, row: int) -> None:
     """Uniform weights times the identity: the output is the dropped weights themselves. A row of the stream
-    takes T rounded up to eight."""
+    takes S rounded up to eight."""
     heads, seed = 2, torch.tensor(2**40 + 77)
-    q, v = torch.zeros(1, heads, T, 64), torch.eye(T, 64).expand(1, heads, T, 64)
-    index = torch.arange(heads * T)[:, None] * row + torch.arange(T)
-    expected = keep_reference(index, 0.3, seed).view(heads, T, T)
+    q, k = torch.zeros(1, heads, T, 64), torch.zeros(1, heads, S, 64)
+    v = torch.eye(S, 64).expand(1, heads, S, 64)
+    index = torch.arange(heads * T)[:, None] * row + torch.arange(S)
+    expected = keep_reference(index, 0.3, seed).view(heads, T, S)
     for run in (directly, on_triton):
-        out = run("attention_forward", q, q, v, False, 1.0, 0.3, seed, None)[0]
-        assert torch.equal(out[0, :, :, :T] != 0, expected), run
+        for causal in (False, True) if S >= T else (False,):
+            out = run("attention_forward", q, k, v, causal, 1.0, 0.3, seed, None)[0]
+            visible = torch.ones(T, S, dtype=torch.bool).tril(S - T) | (not causal)
+            assert torch.equal(out[0, :, :, :S] != 0, expected & visible), run

@@ -12,37 +12,53 @@ from tapelm.testing import check_registration, interpreted_triton
 
 SEED = 2**40 + 12345
 
-# B, Hq, Hkv, T, D, causal, dropout_p, documents
+# B, Hq, Hkv, T, S, D, causal, dropout_p, documents
 CASES = [
-    (1, 1, 1, 1, 16, True, 0.0, False),
-    (2, 2, 2, 33, 24, True, 0.0, False),
-    (1, 2, 1, 70, 64, True, 0.0, False),
-    (1, 1, 1, 67, 32, False, 0.0, False),
-    (1, 2, 1, 36, 1, True, 0.25, False),
-    (2, 2, 1, 41, 17, True, 0.1, True),
-    (1, 1, 1, 65, 40, False, 0.5, True),
-    (1, 1, 1, 35, 128, True, 0.0, True),
-    (1, 1, 1, 18, 256, True, 0.1, False),
+    (1, 1, 1, 1, 1, 16, True, 0.0, False),
+    (2, 2, 2, 33, 33, 24, True, 0.0, False),
+    (1, 2, 1, 70, 70, 64, True, 0.0, False),
+    (1, 1, 1, 67, 67, 32, False, 0.0, False),
+    (1, 2, 1, 36, 36, 1, True, 0.25, False),
+    (2, 2, 1, 41, 41, 17, True, 0.1, True),
+    (1, 1, 1, 65, 65, 40, False, 0.5, True),
+    (1, 1, 1, 35, 35, 128, True, 0.0, True),
+    (1, 1, 1, 18, 18, 256, True, 0.1, False),
+    # More keys than queries: decoding, chunks of a prefill; other sequences, longer and shorter.
+    (1, 6, 2, 1, 37, 24, True, 0.0, False),
+    (2, 2, 1, 3, 68, 17, True, 0.0, False),
+    (1, 2, 1, 23, 60, 20, True, 0.2, False),
+    (2, 2, 1, 7, 71, 16, True, 0.1, True),
+    (1, 2, 2, 19, 64, 16, False, 0.0, True),
+    (1, 2, 1, 17, 41, 16, False, 0.0, False),
+    (1, 2, 1, 41, 17, 16, False, 0.25, False),
 ]
 LARGER_CASES = [
-    (1, 3, 3, 200, 64, True, 0.1, False),
-    (1, 4, 2, 260, 80, True, 0.0, True),
-    (1, 4, 1, 130, 96, False, 0.2, True),
-    (1, 1, 1, 521, 67, True, 0.1, False),
-    (1, 2, 1, 300, 32, False, 0.1, False),
+    (1, 3, 3, 200, 200, 64, True, 0.1, False),
+    (1, 4, 2, 260, 260, 80, True, 0.0, True),
+    (1, 4, 1, 130, 130, 96, False, 0.2, True),
+    (1, 1, 1, 521, 521, 67, True, 0.1, False),
+    (1, 2, 1, 300, 300, 32, False, 0.1, False),
     # Without dropout and documents most tiles need no mask: the loop that most models spend their time in.
-    (1, 2, 1, 300, 64, True, 0.0, False),
-    (2, 4, 2, 520, 128, True, 0.0, False),
-    (1, 2, 2, 390, 64, False, 0.0, False),
-    (1, 1, 1, 260, 256, True, 0.0, False),
+    (1, 2, 1, 300, 300, 64, True, 0.0, False),
+    (2, 4, 2, 520, 520, 128, True, 0.0, False),
+    (1, 2, 2, 390, 390, 64, False, 0.0, False),
+    (1, 1, 1, 260, 260, 256, True, 0.0, False),
+    (2, 9, 3, 1, 1031, 64, True, 0.0, False),
+    (1, 8, 8, 4, 517, 67, True, 0.0, False),
+    (1, 3, 1, 2, 300, 256, False, 0.0, True),
+    (1, 4, 2, 97, 331, 40, True, 0.1, True),
+    (1, 2, 1, 64, 389, 64, True, 0.0, False),
+    (1, 1, 1, 130, 131, 48, True, 0.0, False),
+    (1, 2, 2, 200, 77, 32, False, 0.1, False),
 ]
 # In the interpreter they take too long.
 WITHOUT_INTERPRETER = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
-def make(b, hq, hkv, t, d, dtype, device):
-    # (B, T, H, D) storage seen as (B, H, T, D), as a model passes it.
-    return [torch.randn(b, t, h, d, dtype=dtype).to(device).transpose(1, 2) for h in (hq, hkv, hkv)]
+def make(b, hq, hkv, t, d, dtype, device, s=None):
+    # (B, T, H, D) storage seen as (B, H, T, D), as a model passes it; k and v have s rows.
+    sizes = ((t, hq), (s or t, hkv), (s or t, hkv))
+    return [torch.randn(b, rows, h, d, dtype=dtype).to(device).transpose(1, 2) for rows, h in sizes]
 
 
 def documents_of(b, t, device):
@@ -50,10 +66,10 @@ def documents_of(b, t, device):
     return ((torch.arange(t)[None] + 5 * torch.arange(b)[:, None]) // 19 % 3).int().to(device)
 
 
-@pytest.mark.parametrize("b,hq,hkv,t,d,causal,p,documents", CASES)
-def test_values_and_gradients(b, hq, hkv, t, d, causal, p, documents, dtype, device, check):
+@pytest.mark.parametrize("b,hq,hkv,t,s,d,causal,p,documents", CASES)
+def test_values_and_gradients(b, hq, hkv, t, s, d, causal, p, documents, dtype, device, check):
     seed, scale = torch.tensor(SEED, device=device) if p else None, 1.3 * d**-0.5
-    ids = documents_of(b, t, device) if documents else None
+    ids = documents_of(b, s, device) if documents else None
 
     def op(q, k, v):
         return torch.ops.tapelm.attention_forward(q, k, v, causal, scale, p, seed, ids)[0]
@@ -63,13 +79,13 @@ def test_values_and_gradients(b, hq, hkv, t, d, causal, p, documents, dtype, dev
             q, k, v, causal=causal, scale=scale, dropout_p=p, seed=seed, document_ids=ids
         )
 
-    check(op, reference, *make(b, hq, hkv, t, d, dtype, device))
+    check(op, reference, *make(b, hq, hkv, t, d, dtype, device, s))
 
 
-@pytest.mark.parametrize("b,hq,hkv,t,d,causal,p,documents", LARGER_CASES)
+@pytest.mark.parametrize("b,hq,hkv,t,s,d,causal,p,documents", LARGER_CASES)
 @pytest.mark.parametrize("device", WITHOUT_INTERPRETER)
-def test_values_and_gradients_of_many_tiles(b, hq, hkv, t, d, causal, p, documents, dtype, device, check):
-    test_values_and_gradients(b, hq, hkv, t, d, causal, p, documents, dtype, device, check)
+def test_values_and_gradients_of_many_tiles(b, hq, hkv, t, s, d, causal, p, documents, dtype, device, check):
+    test_values_and_gradients(b, hq, hkv, t, s, d, causal, p, documents, dtype, device, check)
 
 
 @pytest.fixture
@@ -195,6 +211,7 @@ def test_registration():
     q, k, v = (x.requires_grad_() for x in make(1, 2, 1, 9, 8, torch.float32, "cpu"))
     check_registration("attention_forward", q, k, v, True, 0.3, 0.0, None, documents_of(1, 9, "cpu"))
     check_registration("attention_forward", q, k, v, False, 0.3, 0.5, torch.tensor(5), None)
+    check_registration("attention_forward", q[:, :, :3], k, v, True, 0.3, 0.0, None, None)
     out, lse = (x.detach() for x in torch.ops.tapelm.attention_forward(q, k, v, True, 0.3, 0.0, None, None))
     q, k, v = q.detach(), k.detach(), v.detach()
     check_registration("attention_backward", out, q, k, v, out, lse, True, 0.3, 0.0, None, None)
@@ -218,6 +235,9 @@ def test_flops_count_visible_pairs_only():
         tapelm.attention(q, k, v).sum().backward()
     pairs = 2 * 4 * 32 * 33 // 2
     assert counter.get_total_flops() == (4 + 10) * pairs * 8
+    with FlopCounterMode(display=False) as counter:
+        tapelm.attention(q[:, :, :3], k, v).sum().backward()
+    assert counter.get_total_flops() == (4 + 10) * 2 * 4 * (30 + 31 + 32) * 8
 
 
 def test_autocast_computes_in_bfloat16():
@@ -244,6 +264,8 @@ def test_second_derivative_is_refused():
         (lambda a: a.update(k=a["k"].bfloat16()), TypeError, "k is torch.bfloat16"),
         (lambda a: a.update(q=a["q"][0]), ValueError, "q is"),
         (lambda a: a.update(v=a["v"][:, :, :5]), ValueError, "v is"),
+        (lambda a: a.update(k=a["k"][:, :, :7], v=a["v"][:, :, :7]), ValueError, "k has 7 rows and q 8"),
+        (lambda a: a.update(k=a["k"][:, :, :0], v=a["v"][:, :, :0], causal=False), ValueError, "no rows"),
         (lambda a: a.update(q=a["q"][:, :3]), ValueError, "k has 2 heads"),
         (lambda a: a.update(q=torch.randn(1, 1, 2, 257)), ValueError, r"1\.\.256"),
         (lambda a: a.update(dropout_p=1.0), ValueError, "dropout_p"),

@@ -43,6 +43,15 @@ def norm(x: Tensor, y: Tensor, row: Tensor, other: Tensor) -> list[Tensor]:
     return [result, r, *ops.add_norm_backward(x, y, y, row, mean, rstd, 0.0, None)]
 
 
+def attention(x: Tensor, y: Tensor) -> list[Tensor]:
+    """Of the last two rows to all, as in decoding, and of all to all."""
+    k, v, results = x[None, None], y[None, None], []
+    for q in (k[:, :, -2:], k):
+        out, lse = ops.attention_forward(q, k, v, True, 0.1, 0.0, None, None)
+        results += [out, lse, *ops.attention_backward(out, q, k, v, out, lse, True, 0.1, 0.0, None, None)]
+    return results
+
+
 OPS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], list[Tensor]]] = {
     "bias_gelu": lambda x, y, row, _: [
         ops.bias_gelu_forward(x, row), *ops.bias_gelu_backward(y, x, row),
@@ -50,6 +59,7 @@ OPS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], list[Tensor]]] = {
     "swiglu": lambda x, y, *_: [ops.swiglu_forward(x, y), *ops.swiglu_backward(y, x, y)],
     "dropout": lambda x, *_: [ops.dropout(x, 0.25, torch.tensor(3))],
     "add_norm": norm,
+    "attention": lambda x, y, *_: attention(x, y),
 }  # fmt: skip
 
 

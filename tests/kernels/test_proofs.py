@@ -84,9 +84,13 @@ def attention_arguments(dtype: torch.dtype, *shape: int | str) -> tuple:
     return next(s for s in SUBJECTS if s.launcher == "attention_forward").arguments(random(dtype), *shape)
 
 
-@pytest.mark.parametrize("variant", ["", "full"])
-def test_attention_issues_what_its_tiles_say(variant: str) -> None:
-    arguments = attention_arguments(BF16, 1, 2, 1, 256, 64, variant)
+# (T, D, variant, S): as many keys as queries, a chunk at the end of more, and other keys.
+LENGTHS = [(256, 64, ""), (256, 64, "full"), (128, 64, "", 384), (128, 64, "full", 64)]
+
+
+@pytest.mark.parametrize("sizes", LENGTHS)
+def test_attention_issues_what_its_tiles_say(sizes: tuple) -> None:
+    arguments, variant = attention_arguments(BF16, 1, 2, 1, *sizes), sizes[2]
     q, k = arguments[:2]
     config = launch_config("forward", q.device, q.itemsize, 64, False, False)
     expected = roofline.attention_forward_tiles(
@@ -100,10 +104,10 @@ def test_attention_issues_what_its_tiles_say(variant: str) -> None:
     assert least.flops <= traffic.flops <= (1.0 if variant == "full" else 1.5) * least.flops
 
 
-@pytest.mark.parametrize("variant", ["", "full"])
-def test_attention_backward_issues_what_its_tiles_say(variant: str) -> None:
-    subject = next(s for s in SUBJECTS if s.launcher == "attention_backward")
-    arguments = subject.arguments(random(BF16), 1, 2, 1, 128, 64, variant)
+@pytest.mark.parametrize("sizes", LENGTHS)
+def test_attention_backward_issues_what_its_tiles_say(sizes: tuple) -> None:
+    subject, variant = next(s for s in SUBJECTS if s.launcher == "attention_backward"), sizes[2]
+    arguments = subject.arguments(random(BF16), 1, 2, 1, *sizes)
     q, k = arguments[1:3]
     tiles = {
         kernel: tuple(
@@ -120,7 +124,8 @@ def test_attention_backward_issues_what_its_tiles_say(variant: str) -> None:
 ATTENTION = [subject for subject in SUBJECTS if subject.launcher.startswith("attention")]
 # Rows aligned to 16 bytes, which tile copies need: grouped queries, T and D beyond the tiles, every variant.
 ALIGNED = ((2, 4, 2, 67, 24), (1, 2, 2, 40, 40, "dropout"), (2, 2, 1, 67, 16, "documents"), (1, 1, 1, 1, 16),
-           (1, 2, 1, 35, 64, "dropout documents full"), (1, 1, 1, 20, 72))  # fmt: skip
+           (1, 2, 1, 35, 64, "dropout documents full"), (1, 1, 1, 20, 72), (1, 2, 1, 9, 24, "documents", 40),
+           (1, 2, 1, 3, 16, "", 70))  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bfloat16", "float16"])
@@ -337,7 +342,7 @@ def attention_error(arguments: tuple) -> None:
     [
         ("scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * _LOG2E)",
          "scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * _LOG2E"),
-        ("visible = visible & (s <= t)", "visible = visible & (s < t)"),
+        ("(s < keys) & (s <= position)", "(s < keys) & (s < position)"),
     ],
     ids=["dropped scale", "causal mask off by one"],
 )  # fmt: skip

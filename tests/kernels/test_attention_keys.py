@@ -1,0 +1,110 @@
+"""Attention of queries that are the last of more tokens, as in decoding with a cache and chunked prefill.
+
+Values and gradients of such shapes are in the grids of test_attention.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import tapelm
+from tapelm._library import CUDA_LAUNCHERS
+
+INF, NAN = float("inf"), float("nan")
+
+
+def make(
+    hq: int, hkv: int, t: int, s: int, d: int, dtype: torch.dtype, device: torch.device | str
+) -> list[Tensor]:
+    sizes = ((hq, t), (hkv, s), (hkv, s))
+    return [torch.randn(2, heads, rows, d).to(dtype).to(device) for heads, rows in sizes]
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Leaves the number of threads as it was."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("last", [1, 8, 17, 37])
+@pytest.mark.parametrize("documents", [False, True])
+def test_last_queries_are_those_of_the_whole(last: int, documents: bool, device: torch.device) -> None:
+    q, k, v = make(4, 2, 69, 69, 24, torch.float32, device)
+    ids = (torch.arange(69) // 30).int().expand(2, 69).to(device) if documents else None
+    whole = torch.ops.tapelm.attention_forward(q, k, v, True, 0.2, 0.0, None, ids)
+    ours = torch.ops.tapelm.attention_forward(q[:, :, -last:], k, v, True, 0.2, 0.0, None, ids)
+    for a, b in zip(ours, whole, strict=True):
+        torch.testing.assert_close(a, b[:, :, -last:], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("hq", "hkv"), [(1, 1), (9, 3), (8, 8)])
+@pytest.mark.parametrize("t", [1, 3])
+def test_decoding_is_the_same_for_every_number_of_threads(hq, hkv, t, dtype, threads) -> None:
+    q, k, v = make(hq, hkv, t, 1500, 40, dtype, "cpu")
+
+    def run(count: int) -> tuple[Tensor, ...]:
+        torch.set_num_threads(count)
+        return torch.ops.tapelm.attention_forward(q, k, v, True, 0.2, 0.0, None, None)
+
+    one = run(1)
+    for count in (2, 3, 3):
+        assert all(torch.equal(a, b) for a, b in zip(one, run(count), strict=True))
+
+
+def test_decoding_reads_a_cache_of_any_strides(dtype) -> None:
+    q, k, v = make(6, 2, 2, 300, 48, dtype, "cpu")
+    expected = tapelm.attention(q, k, v)
+    room = torch.full((2, 500, 2, 48), NAN).to(dtype).transpose(1, 2)  # of which 300 tokens are written
+    room[:, :, :300] = k
+    assert torch.equal(tapelm.attention(q.mT.contiguous().mT, room[:, :, :300], v), expected)
+
+
+def test_decoding_propagates_what_is_not_finite() -> None:
+    """A NaN key reaches the queries that see it; a query with scores of minus infinity has no weights."""
+    q, k, v = (x.abs() + 0.1 for x in make(2, 1, 3, 700, 16, torch.float32, "cpu"))
+    k[0, 0, 698] = NAN
+    q[1, 1, 0] = -INF
+    out = tapelm.attention(q, k, v)
+    assert out.isnan().any(-1).nonzero().tolist() == [[0, 0, 1], [0, 0, 2], [0, 1, 1], [0, 1, 2], [1, 1, 0]]
+    assert tapelm.attention(q[1:, :1] * 1e4, k[1:] * 1e4, v[1:]).isfinite().all()
+
+
+def test_one_key_is_the_result(device, dtype) -> None:
+    q, k, v = make(2, 1, 5, 1, 16, dtype, device)
+    assert torch.equal(tapelm.attention(q, k, v, causal=False), v.expand(2, 2, 5, 16))
+
+
+def test_no_queries_leave_gradients_of_zero(device, dtype) -> None:
+    q, k, v = (x.requires_grad_() for x in make(2, 1, 0, 6, 16, dtype, device))
+    gradients = torch.autograd.grad(tapelm.attention(q, k, v).sum(), (q, k, v))
+    assert [g.shape for g in gradients] == [q.shape, k.shape, v.shape]
+    assert not any(g.any() for g in gradients)
+
+
+@pytest.mark.parametrize(
+    ("t", "s", "ids", "causal", "told"),
+    [
+        (5, 4, None, True, "k has 4 rows and q 5|q has 5 rows and k 4"),
+        (5, 4, 4, False, "k has 4 rows and q 5|q has 5 rows and k 4"),
+        (3, 8, 3, True, "document_ids"),
+        (3, 8, 3, False, "document_ids"),
+        (3, 0, None, False, "k has no rows|and k none"),
+    ],
+)
+def test_what_cannot_be_is_refused_at_every_level(t, s, ids, causal, told) -> None:
+    q, k, v = make(2, 1, t, s, 16, torch.float32, "cpu")
+    documents = None if ids is None else torch.zeros(2, ids, dtype=torch.int32)
+    with pytest.raises(ValueError, match=told):
+        tapelm.attention(q, k, v, causal=causal, document_ids=documents)
+    for launch in (torch.ops.tapelm.attention_forward, CUDA_LAUNCHERS["attention_forward"]):
+        with pytest.raises(ValueError, match=told):
+            launch(q, k, v, causal, 0.2, 0.0, None, documents)
+    for launch in (torch.ops.tapelm.attention_backward, CUDA_LAUNCHERS["attention_backward"]):
+        with pytest.raises(ValueError, match=told):
+            launch(q, q, k, v, q, q[..., 0], causal, 0.2, 0.0, None, documents)
