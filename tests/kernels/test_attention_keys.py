@@ -13,6 +13,7 @@ from torch import Tensor
 
 import tapelm
 from tapelm._library import CUDA_LAUNCHERS
+from tapelm.attention import attention_reference
 
 INF, NAN = float("inf"), float("nan")
 
@@ -41,6 +42,17 @@ def test_last_queries_are_those_of_the_whole(last: int, documents: bool, device:
     ours = torch.ops.tapelm.attention_forward(q[:, :, -last:], k, v, True, 0.2, 0.0, None, ids)
     for a, b in zip(ours, whole, strict=True):
         torch.testing.assert_close(a, b[:, :, -last:], rtol=1e-5, atol=1e-5)
+
+
+def test_a_document_may_begin_in_the_last_rows_of_a_tile(device, check) -> None:
+    """Tiles of 32 and 64 queries begin within the 16 tokens that Triton has one span of documents for."""
+    q, k, v = make(2, 1, 70, 75, 16, torch.float32, device)
+    ids = (torch.arange(75) >= 64).int().expand(2, 75).to(device)
+    check(
+        lambda q, k, v: tapelm.attention(q, k, v, document_ids=ids),
+        lambda q, k, v: attention_reference(q, k, v, document_ids=ids),
+        q, k, v,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(("hq", "hkv"), [(1, 1), (9, 3), (8, 8)])
