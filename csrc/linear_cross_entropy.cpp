@@ -1,6 +1,7 @@
 // Mean cross-entropy of hidden weight^T (+ bias) against targets, chunk by chunk of tokens: a chunk's logits become
 // its gradient in place and feed both gradient products before the next chunk overwrites them, so that neither the
 // logits nor their gradient are ever stored whole (Wijmans et al. 2025, "Cut your losses", in its simplest form).
+#include "autograd.h"
 #include "common.h"
 #include "matrix_product.h"
 
@@ -137,20 +138,56 @@ std::tuple<Tensor, Tensor> frozen_cross_entropy_forward(const Tensor& hidden, co
   return {loss, dhidden};
 }
 
+void check_has_gradients(bool need_grad) {
+  TORCH_CHECK(need_grad, "linear_cross_entropy: the loss was computed without its gradients, with grad disabled or from ",
+              "tensors that did not seem to need one; enable grad, and under vmap differentiate within it.");
+}
+
+// The gradients left with the loss and only have to be scaled, on every device.
+std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward(const Tensor& grad, const Tensor& dhidden,
+                                                                 const Tensor& dweight, const Tensor& dbias,
+                                                                 bool need_grad) {
+  check_has_gradients(need_grad);
+  return {dhidden.mul(grad), dweight.mul(grad), dbias.mul(grad)};
+}
+
+Tensor frozen_cross_entropy_backward(const Tensor& grad, const Tensor& dhidden, bool need_grad) {
+  check_has_gradients(need_grad);
+  return dhidden.mul(grad);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(tapelm, m) {
   m.def(
       "linear_cross_entropy_forward(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, int ignore_index, bool "
-      "need_grad) -> (Tensor, Tensor, Tensor, Tensor)");
+      "need_grad) -> (Tensor loss, Tensor dhidden, Tensor dweight, Tensor dbias)");
+  m.def(
+      "linear_cross_entropy_backward(Tensor grad, Tensor dhidden, Tensor dweight, Tensor dbias, bool need_grad) -> "
+      "(Tensor, Tensor, Tensor)");
   m.def(
       "frozen_cross_entropy_forward(Tensor hidden, Tensor weight, Tensor targets, int ignore_index, bool need_grad) -> "
-      "(Tensor, Tensor)");
+      "(Tensor loss, Tensor dhidden)");
+  m.def("frozen_cross_entropy_backward(Tensor grad, Tensor dhidden, bool need_grad) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(tapelm, CPU, m) {
   m.impl("linear_cross_entropy_forward", &linear_cross_entropy_forward);
   m.impl("frozen_cross_entropy_forward", &frozen_cross_entropy_forward);
+}
+
+TORCH_LIBRARY_IMPL(tapelm, CompositeExplicitAutograd, m) {
+  m.impl("linear_cross_entropy_backward", &linear_cross_entropy_backward);
+  m.impl("frozen_cross_entropy_backward", &frozen_cross_entropy_backward);
+}
+
+TORCH_LIBRARY_IMPL(tapelm, Autograd, m) {
+  m.impl("linear_cross_entropy_forward",
+         derivative("linear_cross_entropy_backward(grad, dhidden, dweight, dbias, need_grad) -> hidden, weight, bias"));
+  m.impl("linear_cross_entropy_backward", no_derivative());
+  m.impl("frozen_cross_entropy_forward",
+         derivative("frozen_cross_entropy_backward(grad, dhidden, need_grad) -> hidden"));
+  m.impl("frozen_cross_entropy_backward", no_derivative());
 }
 
 }  // namespace tapelm

@@ -86,11 +86,6 @@ def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any
     return torch.library.register_fake(f"tapelm::{name}", lib=LIBRARY)
 
 
-def register_autograd(name: str, setup_context: Callable[..., None], backward: Callable[..., Any]) -> None:
-    """Registers the derivative of ``tapelm::name``."""
-    torch.library.register_autograd(f"tapelm::{name}", backward, setup_context=setup_context, lib=LIBRARY)
-
-
 def check_is_tensor(op: str, name: str, value: Any) -> None:
     """Raises TypeError, naming the argument, for what is no Tensor."""
     if not isinstance(value, Tensor):

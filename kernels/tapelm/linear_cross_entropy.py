@@ -32,7 +32,6 @@ from ._library import (
     autocast,
     check_is_tensor,
     check_tensors,
-    register_autograd,
     register_cuda,
     register_fake,
 )
@@ -169,54 +168,11 @@ def _(
     )
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    *_, bias, _, ctx.need_grad = inputs
-    ctx.has_bias = bias is not None
-    ctx.save_for_backward(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _check_backward(ctx: Any, *of_gradients: Tensor | None) -> None:
-    # The gradients are outputs of the forward op: what reaches them is a second derivative.
-    if any(given is not None for given in of_gradients):
-        raise NotImplementedError("linear_cross_entropy: second derivatives are not supported.")
-    if not ctx.need_grad:
-        raise RuntimeError(
-            "linear_cross_entropy: the loss was computed without gradients; call it with grad enabled."
-        )
-
-
-def _backward(ctx: Any, grad: Tensor | None, *of_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-    _check_backward(ctx, *of_gradients)
-    if grad is None:
-        return (None,) * 6
-    dhidden, dweight, dbias = ctx.saved_tensors
-    return grad * dhidden, grad * dweight, None, grad * dbias if ctx.has_bias else None, None, None
-
-
-register_autograd("linear_cross_entropy_forward", _setup, _backward)
-
-
 @register_fake("frozen_cross_entropy_forward")
 def _(
     hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, need_grad: bool
 ) -> tuple[Tensor, Tensor]:
     return hidden.new_empty((), dtype=torch.float32), hidden.new_empty(hidden.shape if need_grad else 0)
-
-
-def _setup_frozen(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.need_grad = inputs[-1]
-    ctx.save_for_backward(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _backward_frozen(ctx: Any, grad: Tensor | None, of_gradient: Tensor | None) -> tuple[Tensor | None, ...]:
-    _check_backward(ctx, of_gradient)
-    (dhidden,) = ctx.saved_tensors
-    return None if grad is None else grad * dhidden, None, None, None, None
-
-
-register_autograd("frozen_cross_entropy_forward", _setup_frozen, _backward_frozen)
 
 
 @register_flop_formula(torch.ops.tapelm.frozen_cross_entropy_forward)
