@@ -136,9 +136,10 @@ def test_a_signal_to_torchrun_saves_and_another_number_of_processes_is_refused(
 
 def test_a_run_says_how_torchrun_was_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script, options = tmp_path / "torchrun", ["--out", "my runs", "--resume", "auto"]
-    script.write_text("import time\ntime.sleep(60)\n")
+    script.write_text("import time\nprint('up', flush=True)\ntime.sleep(60)\n")
     start = [str(script), "--nproc-per-node", "8", "-m", "gpt.train"]
-    with subprocess.Popen([sys.executable, *start, *options]) as process:
+    with subprocess.Popen([sys.executable, *start, *options], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline()  # until then it has no arguments
         monkeypatch.setattr(os, "getppid", lambda: process.pid)
         told = [resume_command(launched_by(given), given) for given in (options, [*options, "--seed", "1"])]
         process.kill()
