@@ -12,7 +12,7 @@ from gpt.forecast import direction_line
 
 NOT_OPS = (
     "train", "ladder", "removal", "peers", "scaling", "loader", "open", "encode", "load", "cold", "warm",
-    "merges", "llama", "prefill", "decode",
+    "merges", "llama", "hf", "prefill", "decode",
 )  # fmt: skip
 """How the subjects begin whose rows are not of one op."""
 BEGINS = {"AdamW": "+ our AdamW", "bf16": "+ bf16"}
@@ -57,6 +57,21 @@ def steps(results: Results) -> str:
                 row.variant, f"{row.median_ms:.0f} ms", f"{_speed_up(row):.1f}×",
                 f"{row.extra['tokens_per_second']:,.0f}", f"{row.fraction_of_ceiling:.0%} of {row.ceiling}",
                 megabytes(row),
+            )
+            for row in rows
+        ],
+    )  # fmt: skip
+
+
+def hf(results: Results) -> str:
+    """The step of a model of transformers, stock and optimized."""
+    rows = chosen(results, "hf ")
+    return markdown(
+        (_heading(rows[0]), "step", "speed-up", "tokens/s", "of the GEMM peak"),
+        [
+            (
+                row.variant, f"{row.median_ms:.0f} ms", f"{_speed_up(row):.2f}×",
+                f"{row.extra['tokens_per_second']:,.0f}", f"{row.fraction_of_ceiling:.0%} of {row.ceiling}",
             )
             for row in rows
         ],
@@ -343,7 +358,7 @@ def scaling(results: Results) -> str:
 
 
 KINDS: dict[str, Callable[[Results], str]] = {
-    "steps": steps, "ladder": ladder, "removal": removal, "ops": ops, "summary": summary,
+    "steps": steps, "hf": hf, "ladder": ladder, "removal": removal, "ops": ops, "summary": summary,
     "generation": generation, "tokenizer": tokenizer, "loader": loader, "texts": texts,
     "forecasts": forecasts, "scaling": scaling,
 }  # fmt: skip

@@ -88,6 +88,29 @@ def test_generation_has_a_line_for_each_variant(tmp_path: Path) -> None:
     assert "| ours | 15.0 ms | 2.00 ms | 500 | 2.0× | 25% |" in made
 
 
+def test_a_model_of_transformers_has_a_line_for_each_variant(tmp_path: Path) -> None:
+    rows = []
+    for variant, step in (("transformers", 400.0), ("tapelm.hf", 160.0)):
+        ratios = {"transformers": 400.0 / step}
+        row = Row(
+            "hf llama",
+            variant,
+            "6 layers, 4 x 512",
+            "bfloat16",
+            "cpu",
+            *(step,) * 3,
+            ratios,
+            "9 GFLOP/s",
+            0.8,
+        )
+        row.extra["tokens_per_second"] = 1e3 * 2048 / step
+        rows.append(row)
+    write_results(tmp_path / "a.json", CPU, rows)
+    made = tables.splice("<!-- table hf a.json -->\n<!-- end -->", tmp_path)
+    assert "| hf llama, 6 layers, 4 x 512 tokens | step |" in made
+    assert "| tapelm.hf | 160 ms | 2.50× | 12,800 | 80% of 9 GFLOP/s |" in made
+
+
 @pytest.mark.parametrize("path", sorted(tables.RESULTS.glob("*-all-*.json")), ids=lambda path: path.stem)
 def test_every_removal_of_committed_results_is_in_the_table(path: Path) -> None:
     results = tables.opened(path)
