@@ -29,7 +29,8 @@ def get_requires_for_build_wheel(config_settings: dict[str, Any] | None = None) 
     project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
     (torch,) = [each for each in map(Requirement, project["dependencies"]) if each.name == "torch"]
     # Isolation hides these folders from imports; they are those of the environment all the same.
-    for installed in distributions(name="torch", path=site.getsitepackages()):
+    folders = [*([site.getusersitepackages()] if site.ENABLE_USER_SITE else []), *site.getsitepackages()]
+    for installed in distributions(name="torch", path=folders):
         if installed.version in torch.specifier:
             return [f"torch=={Version(installed.version).public}"]
     return [str(torch)]

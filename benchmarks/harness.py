@@ -359,7 +359,7 @@ def stamp(machine: dict[str, Any]) -> str:
     return (
         f"{machine['device']}, {machine['cpu_capability']}, {machine['date']}, commit {machine['commit']}, "
         f"torch {machine['versions']['torch']}, {memory}, load {machine['load_average']:.1f}; "
-        "medians of interleaved rounds"
+        "medians of interleaved rounds, speed-ups medians of their ratios"
     )
 
 

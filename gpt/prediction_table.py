@@ -51,10 +51,12 @@ def print_predictions(result: dict[str, Any]) -> None:
 def notes(result: dict[str, Any]) -> list[str]:
     """What has to be known to read the numbers."""
     forecasts, until = result["forecasts"], result["trained_on_rows_until"]
+    last = max(entry["released"] for entry in forecasts)
     said = [
         "Log-returns in %, or differences in the entity's own units; columns with % are quantiles. "
         f"P(gain) is no signal: {result['direction_note']}; EWMA's is 50% by construction.",
-        f"Nothing after the day in 'after' was used as context; the model learned from rows up to {until}. "
+        f"Nothing released after the row of 'after' was used as context, the last of which was on {last}; "
+        f"the model learned from rows up to {until}. "
         "Days ahead are weekdays on which the entity has rows, a month or a quarter ahead where its rows are "
         "so far apart; holidays are not known.",
     ]

@@ -17,6 +17,7 @@ from gpt import checkpoint, parallel
 from gpt.cli import UserError, flush
 from gpt.config import TrainConfig
 from gpt.corpus import (
+    check_block,
     check_shards,
     fixed_batches,
     not_out_of_sample,
@@ -59,6 +60,7 @@ class Training:
         torch.manual_seed(config.seed + ranks.rank)  # for dropout; weights have a generator of their own
         self.precision = pick_precision(config, self.device)
         self.tokenizer = open_tokenizer(config.data / "tokenizer.json")
+        check_block(config.data, config.block_size)
         self.loader = open_loader(config, ranks)
         self.validation = fixed_batches(config, ranks)
         if ranks.local_rank == 0:

@@ -49,8 +49,8 @@ def check_supported(model: Any) -> None:
     if kind not in FAMILIES or type(model).__module__ != f"transformers.models.{kind}.modeling_{kind}":
         raise ValueError(
             f"optimize: {type(model).__name__} (model_type {kind!r}) is not supported; the models of "
-            f"transformers that are: {', '.join(FAMILIES)}. tapelm.nn.optimize takes any model's norms and "
-            "linear layers."
+            f"transformers that are: {', '.join(FAMILIES)}. tapelm.nn.optimize takes the modules "
+            "of torch.nn in any model."
         )
     gelu = kind == "gpt2"
     activation = config.activation_function if gelu else config.hidden_act
@@ -83,8 +83,8 @@ def optimize(model: Model, *, fused_loss: bool = True) -> Model:
     These are norms, MLPs, attention with rotary positions, linear layers, dropout and the loss of Llama,
     Mistral, Qwen2, Qwen3 and GPT-2 models, forward and backward, on CPUs and GPUs. The model trains (Trainer,
     gradient checkpointing, peft before or after), generates, compiles and is saved as before. Attention is
-    ``tapelm.attention`` but for queries behind cached keys and windows shorter than the text, which PyTorch's
-    computes; dropout draws other masks than PyTorch's.
+    ``tapelm.attention`` but for several queries behind cached keys, padding before the text and windows
+    shorter than it, which PyTorch's computes; dropout draws other masks than PyTorch's.
 
     Args:
         model: of class LlamaForCausalLM and its like, or a PeftModel around one; float32 or bfloat16, on CUDA

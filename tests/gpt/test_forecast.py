@@ -313,3 +313,7 @@ def test_program_trains_and_evaluates_numbers(tmp_path: Path, capsys: pytest.Cap
         check_same_tape(run, {}, data)
     with pytest.raises(UserError, match=r"cannot resume from .*: tape was .* and is .* now"):
         train(dataclasses.replace(config, data=others, resume="auto"))
+    with pytest.raises(
+        UserError, match="a tape in blocks of 32 tokens: pass --block-size 32, or prepare it with"
+    ):
+        train(dataclasses.replace(config, out=tmp_path / "another", block_size=64))
