@@ -24,6 +24,10 @@ def document_mask(document_ids: Tensor) -> Tensor:
     return document_ids[:, None, None]
 
 
+def is_document_mask(mask: Tensor) -> bool:
+    return mask.dtype == torch.int32 and mask.shape[1:3] == (1, 1)
+
+
 def attention_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     dropout: float = 0.0, scaling: float | None = None, **options: Any,
@@ -43,7 +47,7 @@ def attention_forward(
     if not options.get("is_causal", getattr(module, "is_causal", True)):
         raise ValueError("attention of tapelm is causal in transformers; use attn_implementation='sdpa'.")
     documents = None
-    if attention_mask is not None and attention_mask.dtype == torch.int32:
+    if attention_mask is not None and is_document_mask(attention_mask):
         documents, attention_mask = attention_mask[:, 0, 0], None
         if query.shape[2] != key.shape[2]:
             raise ValueError(
@@ -80,7 +84,8 @@ def attention_mask(**arguments: Any) -> Tensor | None:
     if padding is not None:
         if torch.compiler.is_compiling():
             return theirs(**arguments)
-        none, at_the_end = torch.stack([padding.all(), padding[:, 0].all()]).tolist()
+        ends = padding[:, 0].all() & (padding[:, 1:] <= padding[:, :-1]).all()
+        none, at_the_end = torch.stack([padding.all(), ends]).tolist()
         if none:
             return None
         return document_mask(padding[:, :keys].int()) if at_the_end else theirs(**arguments)

@@ -91,7 +91,8 @@ def optimize(model: Model, *, fused_loss: bool = True) -> Model:
             also float16. The implementation of its attention becomes "tapelm".
         fused_loss: in training, with labels, compute the loss without logits, by
             ``tapelm.linear_cross_entropy``: ``logits`` of the output are then None, and a cache is made only
-            where ``use_cache=True`` is passed. Not where a head of another kind (an adapter), another
+            where ``use_cache=True`` is passed; without one, documents that position_ids tell apart do not see
+            each other, as in transformers. Not where a head of another kind (an adapter), another
             ``loss_function`` or ``logits_to_keep`` needs logits. Pass False for trainers that read them.
 
     Returns:

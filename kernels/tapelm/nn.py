@@ -39,10 +39,10 @@ class Linear(nn.Linear):
         return linear(input, self.weight, self.bias)
 
     @classmethod
-    def of(cls, module: nn.Linear) -> Linear:
-        """One with the parameters of ``module``."""
+    def of(cls, module: nn.Linear) -> nn.Linear:
+        """One with the parameters of ``module``, or ``module`` where it has more of its own."""
         twin = cls(module.in_features, module.out_features, module.bias is not None, device="meta")
-        return adopt(twin, module)
+        return adopt(twin, module) if alike(twin, module) else module
 
 
 class LMHead(Linear):
@@ -83,7 +83,8 @@ class LayerNorm(nn.LayerNorm):
         """One with the parameters of ``module``, or ``module`` where it is of a kind that this is not."""
         if not cls.fits(module):
             return module
-        return adopt(cls(module.normalized_shape, module.eps, device="meta"), module)
+        twin = cls(module.normalized_shape, module.eps, device="meta")
+        return adopt(twin, module) if alike(twin, module) else module
 
 
 class RMSNorm(nn.RMSNorm):
@@ -107,14 +108,16 @@ class RMSNorm(nn.RMSNorm):
         return len(module.normalized_shape) == 1 and module.weight is not None
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, torch.finfo(x.dtype).eps if self.eps is None else self.eps)
+        # PyTorch's default is float32's, in which the statistics are, for half precision too.
+        return rms_norm(x, self.weight, torch.finfo(torch.float32).eps if self.eps is None else self.eps)
 
     @classmethod
     def of(cls, module: nn.RMSNorm) -> nn.RMSNorm:
         """One with the parameter of ``module``, or ``module`` where it is of a kind that this is not."""
         if not cls.fits(module):
             return module
-        return adopt(cls(module.normalized_shape, module.eps, device="meta"), module)
+        twin = cls(module.normalized_shape, module.eps, device="meta")
+        return adopt(twin, module) if alike(twin, module) else module
 
 
 class Dropout(nn.Dropout):
@@ -170,7 +173,8 @@ def optimize(model: Module) -> Module:
 
     Parameters and state dict stay what they are, so that this works before or after an optimizer is made,
     weights are loaded, or the model is moved. Only modules of exactly these classes are exchanged: their
-    subclasses, and norms that ours do not compute, stay.
+    subclasses, norms that ours do not compute, and those with parameters, buffers or children of their own,
+    stay.
 
     Returns:
         ``model``.
@@ -206,12 +210,20 @@ def exchange(model: nn.Module, twins: Mapping[type[nn.Module], Callable[[Any], n
         parent._modules[name] = made[id(child)]
 
 
+def alike(twin: nn.Module, module: nn.Module) -> bool:
+    """Whether ``module`` has the parameters, buffers and children of ``twin`` and no others, as modules have
+    that were pruned, weight-normalised or given a mask."""
+    kinds = ("_parameters", "_buffers", "_modules")
+    return all(vars(twin)[kind].keys() == vars(module)[kind].keys() for kind in kinds)
+
+
 def adopt(twin: Module, module: nn.Module) -> Module:
-    """Gives ``twin`` the parameters, children, hooks and mode of ``module``; returns it."""
+    """Gives ``twin`` the parameters, children, hooks, mode and other attributes of ``module``; returns it."""
     for name in twin._parameters:
         twin._parameters[name] = module._parameters[name]
     for name in twin._modules:
         twin._modules[name] = module._modules[name]
-    vars(twin).update({name: value for name, value in vars(module).items() if "hook" in name})
+    known = vars(twin).copy()
+    vars(twin).update({n: value for n, value in vars(module).items() if "hook" in n or n not in known})
     twin.training = module.training
     return twin

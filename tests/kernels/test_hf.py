@@ -20,6 +20,7 @@ BATCHES = {
     "full": {},
     "padded right": {"attention_mask": (torch.tensor([[T], [15], [3]]) > PLACES).long()},
     "padded left": {"attention_mask": (torch.tensor([[0], [5], [18]]) <= PLACES).long()},
+    "hole": {"attention_mask": ((PLACES != 5) | torch.tensor([[False], [True], [False]])).long()},
     "packed": {"position_ids": torch.cat([torch.arange(8), torch.arange(13)])[None].expand(3, -1)},
 }
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 
 import tapelm
 from tapelm.testing import assert_close
@@ -156,3 +157,23 @@ def test_compiles():
     x = torch.randn(4, 8)
     expected = model.eval()(x)
     torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), expected)
+
+
+def test_a_module_with_more_of_its_own_stays():
+    masked, tagged = nn.Linear(4, 4), nn.Linear(4, 4)
+    masked.register_buffer("mask", torch.ones(4))
+    tagged.tag = "kept"  # type: ignore[assignment]
+    pruned = prune.l1_unstructured(nn.Linear(4, 4), "weight", 0.5)
+    model = nn.Sequential(masked, tagged, pruned, nn.utils.weight_norm(nn.Linear(4, 4)))
+    before = set(model.state_dict())
+    tapelm.nn.optimize(model)
+    assert set(model.state_dict()) == before
+    assert [type(module) is tapelm.nn.Linear for module in model] == [False, True, False, False]
+    assert model[1].tag == "kept"
+    assert model(torch.randn(3, 4)).shape == (3, 4)
+
+
+def test_rms_norm_without_eps_has_pytorchs():
+    x = (torch.randn(4, 8, generator=torch.Generator().manual_seed(0)) * 1e-2).bfloat16()
+    expected = nn.RMSNorm(8, dtype=torch.bfloat16)(x)
+    torch.testing.assert_close(tapelm.nn.RMSNorm(8, dtype=torch.bfloat16)(x), expected, rtol=1e-2, atol=0.0)

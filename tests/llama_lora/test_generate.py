@@ -261,6 +261,9 @@ def test_an_adapter_over_another_base_is_refused(adapter, tiny_model, tmp_path) 
     save_file(tensors | more, larger / "model.safetensors")
     with pytest.raises(UserError, match="was trained: it has other layers; pass that base"):
         files.base_of(adapter, larger)
+    broken = copied(tiny_model, tmp_path / "broken", trained_again(float("nan")))
+    with pytest.raises(UserError, match="84 of 84 compared differ"):
+        files.base_of(adapter, broken)
 
 
 def test_what_cannot_be_compared_is_used_as_it_is(adapter, tiny_model, tmp_path) -> None:
