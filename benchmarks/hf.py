@@ -9,6 +9,7 @@ that does not, as most people run it, and in one that does.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import itertools
 import sys
@@ -54,9 +55,8 @@ class Step:
         if kind == OURS:
             tapelm.hf.optimize(self.model)
         elif kind == LIGER:
-            from liger_kernel.transformers import apply_liger_kernel_to_llama
-
-            apply_liger_kernel_to_llama(model=self.model)
+            liger = importlib.import_module("liger_kernel.transformers")  # of the extra peers
+            liger.apply_liger_kernel_to_llama(model=self.model)
         parameters = list(self.model.parameters())
         self.optimizer: torch.optim.Optimizer = (
             tapelm.AdamW(parameters, lr=1e-4)
