@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from data.numbers import Tape
 from gpt.checkpoint import sha256_of
 from gpt.cli import UserError
 from gpt.config import TrainConfig
@@ -81,18 +80,6 @@ def check_shards(data: Path, tokenizer: Tokenizer) -> None:
             raise UserError(
                 f"{data / name} is not the one that data.prepare made: run python -m data.prepare --force"
             )
-
-
-def check_block(directory: Path, block_size: int) -> None:
-    """Raises UserError for a tape of numbers whose documents are not of this many tokens."""
-    if Tape.sha256(directory) is None:
-        return
-    block = 2 * Tape.load(directory).context + 2
-    if block_size != block:
-        raise UserError(
-            f"{directory} is a tape in blocks of {block} tokens: pass --block-size {block}, or prepare it "
-            f"with --min-block {block_size}"
-        )
 
 
 def text_sha256(data: Path, split: str) -> str:

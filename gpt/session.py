@@ -17,7 +17,6 @@ from gpt import checkpoint, parallel
 from gpt.cli import UserError, flush
 from gpt.config import TrainConfig
 from gpt.corpus import (
-    check_block,
     check_shards,
     fixed_batches,
     not_out_of_sample,
@@ -51,6 +50,16 @@ TOLD_ON_RESUME = (
 )  # fmt: skip
 
 
+def check_block(tape: Path, block_size: int) -> None:
+    """Raises UserError for a tape of numbers whose documents are not of this many tokens."""
+    block = 2 * Tape.load(tape).context + 2
+    if block_size != block:
+        raise UserError(
+            f"{tape} is a tape in blocks of {block} tokens: pass --block-size {block}, or prepare it "
+            f"with --min-block {block_size}"
+        )
+
+
 class Training:
     """Model, optimizer and data of a run, and how far it has come. All ranks call each method."""
 
@@ -60,12 +69,13 @@ class Training:
         torch.manual_seed(config.seed + ranks.rank)  # for dropout; weights have a generator of their own
         self.precision = pick_precision(config, self.device)
         self.tokenizer = open_tokenizer(config.data / "tokenizer.json")
-        check_block(config.data, config.block_size)
+        self.tape = Tape.sha256(config.data)
+        if self.tape is not None:
+            check_block(config.data, config.block_size)
         self.loader = open_loader(config, ranks)
         self.validation = fixed_batches(config, ranks)
         if ranks.local_rank == 0:
             check_shards(config.data, self.tokenizer)
-        self.tape = Tape.sha256(config.data)
         self.val_sha256 = checkpoint.sha256_of(config.data / "val" / "manifest.json")[:12]
         self.total_steps = config.max_steps or config.epochs * max(
             1, len(self.loader) // config.accumulation_steps

@@ -39,10 +39,10 @@ class Linear(nn.Linear):
         return linear(input, self.weight, self.bias)
 
     @classmethod
-    def of(cls, module: nn.Linear) -> nn.Linear:
+    def of(cls, module: nn.Linear) -> nn.Module:
         """One with the parameters of ``module``, or ``module`` where it has more of its own."""
         twin = cls(module.in_features, module.out_features, module.bias is not None, device="meta")
-        return adopt(twin, module) if alike(twin, module) else module
+        return stand_in(twin, module)
 
 
 class LMHead(Linear):
@@ -79,12 +79,11 @@ class LayerNorm(nn.LayerNorm):
         return layer_norm(input, self.weight, self.bias, self.eps)
 
     @classmethod
-    def of(cls, module: nn.LayerNorm) -> nn.LayerNorm:
+    def of(cls, module: nn.LayerNorm) -> nn.Module:
         """One with the parameters of ``module``, or ``module`` where it is of a kind that this is not."""
         if not cls.fits(module):
             return module
-        twin = cls(module.normalized_shape, module.eps, device="meta")
-        return adopt(twin, module) if alike(twin, module) else module
+        return stand_in(cls(module.normalized_shape, module.eps, device="meta"), module)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -112,12 +111,11 @@ class RMSNorm(nn.RMSNorm):
         return rms_norm(x, self.weight, torch.finfo(torch.float32).eps if self.eps is None else self.eps)
 
     @classmethod
-    def of(cls, module: nn.RMSNorm) -> nn.RMSNorm:
+    def of(cls, module: nn.RMSNorm) -> nn.Module:
         """One with the parameter of ``module``, or ``module`` where it is of a kind that this is not."""
         if not cls.fits(module):
             return module
-        twin = cls(module.normalized_shape, module.eps, device="meta")
-        return adopt(twin, module) if alike(twin, module) else module
+        return stand_in(cls(module.normalized_shape, module.eps, device="meta"), module)
 
 
 class Dropout(nn.Dropout):
@@ -127,9 +125,9 @@ class Dropout(nn.Dropout):
         return dropout(input, self.p) if self.training else input
 
     @classmethod
-    def of(cls, module: nn.Dropout) -> nn.Dropout:
+    def of(cls, module: nn.Dropout) -> nn.Module:
         """One of the same probability, or ``module`` where it works in place or drops everything."""
-        return module if module.inplace or module.p == 1.0 else adopt(cls(module.p), module)
+        return module if module.inplace or module.p == 1.0 else stand_in(cls(module.p), module)
 
 
 class SwiGLU(nn.Module):
@@ -210,11 +208,12 @@ def exchange(model: nn.Module, twins: Mapping[type[nn.Module], Callable[[Any], n
         parent._modules[name] = made[id(child)]
 
 
-def alike(twin: nn.Module, module: nn.Module) -> bool:
-    """Whether ``module`` has the parameters, buffers and children of ``twin`` and no others, as modules have
-    that were pruned, weight-normalised or given a mask."""
+def stand_in(twin: nn.Module, module: nn.Module) -> nn.Module:
+    """``twin`` with all that ``module`` has, or ``module`` where its parameters, buffers or children are not
+    those of ``twin``, as in layers that were pruned, weight-normalised or given a mask."""
     kinds = ("_parameters", "_buffers", "_modules")
-    return all(vars(twin)[kind].keys() == vars(module)[kind].keys() for kind in kinds)
+    same = all(vars(twin)[kind].keys() == vars(module)[kind].keys() for kind in kinds)
+    return adopt(twin, module) if same else module
 
 
 def adopt(twin: Module, module: nn.Module) -> Module:

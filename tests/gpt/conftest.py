@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 import tapelm
 
@@ -22,12 +21,8 @@ def sentences(seed: int, count: int) -> list[str]:
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny tensors gain nothing from threads; on a busy machine, waiting for them takes most of the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def everything_on_one_thread(one_thread):
+    """In every test here."""
 
 
 @pytest.fixture(autouse=True)

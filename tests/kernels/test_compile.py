@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,13 +16,8 @@ ROWS = (6, 9, 17)
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny tensors gain nothing from threads; on a busy machine, waiting for them takes most of the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def fresh_compiler(one_thread) -> None:
     torch._dynamo.reset()
-    yield
-    torch.set_num_threads(threads)
 
 
 def results(run: Callable[..., tuple[Tensor, ...]], case: OpCase, rows: int) -> list[Tensor]:

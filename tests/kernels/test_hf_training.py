@@ -13,14 +13,7 @@ import tapelm
 sys.path.insert(0, str(Path(__file__).parent))
 from hf_models import make
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny tensors gain nothing from threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def ids(rows=2, length=16):
