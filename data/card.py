@@ -24,7 +24,7 @@ from tapelm import Tokenizer
 NAME = "data_card.json"
 PAGE = "data_card.html"
 # Raised when the same settings and inputs begin to give other documents.
-FORMAT = 3
+FORMAT = 4
 
 
 @dataclass

@@ -33,7 +33,7 @@ def to_html(card: Mapping[str, Any]) -> str:
     tape = is_tape(card)
     if tape:
         cuts += f" {card['left_out_documents']:,} rows belong to no split ({left_out_of(card)})."
-        cuts += f" Train tells its rows up to {PHASES} times, in runs that begin at different rows."
+        cuts += f" Train tells its rows up to {PHASES} times, in runs that end at different rows."
     else:
         gap = f" ({left_out_of(card)})" if dates else ""
         cuts += f" {card['left_out_documents']:,} documents belong to no split{gap}, "

@@ -4,8 +4,8 @@ OUT/rows.npy has one record for every row (ROW), daily as a rule, OUT/tape.json 
 cuts. A document is one entity's rows of one context: its token, then for every row a calendar token (month
 and weekday, known beforehand) and a bin, and the end-of-text mark; in OUT/train it fills a block exactly. A
 bin is one of the 256 bytes, so that bits per byte of a training are bits per return, those of its calendar
-token included. OUT/train has its rows in PHASES rounds of
-documents that begin at different rows; OUT/val and OUT/test have every row of their split once.
+token included. OUT/train has its rows in PHASES rounds of documents that end at different rows, one of them
+at the last; OUT/val and OUT/test have every row of their split once.
 
 The embargo is one context: train ends so many rows before validation begins, and validation before test.
 
@@ -225,14 +225,15 @@ class Ids:
 
 
 def documents(tape: Tape, split: str) -> Iterator[np.ndarray]:
-    """Row numbers of each document of a split, at most a context long."""
-    phases = [tape.context * turn // PHASES for turn in range(PHASES)] if split == "train" else [0]
-    for phase in phases:
+    """Row numbers of each document of a split, at most a context long; in train all are as long."""
+    context, train = tape.context, split == "train"
+    of_split = tape.rows["split"] == SPLITS.index(split)
+    for phase in range(PHASES if train else 1):
         for series in np.unique(tape.rows["series"]):
-            of_split = tape.rows["split"] == SPLITS.index(split)
             rows = np.flatnonzero((tape.rows["series"] == series) & of_split)
-            parts = np.split(rows, np.arange(phase or tape.context, rows.size, tape.context))
-            fewest = tape.context if split == "train" else 1  # others would not stand in blocks of their own
+            first_end = (rows.size - context * phase // PHASES) % context if train else context
+            parts = np.split(rows, np.arange(first_end, rows.size, context))
+            fewest = context if train else 1  # others would not stand in blocks of their own
             yield from (part for part in parts if part.size >= fewest)
 
 
@@ -246,12 +247,14 @@ def write_tape(tape: Tape, staging: Path) -> Counts:
     for split in SPLITS:
 
         def encoded(split: str = split) -> Iterator[np.ndarray]:
+            told = np.zeros(tape.rows.size, dtype=bool)  # a row of train stands in several documents
             for rows in documents(tape, split):
                 tokens = ids.document(tape, rows)
                 domain = tape.entities[tape.rows["entity"][rows[0]]][1]
                 tally = counts.tally(split, domain)
                 since, released = (date.fromordinal(int(tape.rows["released"][rows[end]])) for end in (0, -1))
-                tally.add(rows.size, released, since=since)
+                tally.add(int(np.sum(~told[rows])), released, since=since)
+                told[rows] = True
                 tally.add_tokens(tokens.size + 1, released)
                 yield tokens
 

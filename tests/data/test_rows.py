@@ -244,10 +244,11 @@ def test_a_tape_of_own_tables_without_dates_given(tmp_path, capsys):
     said = capsys.readouterr().out
     assert f"validation from {days[-260]}, test from {days[-130]}" in said
     rows, (train, val, test) = Tape.load(config.out).rows, days_told(card)
-    first, held_out = (
-        date.fromordinal(int(rows["released"][rows["split"] == code].min())) for code in (0, 1)
+    last, held_out = (
+        date.fromordinal(int(end(rows["released"][rows["split"] == code])))
+        for code, end in ((0, np.max), (1, np.min))
     )
-    assert (train[0], val[0], test) == (first, held_out, (days[-130], days[-1]))  # not the ends of their runs
+    assert (train[1], val[0], test) == (last, held_out, (days[-130], days[-1]))  # not the ends of their runs
     assert all(
         f" {tally['first']}..{tally['last']}" in said
         for of in card["splits"].values()
