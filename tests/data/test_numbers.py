@@ -191,7 +191,9 @@ def test_documents_fill_blocks_and_keep_a_context_between_splits(tmp_path):
         assert found[~of_split].max() == 0 and found.max() <= repeats
         if split != "train":
             assert found[of_split].min() == 1
-        for series in range(3):  # in train all but a few of a series' first rows stand in a document, the last too
+        for series in range(
+            3
+        ):  # in train all but a few of a series' first rows stand in a document, the last too
             own = found[of_split & (tape.rows["series"] == series)]
             assert np.all(own[-(own.size // tape.context * tape.context) :] > 0)
         count += parts.size
@@ -262,7 +264,9 @@ def test_two_runs_give_the_same_bytes_and_the_loader_reads_them(tmp_path):
     card, out = cards[0]
     assert card["leak_check"]["embargo_rows"] == 15 and set(card["splits"]["train"]) == {"fx"}
     told = np.unique(np.concatenate(list(documents(Tape.load(out), "train"))))
-    assert card["splits"]["train"]["fx"]["bytes"] == told.size  # each once, in however many documents it stands
+    assert (
+        card["splits"]["train"]["fx"]["bytes"] == told.size
+    )  # each once, in however many documents it stands
     loader = TokenLoader(out / "train", 4, BLOCK)
     batch = next(loader)
     entities = set(Ids.of(Tape.load(out), Tokenizer.load(out / "tokenizer.json")).entities.tolist())
