@@ -49,7 +49,10 @@ def check(noted: str | None, named: Path, base: Path, adapter: Path) -> None:
     now = sample(base)
     if not noted or not now or noted == now:
         return
-    before, after = _values(noted), _values(now)
+    try:
+        before, after = _values(noted), _values(now)
+    except ValueError as error:
+        raise UserError(f"{adapter} is damaged: what it notes of its base is {noted[:20]!r}...") from error
     other = f"the weights in {base} are not those of {named}, over which {adapter} was trained"
     if before.shape != after.shape:
         raise UserError(f"{other}: it has other layers; pass that base with --model")

@@ -35,9 +35,9 @@ from llama_lora import gguf_file
 from llama_lora.adapters import Recipe
 from llama_lora.backends import TapelmBackend, open_base, open_tokenizer
 from llama_lora.dataset import end_of_text, find_split, read_examples
-from llama_lora.finetune import evaluate_rows
 from llama_lora.packing import Rows
 from llama_lora.results import pick_dtype
+from llama_lora.session import evaluate_rows
 
 
 @dataclasses.dataclass(frozen=True)

@@ -62,7 +62,7 @@ def test_a_run_learns_and_writes_its_files(settings, backend, method) -> None:
 
 def test_a_run_that_is_never_better_than_the_base_says_so(settings, capsys, monkeypatch) -> None:
     rising = itertools.count(3)
-    monkeypatch.setattr("llama_lora.finetune.evaluate_rows", lambda *_, **__: float(next(rising)))
+    monkeypatch.setattr("llama_lora.session.evaluate_rows", lambda *_, **__: float(next(rising)))
     config = FinetuneConfig(**settings, method="lora", precision="fp32")
     assert finetune(config) == 0
     assert not (config.out / "adapter").exists()
@@ -143,7 +143,7 @@ def test_damaged_weights_are_named(settings) -> None:
 
 def test_early_stop_keeps_the_best_adapter(settings, monkeypatch) -> None:
     losses = iter([3.0, 2.0, 2.5, 2.25, 1.0])
-    monkeypatch.setattr("llama_lora.finetune.evaluate_rows", lambda *arguments: next(losses))
+    monkeypatch.setattr("llama_lora.session.evaluate_rows", lambda *arguments: next(losses))
     config = FinetuneConfig(**settings | {"eval_interval": 1, "max_steps": 20}, patience=2)
     finetune(config)
     assert records(config.out)[-1]["step"] == 3

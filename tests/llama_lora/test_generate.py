@@ -264,6 +264,12 @@ def test_an_adapter_over_another_base_is_refused(adapter, tiny_model, tmp_path) 
     broken = copied(tiny_model, tmp_path / "broken", trained_again(float("nan")))
     with pytest.raises(UserError, match="84 of 84 compared differ"):
         files.base_of(adapter, broken)
+    damaged = tmp_path / "damaged"
+    shutil.copytree(adapter, damaged)
+    noted = {"format": "pt", files.BASE: "no hexadecimal"}
+    save_file(load_file(adapter / files.WEIGHTS), damaged / files.WEIGHTS, metadata=noted)
+    with pytest.raises(UserError, match=f"{damaged} is damaged: what it notes of its base is 'no hex"):
+        files.base_of(damaged, tiny_model)
 
 
 def test_what_cannot_be_compared_is_used_as_it_is(adapter, tiny_model, tmp_path) -> None:
