@@ -54,10 +54,16 @@ def roofline(axes: Any, results: Results) -> None:
     axes.legend(frameon=False, fontsize=8)
 
 
+def colours(rungs: Sequence[str]) -> list[str]:
+    """OURS from the first rung of a ladder on that is called ours, PEER before it."""
+    first = next((place for place, name in enumerate(rungs) if "our" in name.split()), len(rungs))
+    return [PEER] * first + [OURS] * (len(rungs) - first)
+
+
 def bars(axes: Any, rows: Sequence[Row], numbers: Sequence[float], show: str, title: str) -> None:
     """Horizontal bars, the first row on top, with their figures at the ends."""
     names = [row.variant for row in rows]
-    axes.barh(range(len(rows)), numbers, color=[OURS if "+" in name else PEER for name in names])
+    axes.barh(range(len(rows)), numbers, color=colours(names))
     axes.set_yticks(range(len(rows)), names, fontsize=8)
     axes.invert_yaxis()
     for place, number in enumerate(numbers):
@@ -69,7 +75,13 @@ def bars(axes: Any, rows: Sequence[Row], numbers: Sequence[float], show: str, ti
 def ladder_bars(axes: Any, results: Results, title: str) -> None:
     rows = rows_of(results, f"ladder {title}")
     speeds = [row.extra["tokens_per_second"] for row in rows]
-    bars(axes, rows, speeds, "{:,.0f}", "Tokens per second, one optimization more on every line")
+    bars(
+        axes,
+        rows,
+        speeds,
+        "{:,.0f}",
+        "Tokens per second, one optimization more on every line (blue: our kernels)",
+    )
 
 
 def removal_bars(axes: Any, results: Results, title: str) -> None:
@@ -81,7 +93,7 @@ def removal_bars(axes: Any, results: Results, title: str) -> None:
 def memory_bars(axes: Any, results: Results, title: str) -> None:
     rows = [row for row in rows_of(results, f"ladder {title}") if "peak_memory_bytes" in row.extra]
     peaks = [row.extra["peak_memory_bytes"] / 1e6 for row in rows]
-    bars(axes, rows, peaks, "{:,.0f}", "Peak memory of training, MB")
+    bars(axes, rows, peaks, "{:,.0f}", "Peak memory of training, MB (blue: our kernels)")
 
 
 def loss_curves(axes: Any, results: Results, title: str) -> None:
@@ -132,15 +144,26 @@ def draw(plot: Draw, results: Results, height: float) -> str:
 
 def to_html(results: Results) -> str:
     """The page; parts whose rows are missing are left out."""
-    parts = []
-    for section in results.content.get("ladders", ()):
-        parts += _ladder(results, section)
-    if rows_of(results, "decode "):
-        parts.append("<h2>Generating text</h2>" + _from_markdown(table_kinds.generation(results)))
-    if any(
+    ladders = results.content.get("ladders", ())
+    parts = [_gains(results, section) for section in ladders]
+    ops = any(
         row.fraction_of_ceiling > 0 and not row.subject.startswith(table_kinds.NOT_OPS)
         for row in results.rows
+    )
+    if ops:
+        parts.append("<h2>Speed-ups over PyTorch, all shapes</h2>")
+        parts.append(_from_markdown(table_kinds.summary(results)))
+    for section in ladders:
+        parts += _ladder(results, section)
+    for prefix, title, table in (
+        ("peers ", "Other trainers", table_kinds.peers),
+        ("decode ", "Generating text", table_kinds.generation),
+        ("cold", "Tokenizers", table_kinds.tokenizer),
+        ("loader", "Loaders", table_kinds.loader),
     ):
+        if rows_of(results, prefix):
+            parts.append(f"<h2>{title}</h2>" + _from_markdown(table(results)))
+    if ops:
         parts.append("<h2>Kernels</h2>" + draw(roofline, results, 5.5))
         parts.append(_from_markdown(table_kinds.ops(results)))
     above = "".join(
@@ -164,6 +187,15 @@ load {results.machine["load_average"]:.1f} at the end.</p>
 {"".join(parts)}
 </body></html>
 """
+
+
+def _gains(results: Results, section: dict[str, Any]) -> str:
+    """The sentence on a ladder that opens the page."""
+    title, first = section["title"], rows_of(results, f"ladder {section['title']}")[0]
+    return (
+        f"<p>A training step of {html.escape(title)}, {first.shape} tokens: {section['total']:.2f} times "
+        f"as fast as {html.escape(first.variant)}.</p>"
+    )
 
 
 def _ladder(results: Results, section: dict[str, Any]) -> list[str]:
@@ -200,6 +232,7 @@ def write(results: Results, folder: Path) -> Path:
         "ladder": "ladder",
         "removal": "removal",
         "train": "steps",
+        "peers ": "peers",
         "decode ": "generation",
         "cold": "tokenizer",
         "loader": "loader",

@@ -7,8 +7,9 @@ from typing import Any
 
 from benchmarks.compare import Results
 from benchmarks.harness import Row
+from benchmarks.markdown import markdown
+from benchmarks.table_models import forecasts, texts
 from gpt.cli import UserError
-from gpt.forecast import direction_line
 
 NOT_OPS = (
     "train", "ladder", "removal", "peers", "scaling", "loader", "open", "encode", "load", "cold", "warm",
@@ -17,12 +18,6 @@ NOT_OPS = (
 """How the subjects begin whose rows are not of one op."""
 BEGINS = {"AdamW": "+ our AdamW", "bf16": "+ bf16"}
 """Of removals that are not called as their line is: how that begins."""
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table whose first column is text and whose others are numbers."""
-    lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def chosen(results: Results, prefix: str) -> list[Row]:
@@ -143,6 +138,24 @@ def _gain(ratio: float, error: float | None) -> str:
 def megabytes(row: Row) -> str:
     peak = row.extra.get("peak_memory_bytes")
     return "" if peak is None else f"{peak / 1e6:,.0f} MB"
+
+
+def peers(results: Results) -> str:
+    """A step of other trainers beside ours, and which were not measured."""
+    rows = chosen(results, "peers ")
+    table = markdown(
+        (_heading(rows[0]).removeprefix("peers "), "step", "tokens/s", "ours is faster by", "loss"),
+        [
+            (
+                row.variant, f"{row.median_ms:.0f} ms", f"{row.extra['tokens_per_second']:,.0f}",
+                "" if row is rows[0] else _gain(1 / _speed_up(row), row.extra.get("ratio_error")),
+                f"{row.extra['loss']:.3f}",
+            )
+            for row in rows
+        ],
+    )  # fmt: skip
+    skipped = results.content.get("skipped_peers", ())
+    return table + "".join(f"\nNot measured: {reason}.\n" for reason in skipped)
 
 
 def removal(results: Results) -> str:
@@ -288,57 +301,6 @@ def _duration(row: Row) -> str:
     return f"{1e3 * row.median_ms / int(row.shape.split(' x ')[0]):,.1f} µs"
 
 
-def texts(results: Results) -> str:
-    """Bits per byte of a model that gpt.evaluate scored, beside the compressors."""
-    domains = results.content["domains"] | {"all": results.content["total"]}
-    keys = ("bits_per_byte", "unigram_bits_per_byte", "bz2_bits_per_byte", "xz_bits_per_byte")
-    return markdown(
-        (_of_run(results), "bytes", "perplexity of a token", "bits/byte", "unigram", "bz2 -9", "xz -9"),
-        [
-            (name, f"{row['bytes']:,}", f"{row['perplexity']:.2f}", *(f"{row[key]:.3f}" for key in keys))
-            for name, row in domains.items()
-        ],
-    )
-
-
-def forecasts(results: Results) -> str:
-    """NLL, CRPS and coverage with half their 95% intervals, of the model and of the methods beside it."""
-    keys = ("nll", "crps", "coverage_50", "coverage_80", "coverage_95")
-    keys += ("model_nll_difference", "model_crps_ratio")
-    domains = results.content["domains"] | {"all": results.content["total"]}
-    lines = [
-        (f"{name}, {domain['rows']:,} rows: {method}", *(_with_interval(scores, key) for key in keys))
-        for name, domain in domains.items()
-        for method, scores in domain["methods"].items()
-    ]
-    table = markdown(
-        (
-            _of_run(results), "NLL", "CRPS", "inside 50%", "80%", "95%", "model's NLL less this one's",
-            "model's CRPS to this one's",
-        ),
-        lines,
-    )  # fmt: skip
-    return f"{table}\n{direction_line(results.content)}\n"
-
-
-def _of_run(results: Results) -> str:
-    trained = results.content["trained"]
-    return (
-        f"{results.content['split']}, after {trained['tokens'] / 1e6:.1f} M tokens, "
-        f"{trained['seconds']:,.0f} s of training"
-    )
-
-
-def _with_interval(scores: dict[str, Sequence[float]], key: str) -> str:
-    if key not in scores:
-        return ""
-    middle, low, high = scores[key]
-    if key.startswith("coverage"):
-        return f"{100 * middle:.1f} ±{50 * (high - low):.1f}"
-    sign = "+" if key == "model_nll_difference" else "-"
-    return f"{middle:{sign}.3f} ±{(high - low) / 2:.3f}"
-
-
 def scaling(results: Results) -> str:
     """Exponents of a step's cost, and how far the planner was off on shapes that it was not fitted to."""
     plan = results.content["plan"]
@@ -358,7 +320,7 @@ def scaling(results: Results) -> str:
 
 
 KINDS: dict[str, Callable[[Results], str]] = {
-    "steps": steps, "hf": hf, "ladder": ladder, "removal": removal, "ops": ops, "summary": summary,
-    "generation": generation, "tokenizer": tokenizer, "loader": loader, "texts": texts,
+    "steps": steps, "hf": hf, "ladder": ladder, "removal": removal, "peers": peers, "ops": ops,
+    "summary": summary, "generation": generation, "tokenizer": tokenizer, "loader": loader, "texts": texts,
     "forecasts": forecasts, "scaling": scaling,
 }  # fmt: skip

@@ -187,7 +187,7 @@ body { max-width: 1000px; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .9rem .25rem 0; text-align: right; border-bottom: 1px solid #e3e5e8; }
-th:first-child, td:first-child { text-align: left; }
+th:first-child, td:first-child { text-align: left; } td + td { white-space: nowrap; }
 img { width: 100%; }
 blockquote { margin: 0; white-space: pre-wrap; background: #f5f6f7; padding: .8rem 1rem; }
 .note { color: #5b626c; } .scroll { overflow-x: auto; }

@@ -48,14 +48,16 @@ def case(device: torch.device, shape: tuple[int, int, int], dtype: torch.dtype, 
         with torch.no_grad():
             return [function(x, a, b)]
 
-    # One row is a decoded token, which has no gradient.
-    step, passes = (forward, 1) if rows == 1 else (run, 2)
+    decoded = rows == 1  # a token, which has no gradient and has to read all weights
+    parts = [weight.packed, *weight.state] if isinstance(weight, tapelm.NF4Weight) else [weight]
+    read = sum(t.numel() * t.element_size() for t in (*parts, a, b))
+    step = forward if decoded else run
     return Case(
-        subject=f"lora {'nf4' if quantized else 'dense'} {'fwd' if rows == 1 else 'fwd+bwd'}",
+        subject=f"lora {'nf4' if quantized else 'dense'} {'fwd' if decoded else 'fwd+bwd'}",
         shape="x".join(map(str, shape)),
         dtype=dtype,
         variants={"torch": partial(step, plain), "tapelm": partial(step, fused)},
-        bound="gemm",
-        work=2 * rows * (passes * n * k + (2 * passes - 1) * RANK * (n + k)),
+        bound="copy" if decoded else "gemm",
+        work=read if decoded else 2 * rows * (2 * n * k + 3 * RANK * (n + k)),
         agree=close(1e-3, 1e-3) if dtype == torch.float32 else close(0.05, 0.1),
     )

@@ -34,8 +34,12 @@ def rows() -> list[Row]:
         row("removal gpt seed", name, {RUNGS[2]: 0.9}, **extra) for name in (RUNGS[2], "without loader")
     ]
     ops = [row("norm", "torch", {"torch": 1.0}), row("norm", "tapelm", {"torch": 2.0}, fraction=1.2)]
+    peers = [
+        row("peers seed", "ours", {"ours": 1.0}, **extra),
+        row("peers seed", "x <y>", {"ours": 0.5}, **extra),
+    ]
     generated = [row(f"{what} seed", "cached", {"x": 2.0}, **extra) for what in ("prefill", "decode")]
-    return [*ladder, *removal, *generated, *ops]
+    return [*ladder, *removal, *peers, *generated, *ops]
 
 
 SECTION = {
@@ -46,7 +50,8 @@ SECTION = {
 
 
 def test_the_page_is_self_contained_and_escaped(tmp_path: Path) -> None:
-    write_results(tmp_path / "results.json", CPU, rows(), ladders=[SECTION, SECTION | {"title": "llama x"}])
+    ladders = [SECTION, SECTION | {"title": "llama x"}]
+    write_results(tmp_path / "results.json", CPU, rows(), ladders=ladders, skipped_peers=["z: no checkout"])
     text = page.write(compare.read(tmp_path / "results.json"), tmp_path).read_text(encoding="utf-8")
     assert text.count("<img") == 10 == text.count("data:image/png;base64,")
     assert not re.search(r'(?:src|href)="(?!data:)', text) and "<script" not in text
@@ -57,6 +62,19 @@ def test_the_page_is_self_contained_and_escaped(tmp_path: Path) -> None:
     assert made.count("| + loader | 10 ms | 100 |") == 2 == made.count("The gains multiply to")
     assert "<h2>Generating text</h2>" in text and "<td>cached</td>" in text.replace(' class="name"', "")
     assert "| cached | 10.0 ms | 10.00 ms | 100 | 2.0× | 50% |" in made
+    assert "A training step of gpt seed, 4 x 256 tokens: 2.10 times as fast as plain fp32." in text
+    assert (
+        "<h2>Other trainers</h2>" in text
+        and "x &lt;y&gt;" in text
+        and "Not measured: z: no checkout." in text
+    )
+    assert "| x <y> | 10 ms | 100 | 2.00× ±0.04 | 5.000 |" in made
+
+
+def test_rungs_are_ours_from_the_first_that_is_called_so() -> None:
+    names = ["plain fp32", "+ bf16", "+ our AdamW", "+ attention"]
+    assert page.colours(names) == [page.PEER, page.PEER, page.OURS, page.OURS]
+    assert page.colours(["without four"]) == [page.PEER]
 
 
 def test_parts_that_were_not_measured_are_left_out(tmp_path: Path) -> None:
