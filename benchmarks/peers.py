@@ -14,6 +14,7 @@ import os
 import re
 import statistics
 import subprocess
+import threading
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -36,6 +37,7 @@ LLMC_SHAPE = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 64, "voc
 LLMC_BATCH = 4
 LLMC_STEP = re.compile(r"step \d+: train loss \S+ \(took (\S+) ms\)")
 LLMC_SECONDS = 120
+LLMC_STEPS = 9  # of a process of its own, which does not take turns
 
 
 def nanogpt(preset: str, batch_size: int, device: torch.device, precision: str, *, compiled: bool) -> Step:
@@ -135,7 +137,7 @@ def measure_llmc(checkout: Path, device: torch.device, rounds: int) -> list[Row]
     step()
     ceilings = Ceilings(device, [step.dtype, torch.float32], ["gemm"])
     before = interleave({"ours": step}, ceilings, rounds)["ours"]
-    theirs = llmc_seconds(binary)
+    theirs = llmc_seconds(binary, max(rounds, LLMC_STEPS))
     after = interleave({"ours": step}, ceilings, rounds)["ours"]
     middle = statistics.median([*before, *after])
     return [
@@ -149,18 +151,25 @@ def measure_llmc(checkout: Path, device: torch.device, rounds: int) -> list[Row]
     ]  # fmt: skip
 
 
-def llmc_seconds(binary: Path) -> list[float]:
-    """Of its steps after the first, on as many threads as ours."""
+def llmc_seconds(binary: Path, steps: int) -> list[float]:
+    """Of its steps after the first, at most so many, on as many threads as ours."""
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    try:
-        done = subprocess.run(
-            [str(binary.resolve())], cwd=binary.parent, env={**os.environ, **threads}, capture_output=True,
-            text=True, timeout=LLMC_SECONDS, check=False,
-        )  # fmt: skip
-        said, told = done.stdout, done.stderr
-    except subprocess.TimeoutExpired as error:
-        said, told = (error.stdout or b"").decode(), ""
-    found = [float(number) / 1e3 for number in LLMC_STEP.findall(said)][1:]
+    # Into a pipe it would print some kB at a time, which may be more than it says until it is stopped.
+    with subprocess.Popen(
+        ["stdbuf", "-oL", str(binary.resolve())], cwd=binary.parent, env={**os.environ, **threads},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    ) as process:  # fmt: skip
+        limit = threading.Timer(LLMC_SECONDS, process.kill)
+        limit.start()
+        assert process.stdout is not None
+        said, found = "", []
+        for line in process.stdout:
+            said += line
+            found = [float(number) / 1e3 for number in LLMC_STEP.findall(said)][1:]
+            if len(found) == steps:
+                break
+        limit.cancel()
+        process.kill()
     if not found:
-        raise UserError(f"{binary} printed no steps: {(told or said).strip()[-200:]}")
+        raise UserError(f"{binary} printed no steps within {LLMC_SECONDS} s: {said.strip()[-200:]}")
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -55,10 +56,23 @@ def test_llmc_steps_are_read_without_the_first(tmp_path: Path) -> None:
     binary = tmp_path / "train_gpt2"
     binary.write_text(PRINTS)
     binary.chmod(0o755)
-    assert peers.llmc_seconds(binary) == [1.5005, 1.4]
+    assert peers.llmc_seconds(binary, 9) == [1.5005, 1.4]
+    assert peers.llmc_seconds(binary, 1) == [1.5005]
     binary.write_text("#!/bin/sh\necho 'Error: no gpt2_124M.bin' >&2; exit 1\n")
-    with pytest.raises(UserError, match=r"printed no steps: Error: no gpt2_124M\.bin"):
-        peers.llmc_seconds(binary)
+    with pytest.raises(UserError, match=r"printed no steps within 120 s: Error: no gpt2_124M\.bin"):
+        peers.llmc_seconds(binary, 9)
+
+
+def test_llmc_is_stopped_when_it_takes_too_long(tmp_path: Path, monkeypatch) -> None:
+    """And what it has printed until then counts, though a C program would still have it in its buffer."""
+    binary = tmp_path / "train_gpt2"
+    source = PRINTS.replace("#!/bin/sh\n", "").replace('echo "', 'puts("').replace(')"\n', ')");\n')
+    (tmp_path / "train.c").write_text(
+        f"#include <stdio.h>\n#include <unistd.h>\nint main() {{ {source} sleep(60); }}\n"
+    )
+    subprocess.run(["cc", str(tmp_path / "train.c"), "-o", str(binary)], check=True)
+    monkeypatch.setattr(peers, "LLMC_SECONDS", 1)
+    assert peers.llmc_seconds(binary, 9) == [1.5005, 1.4]
 
 
 def test_a_checkout_that_is_not_built_is_named(tmp_path: Path) -> None:
