@@ -1,10 +1,11 @@
-"""A training step of a Llama of transformers: stock, with `tapelm.hf.optimize`, and on GPUs with Liger.
+"""A training step of a model of transformers: stock, with `tapelm.hf.optimize`, and on GPUs with Liger.
 
-All weights train, in bf16 where the hardware multiplies it. A step is forward, backward and the same fused
-AdamW of PyTorch for all, so that what differs is the model alone; one more row has `tapelm.AdamW`. All start
-from the same weights and see the same batches; before anything is timed their losses are compared, and the
-norms of their gradients. Where this process keeps its memory (see kept_memory), the stock model runs in one
-that does not, as most people run it, and in one that does.
+It is a Llama, or has the sizes of a model that is given; weights are random and dropout is off, so that
+losses can be compared. All weights train, in bf16 where the hardware multiplies it. A step is forward,
+backward and the same fused AdamW of PyTorch for all, so that what differs is the model alone; one more row
+has `tapelm.AdamW`. All start from the same weights and see the same batches; before anything is timed their
+losses are compared, and the norms of their gradients. Where this process keeps its memory (see kept_memory),
+the stock model runs in one that does not, as most people run it, and in one that does.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import itertools
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,8 +34,31 @@ SIZES = {
     "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3,
     "vocab_size": 49_152, "tie_word_embeddings": True, "max_position_embeddings": 2048,
 }  # fmt: skip
-"""Of SmolLM2-135M, whose 30 layers are given separately."""
+"""Of SmolLM2-135M, but for its 30 layers."""
+LAYERS = 6
 STOCK, OURS, LIGER = "transformers", "tapelm.hf", "liger"
+
+
+def config_of(model: Path | None, layers: int | None) -> Any:
+    """transformers' configuration of the model in a directory, or of our Llama; with other `layers` if given.
+
+    Raises UserError for a directory without one.
+    """
+    library = transformers()
+    if model is None:
+        return library.LlamaConfig(num_hidden_layers=layers or LAYERS, use_cache=False, **SIZES)
+    if not (model / "config.json").is_file():
+        raise UserError(f"--model {model}: there is no config.json in it")
+    config = library.AutoConfig.from_pretrained(model, local_files_only=True)
+    if layers is not None:
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = (config.layer_types * layers)[:layers]
+    config.use_cache = False
+    for name in ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop"):
+        if hasattr(config, name):
+            setattr(config, name, 0.0)
+    return config
 
 
 class Step:
@@ -43,17 +68,19 @@ class Step:
     """
 
     def __init__(
-        self, kind: str, layers: int, batch_size: int, length: int, device: torch.device,
+        self, kind: str, config: Any, batch_size: int, length: int, device: torch.device,
         *, ours_adamw: bool = False,
     ) -> None:  # fmt: skip
         library, self.device, self.dtype = transformers(), device, pick_dtype("auto", device)
-        config = library.LlamaConfig(num_hidden_layers=layers, use_cache=False, **SIZES)
         torch.manual_seed(0)
-        self.model = library.LlamaForCausalLM._from_config(
+        self.model = library.AutoModelForCausalLM.from_config(
             config, attn_implementation="sdpa", dtype=self.dtype
         ).to(device)
         if kind == OURS:
-            tapelm.hf.optimize(self.model)
+            try:
+                tapelm.hf.optimize(self.model)
+            except ValueError as error:
+                raise UserError(str(error)) from error
         elif kind == LIGER:
             liger = importlib.import_module("liger_kernel.transformers")  # of the extra peers
             liger.apply_liger_kernel_to_llama(model=self.model)
@@ -67,10 +94,19 @@ class Step:
         size = (batch_size, length)
         ids = [torch.randint(config.vocab_size, size, generator=generator).to(device) for _ in range(3)]
         self.first, self.batches = ids[0], itertools.cycle(ids)
+        layers = config.num_hidden_layers
         self.label, self.shape = kind, f"{layers} layers, {batch_size} x {length}"
         self.tokens = float(batch_size * length)
-        matrices = sum(p.numel() for p in parameters if p.ndim == 2)  # the embedding is the head as well
-        self.flops = 6.0 * self.tokens * (matrices + layers * length / 2 * SIZES["hidden_size"] * 2)
+        multiplied = {
+            p
+            for m in self.model.modules()
+            if not isinstance(m, torch.nn.Embedding)
+            for p in m.parameters(False)
+        }
+        matrices = sum(p.numel() for p in multiplied if p.ndim == 2)  # a tied embedding is the head as well
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        keys = layers * length / 2 * width * config.num_attention_heads
+        self.flops = 6.0 * self.tokens * (matrices + 2 * keys)
         self.losses: list[torch.Tensor] = []
         self.norm = 0.0
 
@@ -106,12 +142,13 @@ def agree(steps: Mapping[str, Any]) -> None:
 
 
 def measure(
-    layers: int, batch_size: int, length: int, device: torch.device, rounds: int
+    config: Any, batch_size: int, length: int, device: torch.device, rounds: int
 ) -> tuple[list[Row], list[str]]:
     """Rows of all variants, ratios to the stock model; a line with the reason for each that cannot run."""
     build: Callable[..., Any] = partial(
-        Step, layers=layers, batch_size=batch_size, length=length, device=device
+        Step, config=config, batch_size=batch_size, length=length, device=device
     )
+    kind = config.model_type
     skipped = []
     kept = device.type == "cpu" and is_kept()
     steps: dict[str, Any] = {STOCK: Elsewhere(partial(build, STOCK)) if kept else build(STOCK)}
@@ -121,6 +158,8 @@ def measure(
     steps[f"{OURS}, tapelm.AdamW"] = build(OURS, ours_adamw=True)
     if device.type != "cuda":
         skipped.append("Liger: its kernels run on GPUs alone")
+    elif kind != "llama":
+        skipped.append("Liger: compared on Llamas alone")
     elif importlib.util.find_spec("liger_kernel") is None:
         skipped.append("Liger: not installed (pip install -e .[peers])")
     else:
@@ -128,7 +167,7 @@ def measure(
     agree(steps)
     print(f"{rounds} rounds of {len(steps)} steps", file=sys.stderr)
     step = steps[OURS]
-    rows = interleaved("hf llama", step.shape, step.dtype, steps, "gemm", step.flops, device, rounds)
+    rows = interleaved(f"hf {kind}", step.shape, step.dtype, steps, "gemm", step.flops, device, rounds)
     for row in rows:
         row.extra["tokens_per_second"] = 1e3 * step.tokens / row.median_ms
     if kept:

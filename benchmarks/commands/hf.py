@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 from benchmarks.commands.timed import Measuring
@@ -10,11 +11,13 @@ from benchmarks.commands.timed import Measuring
 
 @dataclass(frozen=True)
 class Hf(Measuring):
-    """The training step of a Llama of transformers, stock, with our modules, and on GPUs with Liger."""
+    """The training step of a model of transformers, stock, with our modules, and on GPUs with Liger."""
 
     name: ClassVar[str] = "hf"
-    layers: int = 6
-    """Of a model as wide as SmolLM2-135M, which has 30."""
+    model: Path | None = None
+    """A directory with a model of transformers, for its sizes; without one a Llama as wide as SmolLM2-135M."""
+    layers: int | None = None
+    """As many as the model has; 6 if none is given."""
     batch_size: int = 4
     """Windows (sequences) in a step."""
     length: int = 512
@@ -24,6 +27,7 @@ class Hf(Measuring):
         from benchmarks import hf
 
         device = self.begin()
-        rows, skipped = hf.measure(self.layers, self.batch_size, self.length, device, self.rounds)
+        config = hf.config_of(self.model, self.layers)
+        rows, skipped = hf.measure(config, self.batch_size, self.length, device, self.rounds)
         print("".join(f"skipped: {line}\n" for line in skipped), end="")
         return self.finish(rows, device, skipped_peers=skipped)

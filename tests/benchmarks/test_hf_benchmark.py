@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 
 import tapelm
 from benchmarks import hf
@@ -22,7 +23,7 @@ def small(monkeypatch) -> None:
 
 
 def test_rows_of_all_variants() -> None:
-    rows, skipped = hf.measure(1, 2, 32, CPU, 1)
+    rows, skipped = hf.measure(hf.config_of(None, 1), 2, 32, CPU, 1)
     assert [row.variant for row in rows] == ["transformers", "tapelm.hf", "tapelm.hf, tapelm.AdamW"]
     assert skipped == ["Liger: its kernels run on GPUs alone"]
     for row in rows:
@@ -31,7 +32,7 @@ def test_rows_of_all_variants() -> None:
 
 
 def test_a_step_trains_and_is_ours() -> None:
-    ours, stock = hf.Step(hf.OURS, 1, 2, 32, CPU), hf.Step(hf.STOCK, 1, 2, 32, CPU)
+    ours, stock = (hf.Step(kind, hf.config_of(None, 1), 2, 32, CPU) for kind in (hf.OURS, hf.STOCK))
     assert type(ours.model.lm_head) is tapelm.nn.LMHead
     assert type(stock.model.lm_head) is torch.nn.Linear
     for step in (ours, stock):
@@ -42,9 +43,29 @@ def test_a_step_trains_and_is_ours() -> None:
 
 
 def test_nothing_is_timed_when_the_models_disagree() -> None:
-    steps = {kind: hf.Step(kind, 1, 2, 32, CPU) for kind in (hf.STOCK, hf.OURS)}
+    steps = {kind: hf.Step(kind, hf.config_of(None, 1), 2, 32, CPU) for kind in (hf.STOCK, hf.OURS)}
     hf.agree(steps)
     with torch.no_grad():
         steps[hf.OURS].model.model.norm.weight.mul_(1.5)
     with pytest.raises(UserError, match="disagree, nothing was timed"):
         hf.agree(steps)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen3"])
+def test_sizes_of_a_model_of_ones_own(kind, tmp_path) -> None:
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "vocab_size": 100, "num_hidden_layers": 3}
+    if kind == "qwen3":
+        sizes |= {"intermediate_size": 64, "num_key_value_heads": 1, "head_dim": 8}
+    made = transformers.AutoConfig.for_model(kind, **sizes)
+    made.save_pretrained(tmp_path)
+    assert hf.config_of(tmp_path, None).num_hidden_layers == 3
+    rows, _ = hf.measure(hf.config_of(tmp_path, 2), 2, 16, CPU, 1)
+    assert rows[0].subject == f"hf {kind}" and rows[0].shape == "2 layers, 2 x 16"
+
+
+def test_a_directory_that_holds_no_model_or_none_of_ours_is_named(tmp_path) -> None:
+    with pytest.raises(UserError, match=r"--model .*: there is no config\.json in it"):
+        hf.config_of(tmp_path, None)
+    transformers.AutoConfig.for_model("opt", num_attention_heads=2, hidden_size=16).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"optimize: OPTForCausalLM .* is not supported"):
+        hf.measure(hf.config_of(tmp_path, None), 1, 8, CPU, 1)
