@@ -15,7 +15,7 @@ class Hf(Measuring):
 
     name: ClassVar[str] = "hf"
     model: Path | None = None
-    """A directory with a model of transformers, for its sizes; without one a Llama as wide as SmolLM2-135M."""
+    """A directory with a model of transformers, for its sizes; if not given, a Llama as wide as SmolLM2."""
     layers: int | None = None
     """As many as the model has; 6 if none is given."""
     batch_size: int = 4
