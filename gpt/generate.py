@@ -120,7 +120,7 @@ def generate(
     block_size, device = model.config.block_size, model.head.weight.device
     generator = torch.Generator().manual_seed(sampling.seed)
     context = prompt[-block_size:]
-    cache = KVCache(model.config.n_layer) if use_cache else None
+    cache = KVCache(model.config.n_layer, block_size) if use_cache else None
     for _ in range(max_new_tokens):
         pending = context if cache is None else context[len(cache) :]
         last = model.hidden(torch.tensor([pending], device=device), cache)[0, -1:]
@@ -130,7 +130,7 @@ def generate(
         context.append(token)
         if len(context) > block_size:
             context = context[-max(1, block_size // 2) :]
-            cache = KVCache(model.config.n_layer) if use_cache else None
+            cache = KVCache(model.config.n_layer, block_size) if use_cache else None
 
 
 def main(arguments: list[str]) -> int:

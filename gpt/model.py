@@ -16,21 +16,36 @@ from gpt.ops import Ops, ParameterGroups
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, (B, H, S, D) for each layer; grows by concatenation."""
+    """Keys and values of the tokens seen so far, (B, H, S, D) for each layer, S up to `most_tokens`; they are
+    written in place, so that gradients cannot flow through it."""
 
-    def __init__(self, n_layer: int) -> None:
-        self.layers: list[tuple[Tensor, Tensor] | None] = [None] * n_layer
+    def __init__(self, n_layer: int, most_tokens: int) -> None:
+        self.most_tokens, self.lengths = most_tokens, [0] * n_layer
+        self.rooms: list[tuple[Tensor, Tensor] | None] = [None] * n_layer
 
     def __len__(self) -> int:
-        first = self.layers[0]
-        return 0 if first is None else first[0].shape[-2]
+        return self.lengths[0]
+
+    def kept(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer that has seen tokens."""
+        room, length = self.rooms[layer], self.lengths[layer]
+        assert room is not None
+        return room[0][:, :, :length], room[1][:, :, :length]
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        past = self.layers[layer]
-        if past is not None:
-            k, v = torch.cat((past[0], k), dim=-2), torch.cat((past[1], v), dim=-2)
-        self.layers[layer] = (k, v)
-        return k, v
+        B, H, T, D = k.shape
+        if self.rooms[layer] is None:
+            self.rooms[layer] = (
+                k.new_empty(B, H, self.most_tokens, D),
+                v.new_empty(B, H, self.most_tokens, D),
+            )
+        length = self.lengths[layer] + T
+        if length > self.most_tokens:
+            raise ValueError(f"a cache of {self.most_tokens} tokens has no room for {length}")
+        self.lengths[layer] = length
+        for kept, new in zip(self.kept(layer), (k, v), strict=True):
+            kept[:, :, -T:] = new
+        return self.kept(layer)
 
     def attend(self, ops: Ops, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of q over the tokens so far and those of k and v, which are kept; all (B, H, T, D)."""

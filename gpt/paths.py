@@ -125,7 +125,7 @@ class _Reader:
         ids = Ids.of(of.tape, tokenizer)
         self.past = ids.document(of.tape, np.arange(of.last + 1)).astype(np.int64)
         self.calendar, self.first_bin = ids.calendar[of.last + 1 :], ids.first_bin
-        self.cache, self.room = KVCache(0), 0  # the days that the cached rows may still be followed by
+        self.cache, self.room = KVCache(0, 0), 0  # the days that the cached rows may still be followed by
 
     @torch.no_grad()
     def probabilities(self, bins: np.ndarray) -> np.ndarray:
@@ -137,7 +137,7 @@ class _Reader:
             self.room = min(max(1, self.context // 2), self.days - day)
             rows = self.context - self.room  # before this day; the cache grows to a context
             first = max(0, day - rows)
-            self.cache = self._cache_of_past(rows - (day - first))
+            self.cache = self._cache_of_past(rows - (day - first), 2 * (day - first + self.room) + 1)
         self.room -= 1
         tokens = np.empty((self.paths, 2 * (day - first) + 1), dtype=np.int64)
         tokens[:, ::2] = self.calendar[first : day + 1]
@@ -146,12 +146,12 @@ class _Reader:
         logits = self.model.logits(unread, self.cache)[:, -1, self.first_bin : self.first_bin + BINS]
         return torch.softmax(logits.double(), dim=-1).cpu().numpy()
 
-    def _cache_of_past(self, rows: int) -> KVCache:
-        """Keys and values of the entity and its last `rows` past rows, for each path."""
-        past = KVCache(self.model.config.n_layer)
+    def _cache_of_past(self, rows: int, most_tokens: int) -> KVCache:
+        """Keys and values of the entity and its last `rows` past rows, and room for tokens of each path."""
         kept = np.concatenate((self.past[:1], self.past[max(1, self.past.size - 2 * rows) :]))
+        past = KVCache(self.model.config.n_layer, kept.size)
         self.model.hidden(torch.from_numpy(kept)[None].to(self.device), past)
-        return SharedCache(past)
+        return SharedCache(past, most_tokens)
 
 
 class SharedCache(KVCache):
@@ -160,18 +160,17 @@ class SharedCache(KVCache):
     In attend(), the queries of all windows meet the common keys in one matrix product for each head.
     """
 
-    def __init__(self, common: KVCache) -> None:
-        """common: of one window."""
-        super().__init__(len(common.layers))
+    def __init__(self, common: KVCache, most_tokens: int) -> None:
+        """common: of one window; most_tokens: behind it."""
+        super().__init__(len(common.lengths), most_tokens)
         self.common = common
 
     def __len__(self) -> int:
         return len(self.common) + super().__len__()
 
     def attend(self, ops: Ops, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        common = self.common.layers[layer]
-        assert common is not None
-        (B, H, T, D), k, v = q.shape, *self.append(layer, k, v)
+        common, (k, v) = self.common.kept(layer), self.append(layer, k, v)
+        B, H, T, D = q.shape
         keys, values = common[0][0], common[1][0]  # (H, S, D)
         together = (q / math.sqrt(D)).transpose(0, 1).reshape(H, B * T, D)
         of_common = (together @ keys.transpose(1, 2)).view(H, B, T, -1).transpose(0, 1)

@@ -88,7 +88,7 @@ def test_later_tokens_do_not_reach_earlier_logits(table: str) -> None:
 @pytest.mark.parametrize("table", TABLES)
 def test_cached_logits_equal_whole_ones(table: str) -> None:
     model, (ids, _) = build(table).eval(), batch()
-    cache, parts = KVCache(SHAPE.n_layer), []
+    cache, parts = KVCache(SHAPE.n_layer, SHAPE.block_size), []
     with torch.no_grad():
         for piece in ids.split([9, 1, 1, 5, 1, 7], dim=1):
             parts.append(model.logits(piece, cache))
@@ -97,6 +97,8 @@ def test_cached_logits_equal_whole_ones(table: str) -> None:
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="25 tokens do not fit the block of 24"):
         model.logits(ids[:, :1], cache)
+    with pytest.raises(ValueError, match="a cache of 8 tokens has no room for 9"):
+        model.logits(ids[:, :9], KVCache(SHAPE.n_layer, 8))
 
 
 @pytest.mark.parametrize("table", TABLES)
