@@ -106,20 +106,15 @@ void check(const Tensor& x, const Tensor& a, const Tensor& b) {
 Tensor few_rows_forward(const Tensor& rows, const Weight& weight, const Tensor& a, const Tensor& b, double scaling,
                         Tensor y) {
   const int64_t M = rows.size(0), K = rows.size(1), N = b.size(0), R = b.size(1);
-  const bool blocks = weight.quantized() && K % weight.nf4().block == 0;
   Tensor u = empty({M, R}, rows.scalar_type());
-  const Scratch space(2 * M * K);
+  const Scratch space(M * K + M * TAPELM_DISPATCH(words_room(K)));
   float* const wide = space.get();
-  float* const halves = wide + M * K;
-  const float* const half[2] = {blocks ? halves : nullptr, halves + M * K / 2};
+  float* const ordered = wide + M * K;
   with_dtype(rows, [&](auto zero) {
     using T = decltype(zero);
     const T* const from = rows.const_data_ptr<T>();
     for (int64_t i = 0; i < M * K; ++i) wide[i] = static_cast<float>(from[i]);
-    for (int64_t i = 0; blocks && i < M * K / 2; ++i) {
-      halves[i] = wide[2 * i];
-      halves[M * K / 2 + i] = wide[2 * i + 1];
-    }
+    if (weight.quantized()) TAPELM_DISPATCH(order_for_words(wide, M, K, ordered));
     T* const low = u.mutable_data_ptr<T>();
     TAPELM_DISPATCH(few_low_rows(wide, M, K, a.const_data_ptr<T>(), R, low));
     at::parallel_for(0, N, chunk_count(kFewGrain, K), [&](int64_t begin, int64_t end) {
@@ -127,7 +122,7 @@ Tensor few_rows_forward(const Tensor& rows, const Weight& weight, const Tensor& 
       T* const out = y.mutable_data_ptr<T>();
       const float factor = static_cast<float>(scaling);
       if (weight.quantized())
-        TAPELM_DISPATCH(few_rows(weight.nf4(), wide, half, M, K, low, to_b, R, factor, begin, end, out, N));
+        TAPELM_DISPATCH(few_rows(weight.nf4(), wide, ordered, M, K, low, to_b, R, factor, begin, end, out, N));
       else
         TAPELM_DISPATCH(few_rows(weight.dense().template const_data_ptr<T>(), wide, M, K, low, to_b, R, factor, begin,
                                  end, out, N));

@@ -4,32 +4,101 @@
 
 constexpr int64_t kPiece = 1024;  // elements of a weight row at a time; with what they multiply they stay in L1
 
-// The sums of a row of whole blocks, x[m] . w[n] in sums[m]: half[0] and half[1] (M, K / 2) are the elements of x that
-// meet the high and the low nibbles. A block's indices choose among the plain codes; its scale multiplies their sum.
-template <int M>
-TAPELM_INLINE void dots_of_blocks(const Nf4& q, const float* const half[2], int64_t K, int64_t n, float* sums) {
-  const vf low = load(kCodes), high = load(kCodes + 16 - W);
-  const uint8_t* const bytes = q.packed + n * K / 2;
-  vf total[M] = {};
-  for (int64_t k = 0; k < K / 2; k += q.block / 2) {
-    vf part[M][2] = {};
-    for (int64_t i = k; i < k + q.block / 2; i += W) {
-      const vi b = __builtin_convertvector(*reinterpret_cast<const bw_any*>(bytes + i), vi);
-      const vf first = __builtin_shuffle(low, high, b >> 4), second = __builtin_shuffle(low, high, b & 15);
-#pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) {
-        part[m][0] += first * load(half[0] + m * K / 2 + i);
-        part[m][1] += second * load(half[1] + m * K / 2 + i);
-      }
+constexpr int64_t kGroup = 64;  // elements whose indices are in eight words, within one block if those are so large
+
+// Whether rows of K elements can be read as words: groups in them have one scale.
+inline bool are_words(const Nf4& q, int64_t K) { return q.block % kGroup == 0 && K % kGroup == 0; }
+
+// Elements that W words of 32 bits hold the indices of, and the room for a row's.
+constexpr int64_t kWords = 8 * W;
+inline int64_t words_room(int64_t K) { return (K + kWords - 1) / kWords * kWords; }
+
+// Rows x (M, K) in the order in which the nibbles of words meet them, those of the lowest in all words first: (M,
+// words_room(K)), zeros behind K.
+inline void order_for_words(const float* x, int64_t M, int64_t K, float* ordered) {
+  const int64_t room = words_room(K);
+  for (int64_t m = 0; m < M; ++m)
+    for (int64_t k = 0; k < room; k += kWords)
+      for (int64_t nibble = 0; nibble < 8; ++nibble)
+        for (int64_t word = 0; word < W; ++word) {
+          const int64_t from = k + 8 * word + (nibble ^ 1);  // the high nibble of a byte comes first
+          ordered[m * room + k + nibble * W + word] = from < K ? x[m * K + from] : 0.0f;
+        }
+}
+
+// The scales of the groups of a row, one after the other.
+struct Scales {
+  const Nf4& q;
+  int64_t block, left;  // left: elements of the block that are still to come
+
+  Scales(const Nf4& nf4, int64_t first) : q(nf4), block(first / nf4.block), left((block + 1) * nf4.block - first) {}
+
+  TAPELM_INLINE float next() {
+    const float scale = q.scale(block);
+    left -= kGroup;
+    if (left == 0) {
+      left = q.block;
+      ++block;
     }
-    const vf scale = broadcast(q.scale((n * K + 2 * k) / q.block));
+    return scale;
+  }
+  // Of as many groups of words as a vector has, or of one.
+  TAPELM_INLINE vf of_words(int64_t groups) {
+    const vf first = broadcast(next());
+    if (W == 8 || groups == 1) return first;
+    const vf second = broadcast(next());
+    vi upper = {};
+    for (int i = 8; i < W; ++i) upper[i] = -1;
+    return upper ? second : first;
+  }
+};
+
+// Eight words for each of `groups`, and zeros.
+TAPELM_INLINE vi load_words(const uint8_t* p, int64_t groups) {
+#if defined(TAPELM_AVX512)  // a branch that is foreseen costs less than a mask
+  if (groups == 1) return (vi)_mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i_u*>(p)));
+  return (vi)_mm512_loadu_si512(p);
+#else
+  vi words = {};
+  std::memcpy(&words, p, groups * (kGroup / 2));
+  return words;
+#endif
+}
+
+// The plain codes of indices in the lowest four bits.
+TAPELM_INLINE vf codes(vi index) {
+#if defined(TAPELM_AVX512)
+  return (vf)_mm512_permutexvar_ps((__m512i)index, (__m512)load(kCodes));
+#else
+  return __builtin_shuffle(load(kCodes), load(kCodes + 16 - W), index & 15);
+#endif
+}
+
+// sums[m] = x[m] . w[n] for `ordered` rows x. The sum of a word's codes times their elements is multiplied by its scale.
+template <int M>
+TAPELM_INLINE void dots_of_words(const Nf4& q, const float* ordered, int64_t K, int64_t n, float* sums) {
+  const int64_t room = words_room(K);
+  const uint8_t* const row = q.packed + n * K / 2;
+  Scales scales(q, n * K);
+  vf total[M] = {};
+  for (int64_t k = 0; k < K; k += kWords) {
+    const int64_t groups = std::min<int64_t>(W / 8, (K - k) / kGroup);
+    const vi words = load_words(row + k / 2, groups);
+    vf part[M][2] = {};
+#pragma GCC unroll 8
+    for (int nibble = 0; nibble < 8; ++nibble) {
+      const vf w = codes(words >> 4 * nibble);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) part[m][nibble % 2] += w * load(ordered + m * room + k + nibble * W);
+    }
+    const vf scale = scales.of_words(groups);
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m) total[m] += (part[m][0] + part[m][1]) * scale;
   }
   for (int m = 0; m < M; ++m) sums[m] = sum(total[m]);
 }
 
-// The same for blocks and rows of any size.
+// sums[m] = x[m] . w[n] for blocks and rows of any size.
 TAPELM_INLINE void dots_of_pieces(const Nf4& q, const float* x, int64_t M, int64_t K, int64_t n, float* sums) {
   float w[kPiece];
   vf total[kFewRows][kSums] = {};
@@ -44,23 +113,23 @@ TAPELM_INLINE void dots_of_pieces(const Nf4& q, const float* x, int64_t M, int64
   for (int64_t m = 0; m < M; ++m) sums[m] = sum(total[m]);
 }
 
-// y[m][n] = x[m] . w[n] + scaling * u[m] . b[n] for n in [begin, end). x (M, K) and, if K is whole blocks, its halves
-// as above, else null; u (M, R) and b (N, R) row-major.
+// y[m][n] = x[m] . w[n] + scaling * u[m] . b[n] for n in [begin, end). x (M, K), and `ordered` as above if are_words;
+// u (M, R) and b (N, R) row-major.
 template <typename T>
-void few_rows(const Nf4& q, const float* x, const float* const half[2], int64_t M, int64_t K, const T* u, const T* b,
-              int64_t R, float scaling, int64_t begin, int64_t end, T* y, int64_t N) {
+void few_rows(const Nf4& q, const float* x, const float* ordered, int64_t M, int64_t K, const T* u, const T* b, int64_t R,
+              float scaling, int64_t begin, int64_t end, T* y, int64_t N) {
   for (int64_t n = begin; n < end; ++n) {
     float sums[kFewRows];
-    if (half[0] == nullptr)
+    if (!are_words(q, K))
       dots_of_pieces(q, x, M, K, n, sums);
     else if (M == 1)
-      dots_of_blocks<1>(q, half, K, n, sums);
+      dots_of_words<1>(q, ordered, K, n, sums);
     else if (M == 2)
-      dots_of_blocks<2>(q, half, K, n, sums);
+      dots_of_words<2>(q, ordered, K, n, sums);
     else if (M == 3)
-      dots_of_blocks<3>(q, half, K, n, sums);
+      dots_of_words<3>(q, ordered, K, n, sums);
     else
-      dots_of_blocks<4>(q, half, K, n, sums);
+      dots_of_words<4>(q, ordered, K, n, sums);
     for (int64_t m = 0; m < M; ++m) {
       vf low[kSums] = {};
       for_vectors(R, [&](int64_t i, auto lanes, int s) __attribute__((always_inline)) {

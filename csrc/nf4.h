@@ -21,8 +21,7 @@ struct Nf4 {
   float scale(int64_t b) const {
     if (absmax) return absmax[b];
     // Rounded before the sum: a fused multiply-add would not equal other implementations.
-    const volatile float product = map[absmax8[b]] * nested[b / kNested];
-    return product + offset;
+    return __builtin_assoc_barrier(map[absmax8[b]] * nested[b / kNested]) + offset;
   }
 };
 

@@ -87,6 +87,28 @@ def test_few_rows(rows, kind, dtype):
     assert_close("value", dtype, ours, theirs, functions(weight)[1](x.double(), a.double(), b.double()))
 
 
+@pytest.mark.parametrize("block_size", [32, 64, 128, 4096])
+@pytest.mark.parametrize("k", [64, 192, 2112])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+def test_few_rows_of_whole_groups(rows, k, block_size, dtype):
+    """Which the CPU reads in words of eight indices; blocks end in a row, at its end, or some rows later."""
+    x, weight, a, b = make((rows,), k, 67, 16, "nested", dtype, block_size=block_size)
+    ours, theirs = (op(x, a, b) for op in functions(weight))
+    assert_close("value", dtype, ours, theirs, functions(weight)[1](x.double(), a.double(), b.double()))
+
+
+@pytest.mark.parametrize("place", [0, 100, 191])
+def test_what_is_not_finite_stays_in_its_row(place):
+    x, dense, a, b = make((2,), 192, 5, 4, "dense", torch.float32)
+    dense[2, place] = float("nan")
+    weight = tapelm.nf4_quantize(dense, 64, double_quant=False)
+    y = tapelm.lora_linear(x, weight, a, b, SCALING)
+    assert y.isnan().any(0).tolist() == [False, False, True, False, False]
+    x[1, place] = float("inf")
+    y = tapelm.lora_linear(x, tapelm.nf4_quantize(dense.nan_to_num()), a, b, SCALING)
+    assert y[0].isfinite().all() and not y[1].isfinite().any()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows,k,n,r", [((0,), 8, 3, 2), ((4,), 0, 3, 2), ((4,), 8, 0, 2), ((9,), 8, 3, 0)])
 def test_zero_size(rows, k, n, r, kind, dtype, device):
