@@ -1,7 +1,7 @@
 // AdamW (Loshchilov & Hutter 2019) over a list of tensors in one parallel pass, and the global gradient norm.
 //
-// Both implementations, this and the Triton kernels, give the same bits: the arithmetic is in the same order, and neither
-// contracts a product and a sum into one rounding.
+// Both implementations, this and the Triton kernels, give the same bits: the arithmetic is in the same order, and
+// neither contracts a product and a sum into one rounding.
 #include "common.h"
 #include "simd.h"
 
@@ -99,42 +99,95 @@ void check_state(at::TensorList list, at::TensorList params, at::ScalarType dtyp
   }
 }
 
-void adamw_step_(at::TensorList params, at::TensorList grads_, at::TensorList exp_avg, at::TensorList exp_avg_sq,
-                 at::TensorList masters, at::TensorList exp_avg_scale, at::TensorList exp_avg_sq_scale,
-                 at::IntArrayRef first_word, const Tensor& grad_scale, double lr, double beta1, double beta2, double eps,
-                 double weight_decay, int64_t step, int64_t key) {
-  if (params.empty()) return;
-  const size_t n = params.size();
-  TORCH_CHECK_VALUE(step >= 1, "adamw: step counts from 1");
-  TORCH_CHECK_VALUE(grads_.size() == n, "adamw: grads has ", grads_.size(), " tensors for ", n, " params");
-  const at::ScalarType dtype = params[0].scalar_type(), grad_dtype = grads_[0].scalar_type();
-  const bool eight_bits = !exp_avg_scale.empty(), master = !masters.empty();
-  const bool random = eight_bits || (dtype != at::kFloat && !master);
-  check_dtype(params[0], "adamw", "params");
+// What a step is given for each parameter; empty lists are those that its kind of step does without.
+struct Lists {
+  at::TensorList params, grads, exp_avg, exp_avg_sq, masters, exp_avg_scale, exp_avg_sq_scale;
+  at::IntArrayRef first_word;
+
+  bool has_masters() const { return !masters.empty(); }
+  bool has_eight_bits() const { return !exp_avg_scale.empty(); }
+  bool is_random() const { return has_eight_bits() || (params[0].scalar_type() != at::kFloat && !has_masters()); }
+};
+
+void check(const Lists& x) {
+  const size_t n = x.params.size();
+  TORCH_CHECK_VALUE(x.grads.size() == n, "adamw: grads has ", x.grads.size(), " tensors for ", n, " params");
+  const at::ScalarType dtype = x.params[0].scalar_type(), grad_dtype = x.grads[0].scalar_type();
+  check_dtype(x.params[0], "adamw", "params");
   TORCH_CHECK_TYPE(grad_dtype == dtype || grad_dtype == at::kFloat, "adamw: grads is ", grad_dtype, " but ", dtype,
                    " or float is needed");
-  TORCH_CHECK_VALUE(!master || dtype != at::kFloat, "adamw: masters are for bfloat16 parameters, and only for them");
-  TORCH_CHECK_VALUE(!random || first_word.size() == n, "adamw: first_word must have an index for each parameter");
-  std::vector<Tensor> grads;
-  grads.reserve(n);
-  int64_t elements = 0;
+  TORCH_CHECK_VALUE(!x.has_masters() || dtype != at::kFloat,
+                    "adamw: masters are for bfloat16 parameters, and only for them");
+  const bool random = x.is_random();
+  TORCH_CHECK_VALUE(!random || x.first_word.size() == n, "adamw: first_word must have an index for each parameter");
   for (size_t i = 0; i < n; ++i) {
-    check_same_dtype(params[i], params[0], "adamw", "params");
-    check_same_dtype(grads_[i], grads_[0], "adamw", "grads");
-    TORCH_CHECK_VALUE(params[i].is_contiguous(), "adamw: params must be contiguous");
-    TORCH_CHECK_VALUE(grads_[i].sizes() == params[i].sizes(), "adamw: grads must have the shapes of params");
-    TORCH_CHECK_VALUE(!random || first_word[i] % 4 == 0, "adamw: first_word must be multiples of 4");
-    grads.push_back(grads_[i].contiguous());
-    elements += params[i].numel();
+    check_same_dtype(x.params[i], x.params[0], "adamw", "params");
+    check_same_dtype(x.grads[i], x.grads[0], "adamw", "grads");
+    TORCH_CHECK_VALUE(x.params[i].is_contiguous(), "adamw: params must be contiguous");
+    TORCH_CHECK_VALUE(x.grads[i].sizes() == x.params[i].sizes(), "adamw: grads must have the shapes of params");
+    TORCH_CHECK_VALUE(!random || x.first_word[i] % 4 == 0, "adamw: first_word must be multiples of 4");
   }
-  const at::ScalarType moment_dtype = eight_bits ? at::kByte : at::kFloat;
-  check_state(exp_avg, params, moment_dtype, false, "exp_avg");
-  check_state(exp_avg_sq, params, moment_dtype, false, "exp_avg_sq");
-  if (master) check_state(masters, params, at::kFloat, false, "masters");
-  if (eight_bits) {
-    check_state(exp_avg_scale, params, at::kFloat, true, "exp_avg_scale");
-    check_state(exp_avg_sq_scale, params, at::kFloat, true, "exp_avg_sq_scale");
+  const at::ScalarType moment_dtype = x.has_eight_bits() ? at::kByte : at::kFloat;
+  check_state(x.exp_avg, x.params, moment_dtype, false, "exp_avg");
+  check_state(x.exp_avg_sq, x.params, moment_dtype, false, "exp_avg_sq");
+  if (x.has_masters()) check_state(x.masters, x.params, at::kFloat, false, "masters");
+  if (x.has_eight_bits()) {
+    check_state(x.exp_avg_scale, x.params, at::kFloat, true, "exp_avg_scale");
+    check_state(x.exp_avg_sq_scale, x.params, at::kFloat, true, "exp_avg_sq_scale");
   }
+}
+
+// The elements of a chunk in all of the lists; `grads` are contiguous.
+template <typename Range, typename T, typename G>
+Range range_of(const Lists& x, const std::vector<Tensor>& grads, const Chunk& chunk) {
+  using Moment = typename Range::Moment;
+  const auto [t, begin, end] = chunk;
+  return {
+      x.params[t].mutable_data_ptr<T>() + begin,
+      grads[t].const_data_ptr<G>() + begin,
+      x.exp_avg[t].mutable_data_ptr<Moment>() + begin,
+      x.exp_avg_sq[t].mutable_data_ptr<Moment>() + begin,
+      x.has_masters() ? x.masters[t].mutable_data_ptr<float>() + begin : nullptr,
+      x.has_eight_bits() ? x.exp_avg_scale[t].mutable_data_ptr<float>() + begin / kBlock : nullptr,
+      x.has_eight_bits() ? x.exp_avg_sq_scale[t].mutable_data_ptr<float>() + begin / kBlock : nullptr,
+      x.is_random() ? static_cast<uint64_t>(x.first_word[t] + begin) : 0,
+      end - begin,
+  };
+}
+
+// Updates all parameters, of type T with gradients of type G.
+template <typename T, typename G, bool MASTER>
+void update(const Lists& x, const AdamWStep& s) {
+  std::vector<Tensor> grads;
+  grads.reserve(x.grads.size());
+  for (const Tensor& grad : x.grads) grads.push_back(grad.contiguous());
+  const std::vector<Chunk> chunks = chunks_of(x.params);
+
+  // Backwards: the gradients that the norm has read last are still in the cache.
+  const auto run = [&]<typename Range>(std::type_identity<Range>) {
+    at::parallel_for(0, static_cast<int64_t>(chunks.size()), 1, [&](int64_t first, int64_t last) {
+      for (int64_t c = last - 1; c >= first; --c) {
+        const Range range = range_of<Range, T, G>(x, grads, chunks[c]);
+        TAPELM_DISPATCH(adamw_range(range, s));
+      }
+    });
+  };
+  if (x.has_eight_bits())
+    run(std::type_identity<AdamWRange<T, G, MASTER, true>>{});
+  else
+    run(std::type_identity<AdamWRange<T, G, MASTER, false>>{});
+}
+
+void adamw_step_(at::TensorList params, at::TensorList grads, at::TensorList exp_avg, at::TensorList exp_avg_sq,
+                 at::TensorList masters, at::TensorList exp_avg_scale, at::TensorList exp_avg_sq_scale,
+                 at::IntArrayRef first_word, const Tensor& grad_scale, double lr, double beta1, double beta2,
+                 double eps, double weight_decay, int64_t step, int64_t key) {
+  if (params.empty()) return;
+  TORCH_CHECK_VALUE(step >= 1, "adamw: step counts from 1");
+  const Lists x{params, grads, exp_avg, exp_avg_sq, masters, exp_avg_scale, exp_avg_sq_scale, first_word};
+  check(x);
+  int64_t elements = 0;
+  for (const Tensor& param : params) elements += param.numel();
   const AdamWStep s{
       grad_scale.item<float>(),
       static_cast<float>(1.0 - beta1),
@@ -147,41 +200,13 @@ void adamw_step_(at::TensorList params, at::TensorList grads_, at::TensorList ex
       static_cast<uint64_t>(key),
       elements > kBeyondCache,
   };
-  const std::vector<Chunk> chunks = chunks_of(params);
-
-  // Backwards: the gradients that the norm has read last are still in the cache.
-  const auto run = [&]<typename Range, typename T, typename G>(std::type_identity<Range>, T, G) {
-    using Moment = typename Range::Moment;
-    at::parallel_for(0, static_cast<int64_t>(chunks.size()), 1, [&](int64_t first, int64_t last) {
-      for (int64_t c = last - 1; c >= first; --c) {
-        const auto [t, begin, end] = chunks[c];
-        const Range range{
-            params[t].mutable_data_ptr<T>() + begin,
-            grads[t].const_data_ptr<G>() + begin,
-            exp_avg[t].mutable_data_ptr<Moment>() + begin,
-            exp_avg_sq[t].mutable_data_ptr<Moment>() + begin,
-            master ? masters[t].mutable_data_ptr<float>() + begin : nullptr,
-            eight_bits ? exp_avg_scale[t].mutable_data_ptr<float>() + begin / kBlock : nullptr,
-            eight_bits ? exp_avg_sq_scale[t].mutable_data_ptr<float>() + begin / kBlock : nullptr,
-            random ? static_cast<uint64_t>(first_word[t] + begin) : 0,
-            end - begin,
-        };
-        TAPELM_DISPATCH(adamw_range(range, s));
-      }
-    });
-  };
-  const auto with_moments = [&]<bool MASTER, typename T, typename G>(std::bool_constant<MASTER>, T t, G g) {
-    if (eight_bits)
-      run(std::type_identity<AdamWRange<T, G, MASTER, true>>{}, t, g);
+  if (params[0].scalar_type() == at::kFloat) return update<float, float, false>(x, s);
+  with_dtype(grads[0], [&](auto zero) {
+    using G = decltype(zero);
+    if (x.has_masters())
+      update<bf16, G, true>(x, s);
     else
-      run(std::type_identity<AdamWRange<T, G, MASTER, false>>{}, t, g);
-  };
-  if (dtype == at::kFloat) return with_moments(std::false_type{}, float{}, float{});
-  with_dtype(grads[0], [&](auto g) {
-    if (master)
-      with_moments(std::true_type{}, bf16{}, g);
-    else
-      with_moments(std::false_type{}, bf16{}, g);
+      update<bf16, G, false>(x, s);
   });
 }
 

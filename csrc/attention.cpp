@@ -33,6 +33,33 @@ struct Strided {
   bool has(int64_t t) const { return begin <= t && t < end; }
 };
 
+// A key/value head and the `heads` query heads that read it, whose number in the whole batch begins at `first`: what
+// the forward pass reads and writes of them.
+template <typename T>
+struct ForwardGroup {
+  int64_t first, heads;
+  const int32_t* documents;  // of the batch row, or null
+  Strided<T> q, k, v;
+  T* out;
+  int64_t out_row;
+  float* lse;
+};
+
+// The same for the backward pass. With the whole group dk and dv have a single writer. The sums of dq go to `dq_sums`,
+// as those of one of several tasks, or into dq if that is null.
+template <typename T>
+struct BackwardGroup {
+  int64_t first, heads;
+  const int32_t* documents;
+  Strided<T> grad, q, k, v, out;
+  const float* lse;
+  T* dq;
+  int64_t dq_row;
+  T *dk, *dv;
+  int64_t dk_row;
+  float* dq_sums;
+};
+
 constexpr int64_t DECODE_KEYS = 256;  // keys of one task of attention_decode.inl
 
 }  // namespace tapelm
@@ -65,7 +92,8 @@ void check(const Tensor& q, const Tensor& k, const Tensor& v, bool causal, doubl
                     " rows and k ", k.size(2), ", but queries are the last of the keys' positions where causal or "
                     "document_ids say what they see");
   TORCH_CHECK_VALUE(k.size(1) > 0 ? q.size(1) % k.size(1) == 0 : q.size(1) == 0,
-                    "attention: the query heads (", q.size(1), ") must be a multiple of the key heads (", k.size(1), ")");
+                    "attention: the query heads (", q.size(1), ") must be a multiple of the key heads (", k.size(1),
+                    ")");
   TORCH_CHECK_VALUE(dropout_p >= 0.0 && dropout_p < 1.0, "attention: dropout_p must be in [0, 1), not ", dropout_p);
   TORCH_CHECK_VALUE(dropout_p == 0.0 || seed.has_value(), "attention: dropout needs a seed");
   if (seed.has_value())
@@ -111,11 +139,12 @@ int64_t grain_of(const AttentionShape& s, int64_t group, int64_t splits) {
 
 // (B, H, T, D) stored as (B, T, H, D): the layout that the projection after attention reads without a copy.
 Tensor empty_heads(const Tensor& like) {
-  return empty({like.size(0), like.size(2), like.size(1), like.size(3)}, like.scalar_type()).transpose(1, 2);
+  const int64_t H = like.size(1), T = like.size(2), D = like.size(3);
+  return empty_strided(like.sizes(), {T * H * D, D, H * D, 1}, like.scalar_type());
 }
 
-// Whether keys and values are better read as they are than packed for squares of queries and keys. Where no keys precede
-// the queries they are packed, so that a row is the same bit for bit however many follow it.
+// Whether keys and values are better read as they are than packed for squares of queries and keys. Where no keys
+// precede the queries they are packed, so that a row is the same bit for bit however many follow it.
 bool is_decoding(const AttentionShape& s, at::ScalarType dtype) {
   return s.T <= (dtype == at::kFloat ? 16 : 8) && s.S > s.T && !s.dropout;
 }
@@ -138,11 +167,10 @@ void decode(const AttentionShape& s, const Tensor& q, const Tensor& k, const Ten
           found.get() + task * rows * row, space.get()));
     }
   });
-  const Scratch sums(s.D);
   for (int64_t i = 0; i < groups * rows; ++i) {  // (b, h, t) in this order
     T* const to = out + ((i / s.T / s.Hq * s.T + i % s.T) * s.Hq + i / s.T % s.Hq) * s.D;
     TAPELM_DISPATCH_PRODUCT(attention_merge_parts<T>(s, found.get() + (i / rows * parts * rows + i % rows) * row, parts,
-                                                     rows * row, sums.get(), to, lse + i));
+                                                     rows * row, to, lse + i));
   }
 }
 
@@ -155,7 +183,7 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& q_, const Tensor& k_,
   const AttentionShape s = shape_of(q, k, causal, scale, dropout_p, seed, documents);
   const int64_t B = q.size(0), Hkv = k.size(1), group = Hkv ? s.Hq / Hkv : 1;
   Tensor out = empty_heads(q);
-  Tensor lse = at::empty({B, s.Hq, s.T}, q.options().dtype(at::kFloat));
+  Tensor lse = empty({B, s.Hq, s.T}, at::kFloat);
   if (out.numel() == 0) return {out, lse.zero_()};
   const int64_t splits = splits_of(B * Hkv, TAPELM_DISPATCH_PRODUCT(attention_forward_blocks(s)));
   with_dtype(q, [&](auto zero) {
@@ -167,10 +195,18 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& q_, const Tensor& k_,
       const Scratch space(TAPELM_DISPATCH_PRODUCT(attention_forward_floats<T>(s)));
       for (int64_t task = first; task < last; ++task) {
         const int64_t b = task / splits / Hkv, kv = task / splits % Hkv, h = kv * group, head = b * s.Hq + h;
-        TAPELM_DISPATCH_PRODUCT(attention_forward_group<T>(
-            s, head, group, documents_of(documents, b), {task % splits, splits}, head_of<T>(q, b, h, s.first),
-            head_of<T>(k, b, kv), head_of<T>(v, b, kv), out_data + (b * s.T * s.Hq + h) * s.D, s.Hq * s.D,
-            lse_data + head * s.T, space.get()));
+        const ForwardGroup<T> heads = {
+            .first = head,
+            .heads = group,
+            .documents = documents_of(documents, b),
+            .q = head_of<T>(q, b, h, s.first),
+            .k = head_of<T>(k, b, kv),
+            .v = head_of<T>(v, b, kv),
+            .out = out_data + (b * s.T * s.Hq + h) * s.D,
+            .out_row = s.Hq * s.D,
+            .lse = lse_data + head * s.T,
+        };
+        TAPELM_DISPATCH_PRODUCT(attention_forward_group<T>(s, heads, {task % splits, splits}, space.get()));
       }
     });
   });
@@ -206,12 +242,24 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_, const
       for (int64_t task = first; task < last; ++task) {
         const int64_t b = task / splits / Hkv, kv = task / splits % Hkv, h = kv * group, head = b * s.Hq + h;
         const int64_t kv_start = (b * s.S * Hkv + kv) * s.D;
-        float* const sums = splits > 1 ? dq_sums.get() + (task % splits * B * s.Hq + head) * size : nullptr;
-        TAPELM_DISPATCH_PRODUCT(attention_backward_group<T>(
-            s, head, group, documents_of(documents, b), {task % splits, splits}, head_of<T>(grad, b, h, s.first),
-            head_of<T>(q, b, h, s.first), head_of<T>(k, b, kv), head_of<T>(v, b, kv), head_of<T>(out, b, h, s.first),
-            lse.const_data_ptr<float>() + head * s.T, dq_data + (b * s.T * s.Hq + h) * s.D, s.Hq * s.D,
-            dk_data + kv_start, dv_data + kv_start, Hkv * s.D, sums, space.get()));
+        const BackwardGroup<T> heads = {
+            .first = head,
+            .heads = group,
+            .documents = documents_of(documents, b),
+            .grad = head_of<T>(grad, b, h, s.first),
+            .q = head_of<T>(q, b, h, s.first),
+            .k = head_of<T>(k, b, kv),
+            .v = head_of<T>(v, b, kv),
+            .out = head_of<T>(out, b, h, s.first),
+            .lse = lse.const_data_ptr<float>() + head * s.T,
+            .dq = dq_data + (b * s.T * s.Hq + h) * s.D,
+            .dq_row = s.Hq * s.D,
+            .dk = dk_data + kv_start,
+            .dv = dv_data + kv_start,
+            .dk_row = Hkv * s.D,
+            .dq_sums = splits > 1 ? dq_sums.get() + (task % splits * B * s.Hq + head) * size : nullptr,
+        };
+        TAPELM_DISPATCH_PRODUCT(attention_backward_group<T>(s, heads, {task % splits, splits}, space.get()));
       }
     });
     if (splits > 1)
@@ -228,8 +276,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_, const
 
 TORCH_LIBRARY_FRAGMENT(tapelm, m) {
   m.def(
-      "attention_forward(Tensor q, Tensor k, Tensor v, bool causal, float scale, float dropout_p, Tensor? seed, Tensor? "
-      "document_ids) -> (Tensor out, Tensor lse)");
+      "attention_forward(Tensor q, Tensor k, Tensor v, bool causal, float scale, float dropout_p, Tensor? seed, "
+      "Tensor? document_ids) -> (Tensor out, Tensor lse)");
   m.def(
       "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, bool causal, float scale, "
       "float dropout_p, Tensor? seed, Tensor? document_ids) -> (Tensor, Tensor, Tensor)");

@@ -1,86 +1,11 @@
 // Flash attention (Dao et al. 2022) for one instruction set: queries against keys in squares of NR x NR, scores never
-// stored beyond a block. Scores are computed transposed, [key][query]: the softmax of a query then runs down a lane, and
-// a weight is written once in each order that a product over keys or over queries reads (see attention_pack.inl).
-#include "attention_pack.inl"
+// stored beyond a block. Scores are computed transposed, [key][query]: the softmax of a query then runs down a lane,
+// and a weight is written once in each order that a product over keys or queries reads (see attention_pack.inl).
+#include "attention_mask.inl"
 
 constexpr int64_t FORWARD_KEYS = 256;  // keys per block of the forward pass
 constexpr int64_t BACKWARD = 64;       // queries and keys per block of the backward pass; both multiples of NR
 constexpr float LOG2E = 1.44269504088896341f;
-
-// Which squares (query chunk, key chunk) of NR x NR are seen; documents are those of one batch row.
-struct Mask {
-  const AttentionShape& s;
-  const int32_t* documents = nullptr;  // [tokens], beyond S the last one
-  const int32_t *lowest = nullptr, *highest = nullptr;  // [tokens / NR]
-
-  Mask(const AttentionShape& shape, const int32_t* ids, float* space) : s(shape) {
-    if (ids == nullptr) return;
-    int32_t* copy = reinterpret_cast<int32_t*>(space);
-    const int64_t tokens = round_up(s.S, NR), chunks = tokens / NR;
-    std::memcpy(copy, ids, s.S * sizeof(int32_t));
-    std::fill(copy + s.S, copy + tokens, ids[s.S - 1]);
-    for (int64_t c = 0; c < chunks; ++c) {
-      const auto [low, high] = std::minmax_element(copy + c * NR, copy + (c + 1) * NR);
-      copy[tokens + c] = *low;
-      copy[tokens + chunks + c] = *high;
-    }
-    documents = copy;
-    lowest = copy + tokens;
-    highest = lowest + chunks;
-  }
-  static int64_t floats(const AttentionShape& s) { return 3 * round_up(s.S, NR); }
-
-  bool hidden(int64_t q, int64_t k) const {
-    return (s.causal && k > q) || (documents && (highest[q] < lowest[k] || highest[k] < lowest[q]));
-  }
-  bool whole(int64_t q, int64_t k) const {
-    return !(s.causal && k == q) && (k + 1) * NR <= s.S &&
-           (!documents || (lowest[q] == highest[k] && highest[q] == lowest[k]));
-  }
-  Range keys(int64_t q, Range k) const {
-    while (k.begin < k.end && hidden(q, k.begin)) ++k.begin;
-    while (k.begin < k.end && hidden(q, k.end - 1)) --k.end;
-    return k;
-  }
-  Range queries(Range q, int64_t k) const {
-    while (q.begin < q.end && hidden(q.begin, k)) ++q.begin;
-    while (q.begin < q.end && hidden(q.end - 1, k)) --q.end;
-    return q;
-  }
-};
-
-// The queries at NR positions of one head as the lanes of two vectors.
-struct Panel {
-  vi last[2], document[2];  // the last key that a query sees; its document
-  vl counter[2][2];         // Philox counters of key 0 of the even and of the odd lanes
-
-  Panel(const Mask& m, int64_t head, int64_t q0) {
-    const int64_t row = round_up(m.s.S, 8) / 8, query = head * m.s.T - m.s.first;
-    for (int v = 0; v < 2; ++v)
-      for (int i = 0; i < W; ++i) {
-        const int64_t t = q0 + v * W + i;
-        last[v][i] = static_cast<int32_t>(m.s.causal ? std::min(t, m.s.S - 1) : m.s.S - 1);
-        document[v][i] = m.documents ? m.documents[t] : 0;
-        counter[v][i % 2][i / 2] = static_cast<uint64_t>((query + t) * row);
-      }
-  }
-
-  TAPELM_INLINE vf seen(vf x, const Mask& m, int v, int64_t key) const {
-    vi hidden = vi{} + static_cast<int32_t>(key) > last[v];
-    if (m.documents) hidden |= document[v] != m.documents[key];
-    return hidden ? broadcast(-__builtin_inff()) : x;
-  }
-
-  // Random words of R keys, two in each: element index ((b Hq + h) T + t) S8 + key, S8 = S rounded up to 8.
-  TAPELM_INLINE void random(uint64_t seed, int v, int64_t key, vu out[R / 2]) const {
-    vl even[4], odd[4];
-    philox(seed, counter[v][0] + static_cast<uint64_t>(key / 8), even);
-    philox(seed, counter[v][1] + static_cast<uint64_t>(key / 8), odd);
-    const int64_t first = R == 8 ? 0 : key % 8 / 2;
-#pragma GCC unroll 4
-    for (int w = 0; w < R / 2; ++w) out[w] = interleave_words(even[first + w], odd[first + w]);
-  }
-};
 
 // Rows `even` and `odd` of weights [key][query] as an operand that is summed over keys; `ld` units between its rows.
 TAPELM_INLINE void store_steps(float* to, int64_t ld, vf even, vf odd) {
@@ -91,14 +16,35 @@ TAPELM_INLINE void store_steps(float* to, int64_t ld, vf even, vf odd) {
 TAPELM_INLINE void store_steps(uint32_t* to, int64_t, vf even, vf odd) { store(to, round_pairs(even, odd)); }
 #endif
 
+// What a task of the forward pass works on: a key/value head, and a panel of queries with a block of its keys.
 template <typename T>
 struct ForwardSpace {
-  Unit<T>*k_rows, *v_steps, *q_columns, *weights;
-  float *scores, *sums;
+  Mask mask;
+  Unit<T>*k_rows, *v_steps;  // of the key/value head
+  Unit<T>* q_columns;        // of the panel
+  Unit<T>* weights;          // of the block: [key / PAIR][NR]
+  float* scores;             // of the block: [key][NR]
+  float* sums;               // of the panel: [NR][width]
+  int64_t floats;
+
+  ForwardSpace(const AttentionShape& s, const int32_t* documents, Space space)
+      : mask(s, documents, space),
+        k_rows(space.take<Unit<T>>(round_up(s.S, NR) * width_of(s) / PAIR<T>)),
+        v_steps(space.take<Unit<T>>(round_up(s.S, NR) * width_of(s) / PAIR<T>)),
+        q_columns(space.take<Unit<T>>(NR * width_of(s) / PAIR<T>)),
+        weights(space.take<Unit<T>>(FORWARD_KEYS / PAIR<T> * NR)),
+        scores(space.take<float>(FORWARD_KEYS * NR)),
+        sums(space.take<float>(NR * width_of(s))),
+        floats(space.floats()) {}
+};
+
+// Of each query of a panel its top score so far and the total of its weights, exp2(score - top).
+struct Softmax {
+  vf top[2], total[2];
 };
 
 // Scores of R keys from `key`, scaled for exp2, masked where the square is mixed; V = 1 leaves out the first vector,
-// all of it hidden. Returns by `top` the largest of each query.
+// all of it hidden. Raises `top` to the largest of each query.
 template <int V, typename U>
 TAPELM_INLINE void score_tile(const Mask& m, const Panel& p, int64_t key, bool mixed, const U* k, int64_t k_row,
                               int64_t depth, const U* q_columns, float* scores, vf top[2]) {
@@ -118,125 +64,149 @@ TAPELM_INLINE void score_tile(const Mask& m, const Panel& p, int64_t key, bool m
   }
 }
 
-// Chunks of NR positions that hold queries.
-Range query_chunks(const AttentionShape& s) { return {s.first / NR, (s.first + s.T + NR - 1) / NR}; }
-
-// One panel of queries against all its keys. A NaN score may be lost by the maximum but not by the total.
-template <typename T, bool DROPOUT>
-void forward_panel(const Mask& m, int64_t head, int64_t q, const ForwardSpace<T>& w, T* out, int64_t out_row, float* lse) {
-  const AttentionShape& s = m.s;
-  const int64_t q0 = q * NR, width = round_up(s.D, NR), row = width / PAIR<T>, depth = round_up(s.D, PAIR<T>) / PAIR<T>;
-  const int64_t chunks = s.causal ? q + 1 : round_up(s.S, NR) / NR;
-  const Range rows = {std::max(q0, s.first), std::min(q0 + NR, s.first + s.T)};  // positions of queries
-  const Panel p(m, head, q0);
-  for (int64_t t = rows.begin; t < rows.end; ++t) prefetch_row<1>(out + (t - s.first) * out_row, s.D);
-  const vf none = broadcast(-__builtin_inff());
-  vf top[2] = {none, none}, total[2] = {};
-  std::memset(w.sums, 0, NR * width * sizeof(float));
-  for (int64_t block = 0; block < chunks; block += FORWARD_KEYS / NR) {
-    const Range k = m.keys(q, {block, std::min(chunks, block + FORWARD_KEYS / NR)});
-    if (k.begin == k.end) continue;
-    vf new_top[2] = {top[0], top[1]};
-    for (int64_t c = k.begin; c < k.end; ++c) {
-      float* scores = w.scores + (c - block) * NR * NR;
-      if (m.hidden(q, c)) {
-        std::fill(scores, scores + NR * NR, -__builtin_inff());
-        continue;
-      }
-      const bool mixed = !m.whole(q, c);
-      for (int64_t i = 0; i < NR; i += R) {
-        const int64_t key = c * NR + i;
-        if (s.causal && key >= q0 + W)
-          score_tile<1>(m, p, key, mixed, w.k_rows + key * row, row, depth, w.q_columns, scores + i * NR, new_top);
-        else
-          score_tile<2>(m, p, key, mixed, w.k_rows + key * row, row, depth, w.q_columns, scores + i * NR, new_top);
-      }
+// Scores of a panel against chunks `keys`. Raises `top` to the largest of each query; it may lose a NaN, which the
+// total of the weights will not.
+template <typename T>
+TAPELM_INLINE void score_keys(const ForwardSpace<T>& w, const Panel& p, Range keys, vf top[2]) {
+  const Mask& m = w.mask;
+  const int64_t row = width_of(m.s) / PAIR<T>, depth = round_up(m.s.D, PAIR<T>) / PAIR<T>;
+  for (int64_t c = keys.begin; c < keys.end; ++c) {
+    float* const scores = w.scores + (c - keys.begin) * NR * NR;
+    if (m.hidden(p.chunk, c)) {
+      std::fill(scores, scores + NR * NR, -__builtin_inff());
+      continue;
     }
-    const float* scores = w.scores + (k.begin - block) * NR * NR;
-    Unit<T>* weights = w.weights + (k.begin - block) * NR / PAIR<T> * NR;
-    float rescale[NR];
-    for (int v = 0; v < 2; ++v) {
-      const vf shift = new_top[v] == none ? vf{} : new_top[v];  // a query that has seen nothing has weights of 0
-      const vf decay = exp2(top[v] - shift);
-      vf sums = {};
-      for (int64_t i = 0; i < (k.end - k.begin) * NR; i += R) {
-        vu random[R / 2];
-        if constexpr (DROPOUT) p.random(s.seed, v, k.begin * NR + i, random);
-#pragma GCC unroll 4
-        for (int r = 0; r < R; r += 2) {
-          vf even = exp2(load(scores + (i + r) * NR + v * W) - shift);
-          vf odd = exp2(load(scores + (i + r + 1) * NR + v * W) - shift);
-          sums += even;
-          sums += odd;
-          if constexpr (DROPOUT) {
-            even = dropped(even, kept_of_halves<false>(random[r / 2], s.threshold));
-            odd = dropped(odd, kept_of_halves<true>(random[r / 2], s.threshold));
-          }
-          store_steps(weights + (i + r) / PAIR<T> * NR + v * W, NR, even, odd);
-        }
-      }
-      store(rescale + v * W, decay);
-      total[v] = total[v] * decay + sums;
-      top[v] = new_top[v];
+    const bool mixed = !m.whole(p.chunk, c);
+    for (int64_t i = 0; i < NR; i += R) {
+      const int64_t key = c * NR + i;
+      const Unit<T>* const k = w.k_rows + key * row;
+      if (m.s.causal && key >= p.start + W)
+        score_tile<1>(m, p, key, mixed, k, row, depth, w.q_columns, scores + i * NR, top);
+      else
+        score_tile<2>(m, p, key, mixed, k, row, depth, w.q_columns, scores + i * NR, top);
     }
-    if (block > 0)
-      for (int64_t i = 0; i < NR; ++i)
-        if (rescale[i] != 1.0f)
-          for (int64_t d = 0; d < width; d += W) store(w.sums + i * width + d, load(w.sums + i * width + d) * rescale[i]);
-    const auto visible = [&](int64_t i) -> Range {
-      const int64_t end = s.causal ? std::min(k.end * NR, q0 + i + R) : k.end * NR;
-      return {k.begin * NR / PAIR<T>, end / PAIR<T>};
-    };
-    const int64_t start = block * NR / PAIR<T>;
-    add_product(NR, width, visible, w.weights - start * NR, 1, NR, w.v_steps, width, w.sums);
   }
+}
+
+// Turns the scores of chunks `keys` into weights relative to `top`, which they have raised, and drops some. `decay`
+// receives what weights that were relative to the top before are to be multiplied by.
+template <typename T, bool DROPOUT>
+TAPELM_INLINE void weigh_keys(const ForwardSpace<T>& w, const Panel& p, Range keys, const vf top[2], Softmax& softmax,
+                              float decay[NR]) {
+  const AttentionShape& s = w.mask.s;
+  for (int v = 0; v < 2; ++v) {
+    // A query that has seen nothing has weights of 0.
+    const vf shift = top[v] == broadcast(-__builtin_inff()) ? vf{} : top[v];
+    const vf factor = exp2(softmax.top[v] - shift);
+    vf sums = {};
+    for (int64_t i = 0; i < (keys.end - keys.begin) * NR; i += R) {
+      vu random[R / 2];
+      if constexpr (DROPOUT) p.random(s.seed, v, keys.begin * NR + i, random);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r += 2) {
+        vf even = exp2(load(w.scores + (i + r) * NR + v * W) - shift);
+        vf odd = exp2(load(w.scores + (i + r + 1) * NR + v * W) - shift);
+        sums += even;
+        sums += odd;
+        if constexpr (DROPOUT) {
+          even = dropped(even, kept_of_halves<false>(random[r / 2], s.threshold));
+          odd = dropped(odd, kept_of_halves<true>(random[r / 2], s.threshold));
+        }
+        store_steps(w.weights + (i + r) / PAIR<T> * NR + v * W, NR, even, odd);
+      }
+    }
+    store(decay + v * W, factor);
+    softmax.total[v] = softmax.total[v] * factor + sums;
+    softmax.top[v] = top[v];
+  }
+}
+
+// sums[NR][width] times a factor for each row.
+TAPELM_INLINE void scale_rows(float* sums, int64_t width, const float factors[NR]) {
+  for (int64_t i = 0; i < NR; ++i, sums += width)
+    if (factors[i] != 1.0f)
+      for (int64_t d = 0; d < width; d += W) store(sums + d, load(sums + d) * factors[i]);
+}
+
+// Adds the weighted values of chunks `keys` to the sums of a panel.
+template <typename T>
+TAPELM_INLINE void add_values(const ForwardSpace<T>& w, const Panel& p, Range keys) {
+  const AttentionShape& s = w.mask.s;
+  const int64_t first = keys.begin * NR, width = width_of(s);
+  const auto seen = [&](int64_t i) -> Range {
+    const int64_t end = s.causal ? std::min(keys.end * NR, p.start + i + R) : keys.end * NR;
+    return {0, (end - first) / PAIR<T>};
+  };
+  add_product(NR, width, seen, w.weights, 1, NR, w.v_steps + first / PAIR<T> * width, width, w.sums);
+}
+
+template <typename T>
+TAPELM_INLINE void write_panel(const ForwardSpace<T>& w, const Panel& p, const Softmax& softmax, T* out,
+                               int64_t out_row, float* lse) {
+  const AttentionShape& s = w.mask.s;
   float totals[NR], tops[NR];
   for (int v = 0; v < 2; ++v) {
-    store(totals + v * W, total[v]);
-    store(tops + v * W, top[v]);
+    store(totals + v * W, softmax.total[v]);
+    store(tops + v * W, softmax.top[v]);
   }
-  for (int64_t t = rows.begin; t < rows.end; ++t) {
-    const int64_t i = t - q0;
-    write_row(w.sums + i * width, s.D, s.keep_scale / totals[i], out + (t - s.first) * out_row);
+  const Range queries = p.queries(s);
+  for (int64_t t = queries.begin; t < queries.end; ++t) {
+    const int64_t i = t - p.start;
+    write_row(w.sums + i * width_of(s), s.D, s.keep_scale / totals[i], out + (t - s.first) * out_row);
     lse[t - s.first] = (tops[i] + std::log2(totals[i])) / LOG2E;
   }
 }
+
+// One panel of queries against all its keys, block by block.
+template <typename T, bool DROPOUT>
+void forward_panel(const ForwardSpace<T>& w, const Panel& p, T* out, int64_t out_row, float* lse) {
+  constexpr int64_t BLOCK = FORWARD_KEYS / NR;
+  const AttentionShape& s = w.mask.s;
+  const int64_t width = width_of(s), chunks = s.causal ? p.chunk + 1 : round_up(s.S, NR) / NR;
+  const Range queries = p.queries(s);
+  for (int64_t t = queries.begin; t < queries.end; ++t) prefetch_row<1>(out + (t - s.first) * out_row, s.D);
+  std::memset(w.sums, 0, NR * width * sizeof(float));
+  const vf none = broadcast(-__builtin_inff());
+  Softmax softmax = {{none, none}, {}};
+  for (int64_t block = 0; block < chunks; block += BLOCK) {
+    const Range keys = w.mask.keys(p.chunk, {block, std::min(chunks, block + BLOCK)});
+    if (keys.begin == keys.end) continue;
+    vf top[2] = {softmax.top[0], softmax.top[1]};
+    float decay[NR];
+    score_keys(w, p, keys, top);
+    weigh_keys<T, DROPOUT>(w, p, keys, top, softmax, decay);
+    if (block > 0) scale_rows(w.sums, width, decay);
+    add_values(w, p, keys);
+  }
+  write_panel(w, p, softmax, out, out_row, lse);
+}
+
+// Chunks of NR positions that hold queries.
+Range query_chunks(const AttentionShape& s) { return {s.first / NR, (s.first + s.T + NR - 1) / NR}; }
 
 int64_t attention_forward_blocks(const AttentionShape& s) { return query_chunks(s).end - query_chunks(s).begin; }
 
 template <typename T>
 int64_t attention_forward_floats(const AttentionShape& s) {
-  const int64_t tokens = round_up(s.S, NR), width = round_up(s.D, NR);
-  return 2 * tokens * width / PAIR<T> + 2 * NR * width + 2 * FORWARD_KEYS * NR + Mask::floats(s);
+  return ForwardSpace<T>(s, nullptr, Space(nullptr)).floats;
 }
 
-// The query heads of one key/value head; of `splits` tasks, this one takes every splits-th panel of queries.
+// Of split.count tasks, this one takes every split.count-th panel of queries.
 template <typename T>
-void attention_forward_group(const AttentionShape& s, int64_t head, int64_t group, const int32_t* documents, Split split,
-                             Strided<T> q, Strided<T> k, Strided<T> v, T* out, int64_t out_row, float* lse, float* space) {
-  const int64_t tokens = round_up(s.S, NR), width = round_up(s.D, NR);
+void attention_forward_group(const AttentionShape& s, const ForwardGroup<T>& x, Split split, float* space) {
+  const ForwardSpace<T> w(s, x.documents, Space(space));
   const Range panels = query_chunks(s);
-  const Mask mask(s, documents, space);
-  space += Mask::floats(s);
-  ForwardSpace<T> w;
-  w.k_rows = reinterpret_cast<Unit<T>*>(space);
-  w.v_steps = w.k_rows + tokens * width / PAIR<T>;
-  w.q_columns = w.v_steps + tokens * width / PAIR<T>;
-  w.weights = w.q_columns + NR * width;
-  w.scores = reinterpret_cast<float*>(w.weights + FORWARD_KEYS * NR);
-  w.sums = w.scores + FORWARD_KEYS * NR;
-  pack_rows(k, s, w.k_rows);
-  pack_steps(v, s, w.v_steps);
-  for (int64_t g = 0; g < group; ++g)
+  pack_rows(x.k, s, w.k_rows);
+  pack_steps(x.v, s, w.v_steps);
+  for (int64_t g = 0; g < x.heads; ++g)
     for (int64_t panel = panels.begin + split.index; panel < panels.end; panel += split.count) {
-      pack_columns(q.head_offset(g), s, panel * NR, w.q_columns);
-      prefetch_next_head(q.head_offset(g), s, panel * NR, NR);
-      if (g == 0) {
-        prefetch_next_head(k, s, panel * NR, NR);
-        prefetch_next_head(v, s, panel * NR, NR);
-      }
-      (s.dropout ? forward_panel<T, true> : forward_panel<T, false>)(mask, head + g, panel, w, out + g * s.D, out_row,
-                                                                     lse + g * s.T);
+      const Strided<T> q = x.q.head_offset(g);
+      pack_columns(q, s, panel * NR, w.q_columns);
+      prefetch_next_head(q, s, panel * NR, NR);
+      if (g == 0)
+        for (const Strided<T> each : {x.k, x.v}) prefetch_next_head(each, s, panel * NR, NR);
+      (s.dropout ? forward_panel<T, true> : forward_panel<T, false>)(w, Panel(w.mask, x.first + g, panel),
+                                                                     x.out + g * s.D, x.out_row, x.lse + g * s.T);
     }
 }
 #include "attention_backward.inl"

@@ -1,6 +1,6 @@
-// Attention of a few queries to many keys for one instruction set, as in decoding with a cache: keys and values are read
-// as they are, once for all query heads of their group, and nothing is packed. A part of the keys is a task; what the
-// parts find is put together by attention_merge_parts, so that results do not depend on the number of threads.
+// Attention of a few queries to many keys for one instruction set, as in decoding with a cache: keys and values are
+// read as they are, once for all query heads of their group, and nothing is packed. A part of the keys is a task; what
+// the parts find is put together by attention_merge_parts, so that results do not depend on the number of threads.
 #include "simd_loop.inl"
 
 // Lane i of the result is the sum of x[i].
@@ -101,14 +101,29 @@ TAPELM_INLINE void scores_to_weights(float* scores, int64_t count, int64_t seen,
 
 int64_t attention_decode_floats(const AttentionShape& s, int64_t rows) { return rows * (s.D + DECODE_KEYS); }
 
-// Of `rows` = group * T queries, head by head, against the keys in [keys.begin, keys.end), DECODE_KEYS at most: for each
-// query its top score, the total of its weights and D sums of values go to result[rows][D + 2].
+// Of `keys`, the range outside which no query has one of its document.
+Range keys_of_documents(const AttentionShape& s, Range keys, const int32_t* documents) {
+  const auto foreign = [&](int64_t key) {
+    return std::find(documents + s.first, documents + s.first + s.T, documents[key]) == documents + s.first + s.T;
+  };
+  while (keys.begin < keys.end && foreign(keys.begin)) ++keys.begin;
+  while (keys.begin < keys.end && foreign(keys.end - 1)) --keys.end;
+  return keys;
+}
+
+// Of `rows` = group * T queries, head by head, against the keys in [keys.begin, keys.end), DECODE_KEYS at most: for
+// each query its top score, the total of its weights and D sums of values go to result[rows][D + 2]. Keys at the ends
+// that no query sees are not read.
 template <typename T>
 void attention_decode_part(const AttentionShape& s, int64_t rows, Range keys, const int32_t* documents, Strided<T> q,
                            Strided<T> k, Strided<T> v, float* result, float* space) {
   float* const queries = space;  // [rows][D], scaled for exp2
   float* const scores = space + rows * s.D;
+  if (documents) keys = keys_of_documents(s, keys, documents);
   const int64_t count = keys.end - keys.begin, ld = s.D + 2;
+  const auto seen = [&](int64_t r) {  // how many of these keys `causal` leaves for row r
+    return s.causal ? std::clamp<int64_t>(s.first + r % s.T + 1 - keys.begin, 0, count) : count;
+  };
   for (int64_t r = 0; r < rows; ++r) {
     const T* const from = q.head_offset(r / s.T).at(s.first + r % s.T);
     for_vectors<1>(s.D, [&](int64_t d, auto lanes, int) __attribute__((always_inline)) {
@@ -119,31 +134,31 @@ void attention_decode_part(const AttentionShape& s, int64_t rows, Range keys, co
     few_scores<n>(queries + r * s.D, count, k.at(keys.begin), k.row, s.D, scores + r * DECODE_KEYS);
   });
   for (int64_t r = 0; r < rows; ++r) {
-    const int64_t t = s.first + r % s.T, seen = s.causal ? t + 1 - keys.begin : count;
     float *const row = scores + r * DECODE_KEYS, *const found = result + r * ld;
     if (documents)
       for (int64_t j = 0; j < count; ++j)
-        if (documents[keys.begin + j] != documents[t]) row[j] = -__builtin_inff();
-    scores_to_weights(row, count, std::clamp<int64_t>(seen, 0, count), found, found + 1);
+        if (documents[keys.begin + j] != documents[s.first + r % s.T]) row[j] = -__builtin_inff();
+    scores_to_weights(row, count, seen(r), found, found + 1);
   }
   for_few_rows(rows, [&](int64_t r, auto n) {
-    weighted_sums<n>(scores + r * DECODE_KEYS, count, v.at(keys.begin), v.row, s.D, result + r * ld + 2, ld);
+    int64_t most = 0;
+    for (int64_t i = 0; i < n; ++i) most = std::max(most, seen(r + i));
+    weighted_sums<n>(scores + r * DECODE_KEYS, most, v.at(keys.begin), v.row, s.D, result + r * ld + 2, ld);
   });
 }
 
-// One query of what `parts` tasks have found, `stride` floats apart.
+// One query of what `parts` tasks have found, `stride` floats apart; the sums are added up in the first part's.
 template <typename T>
-void attention_merge_parts(const AttentionShape& s, const float* found, int64_t parts, int64_t stride, float* sums, T* out,
-                           float* lse) {
+void attention_merge_parts(const AttentionShape& s, float* found, int64_t parts, int64_t stride, T* out, float* lse) {
   float top = -__builtin_inff(), total = 0.0f;
   for (int64_t p = 0; p < parts; ++p) top = std::max(top, found[p * stride]);
   const float shift = top == -__builtin_inff() ? 0.0f : top;
-  std::fill(sums, sums + s.D, 0.0f);
+  float* const sums = found + 2;
   for (int64_t p = 0; p < parts; ++p) {
     const float* const part = found + p * stride;
-    const float factor = std::exp2(part[0] - shift);
+    const float factor = part[0] == shift ? 1.0f : std::exp2(part[0] - shift);
     total += factor * part[1];
-    for (int64_t d = 0; d < s.D; ++d) sums[d] += factor * part[2 + d];
+    for (int64_t d = 0; d < s.D; ++d) sums[d] = factor * part[2 + d] + (p > 0 ? sums[d] : 0.0f);
   }
   write_row(sums, s.D, 1.0f / total, out);
   *lse = (top + std::log2(total)) / LOG2E;

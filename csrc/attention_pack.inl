@@ -11,6 +11,29 @@ constexpr int R = W == 16 ? 8 : 4;  // rows of a product tile: R x 2 sums hide t
 
 TAPELM_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
+// The elements of a row of a packed head.
+TAPELM_INLINE int64_t width_of(const AttentionShape& s) { return round_up(s.D, NR); }
+
+// Memory of a task, handed out in parts that begin at cache lines; where there is none (null) they are only counted, so
+// that the type that takes them is also what says how much it needs.
+class Space {
+ public:
+  explicit Space(float* start) : start_(start) {}
+
+  template <typename U>
+  U* take(int64_t units) {
+    static_assert(sizeof(U) == sizeof(float));
+    const int64_t offset = floats_;
+    floats_ += round_up(units, 16);
+    return start_ ? reinterpret_cast<U*>(start_ + offset) : nullptr;
+  }
+  int64_t floats() const { return floats_; }
+
+ private:
+  float* const start_;
+  int64_t floats_ = 0;
+};
+
 // c[R][V] = sum over k < depth of a[r * row_stride + k * step] times b[k * ld + v * W ...].
 template <int V, typename U>
 TAPELM_INLINE void product_tile(int64_t depth, const U* a, int64_t row_stride, int64_t step, const U* b, int64_t ld,
@@ -58,7 +81,7 @@ TAPELM_INLINE void prefetch_row(const T* row, int64_t D) {
   for (int64_t d = 0; d < D; d += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + d, WRITE);
 }
 
-// Prefetches the rows at `count` positions from t of the next head, which follows this one, into the second-level cache.
+// Prefetches the rows at `count` positions from t of the next head, which follows this one, into the L2 cache.
 template <typename T>
 TAPELM_INLINE void prefetch_next_head(Strided<T> x, const AttentionShape& s, int64_t t, int64_t count) {
   const int64_t end = std::min(x.end, t + count);
@@ -85,7 +108,7 @@ TAPELM_INLINE vu load_units(const T* p, int64_t count) {
 
 template <typename T>
 void pack_rows(Strided<T> x, const AttentionShape& s, Unit<T>* out) {
-  const int64_t row = round_up(s.D, NR) / PAIR<T>, before = x.begin % NR * row;
+  const int64_t row = width_of(s) / PAIR<T>, before = x.begin % NR * row;
   std::memset(out, 0, before * sizeof(float));
   out += before;
   for (int64_t t = x.begin; t < x.end; ++t) {
@@ -102,7 +125,7 @@ void pack_steps(Strided<T> x, const AttentionShape& s, Unit<T>* out) {
   if constexpr (PAIR<T> == 1) {
     pack_rows(x, s, out);
   } else {
-    const int64_t width = round_up(s.D, NR), whole = s.D / W * W, end = round_up(x.end, NR);
+    const int64_t width = width_of(s), whole = s.D / W * W, end = round_up(x.end, NR);
     for (int64_t t = x.begin / NR * NR; t < end; t += 2, out += width) {
       const T* low = x.at(t);
       const T* high = low + x.row;
@@ -135,7 +158,7 @@ TAPELM_INLINE void exchange(vu x[W], std::integer_sequence<int, I...>) {
 template <typename T>
 void pack_columns(Strided<T> x, const AttentionShape& s, int64_t t0, Unit<T>* out) {
   constexpr auto lanes = std::make_integer_sequence<int, W>{};
-  const int64_t units = round_up(s.D, NR) / PAIR<T>;
+  const int64_t units = width_of(s) / PAIR<T>;
   for (int64_t half = 0; half < 2; ++half, t0 += W, out += W)
     for (int64_t u = 0; u < units; u += W) {
       vu block[W];
@@ -171,7 +194,7 @@ TAPELM_INLINE void write_row(const float* sums, int64_t D, float scale, T* out) 
 
 template <typename T>
 void write_rows(const float* sums, int64_t count, const AttentionShape& s, float scale, T* out, int64_t row) {
-  for (int64_t t = 0; t < count; ++t, sums += round_up(s.D, NR), out += row) {
+  for (int64_t t = 0; t < count; ++t, sums += width_of(s), out += row) {
     prefetch_row<1>(out + AHEAD * row, s.D);
     write_row(sums, s.D, scale, out);
   }

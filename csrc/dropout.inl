@@ -12,5 +12,7 @@ void dropout_range(const T* x, T* y, uint64_t seed, uint32_t threshold, float sc
         ask_for(x + i + kPage<T>, s);
         return dropped(get(x + i, n), kept, scale);
       },
-      [&](int64_t i, auto n, const auto& v, int, const Kept*) __attribute__((always_inline)) { put(y + i, v, n, far); });
+      [&](int64_t i, auto n, const auto& v, int, const Kept*) __attribute__((always_inline)) {
+        put(y + i, v, n, far);
+      });
 }

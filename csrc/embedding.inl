@@ -16,7 +16,9 @@ void embedding_rows(const Id* ids, const T* tokens, const T* positions, T* y, in
           [&](int64_t i, auto n, int, Kept kept) __attribute__((always_inline)) {
             return dropped(sum(i, n), kept, dropout.scale);
           },
-          [&](int64_t i, auto n, const auto& v, int, const Kept*) __attribute__((always_inline)) { put(out + i, v, n, far); });
+          [&](int64_t i, auto n, const auto& v, int, const Kept*) __attribute__((always_inline)) {
+            put(out + i, v, n, far);
+          });
     else
       put_row(out, C, far, [&](int64_t i, auto n, int) __attribute__((always_inline)) { return sum(i, n); });
   }
@@ -33,7 +35,8 @@ void embedding_sum(const T* grad, const int64_t* rows, int64_t count, int64_t C,
     const auto added = [&](int64_t i, auto n, vf g) __attribute__((always_inline)) {
       return k == 0 ? g : get(sums + i, n) + g;
     };
-    const auto write = [&](int64_t i, auto n, const auto& total, int, const Kept* = nullptr) __attribute__((always_inline)) {
+    const auto write = [&](int64_t i, auto n, const auto& total, int, const Kept* = nullptr)
+                           __attribute__((always_inline)) {
       if (k + 1 < count)
         put(sums + i, total, n, false);
       else
@@ -49,7 +52,9 @@ void embedding_sum(const T* grad, const int64_t* rows, int64_t count, int64_t C,
     else
       for_twos(
           C,
-          [&](int64_t i, auto n, int) __attribute__((always_inline)) { return added(i, n, get(grad + row * C + i, n)); },
+          [&](int64_t i, auto n, int) __attribute__((always_inline)) {
+            return added(i, n, get(grad + row * C + i, n));
+          },
           write);
   }
 }

@@ -132,14 +132,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_forward(const Te
   return forward(hidden, weight, targets, bias, ignore_index, need_grad, false);
 }
 
-std::tuple<Tensor, Tensor> frozen_cross_entropy_forward(const Tensor& hidden, const Tensor& weight, const Tensor& targets,
-                                                        int64_t ignore_index, bool need_grad) {
+std::tuple<Tensor, Tensor> frozen_cross_entropy_forward(const Tensor& hidden, const Tensor& weight,
+                                                        const Tensor& targets, int64_t ignore_index, bool need_grad) {
   auto [loss, dhidden, dweight, dbias] = forward(hidden, weight, targets, {}, ignore_index, need_grad, true);
   return {loss, dhidden};
 }
 
 void check_has_gradients(bool need_grad) {
-  TORCH_CHECK(need_grad, "linear_cross_entropy: the loss was computed without its gradients, with grad disabled or from ",
+  TORCH_CHECK(need_grad,
+              "linear_cross_entropy: the loss was computed without its gradients, with grad disabled or from "
               "tensors that did not seem to need one; enable grad, and under vmap differentiate within it.");
 }
 

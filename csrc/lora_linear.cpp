@@ -14,7 +14,8 @@ constexpr int64_t kPart = int64_t{1} << 22;  // dequantized elements at a time: 
 constexpr int64_t kGrain = 32768;            // elements per task
 
 // out = left right + scaling low high, where low (M, R) and high (R, N); the rows of out may lie apart.
-void multiply(const Tensor& left, const Tensor& right, const Tensor& low, const Tensor& high, double scaling, Tensor out) {
+void multiply(const Tensor& left, const Tensor& right, const Tensor& low, const Tensor& high, double scaling,
+              Tensor out) {
   if (!prefer_matrix_product(left.scalar_type()) || left.size(0) < kPackRows || low.size(1) > kAddendDepth) {
     at::mm_out(out, left, right);
     out.addmm_(low, high, 1, scaling);

@@ -31,8 +31,8 @@ TAPELM_INLINE Unit<T> unit_at(const T* line, int64_t step, int64_t u, int64_t de
   }
 }
 
-// Words of 32 bits, one float or two bfloat16, of 4 (V = u4) or 2 (V = u2) rows at depth index `word`, to their place in
-// out[u * ROWS + row]: as they are if they are units, else as two floats.
+// Words of 32 bits, one float or two bfloat16, of 4 (V = u4) or 2 (V = u2) rows at depth index `word`, to their place
+// in out[u * ROWS + row]: as they are if they are units, else as two floats.
 template <int ROWS, typename T, typename V>
 TAPELM_INLINE void put_words(V words, int64_t word, Unit<T>* out) {
   const auto put = [&](int64_t u, V x) { std::memcpy(out + u * ROWS, &x, sizeof(V)); };
@@ -141,7 +141,8 @@ void pack_left(Matrix<T> left, int64_t m0, int64_t rows, int64_t k0, int64_t dep
     for (int64_t u = 0; u < n; ++u) {
       for (int64_t k = kStep * u + kAhead; k < std::min(depth, kStep * (u + 1) + kAhead); ++k)
         for (int64_t i = 0; i < whole; i += kLine) __builtin_prefetch(in + k * left.column + i);
-      for (int64_t i = 0; i < whole; i += MR) pack_across<MR>(in + i, left.column, u, depth, out + i * units_apart + u * MR);
+      for (int64_t i = 0; i < whole; i += MR)
+        pack_across<MR>(in + i, left.column, u, depth, out + i * units_apart + u * MR);
     }
   } else if (left.column == 1) {
     for (int64_t i = 0; i < whole; i += MR) pack_along<MR>(in + i * left.row, left.row, depth, out + i * units_apart);

@@ -147,6 +147,11 @@ at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) {
   return at::detail::empty_generic(sizes, &memory(), c10::DispatchKeySet(c10::DispatchKey::CPU), dtype, std::nullopt);
 }
 
+at::Tensor empty_strided(at::IntArrayRef sizes, at::IntArrayRef strides, at::ScalarType dtype) {
+  const c10::DispatchKeySet cpu(c10::DispatchKey::CPU);
+  return at::detail::empty_strided_generic(sizes, strides, &memory(), cpu, dtype);
+}
+
 TORCH_LIBRARY_FRAGMENT(tapelm, m) {
   m.def("empty_cache() -> ()", [] { Memory::instance().release(); });
   m.def("memory_sizes() -> (int, int)", [] {

@@ -32,9 +32,9 @@ void check_part(const Tensor& t, at::ScalarType dtype, int64_t size, const char*
                     " elements, not ", t.numel());
 }
 
-// The scales of scales: each block's mean-free scales divided by their largest, as indices into the 256 sorted values of
-// a map. As bitsandbytes does on the CPU, quotients are first rounded to a grid of 65536 values; then the nearest value
-// of the map is chosen, the lower one of two.
+// The scales of scales: each block's mean-free scales divided by their largest, as indices into the 256 sorted values
+// of a map. As bitsandbytes does on the CPU, quotients are first rounded to a grid of 65536 values; then the nearest
+// value of the map is chosen, the lower one of two.
 class ScaleQuantizer {
  public:
   explicit ScaleQuantizer(const float* map) {

@@ -41,7 +41,8 @@ inline Isa best_isa() {
 }
 
 // Whether the dot product of bfloat16 pairs is slower than two float32 products. Emerald Rapids does one in the time of
-// four float32 instructions (measured), and so, we assume, do all of Intel's CPUs with AMX; Cooper Lake has no other way.
+// four float32 instructions (measured), and so, we assume, do all of Intel's CPUs with AMX; Cooper Lake has no
+// other way.
 inline bool has_slow_dot_product() {
 #ifdef TAPELM_X86
   return __builtin_cpu_is("intel") && !__builtin_cpu_is("cooperlake");
@@ -77,11 +78,12 @@ inline bool isa_is_forced() { return forced_isa().has_value(); }
 [[gnu::noinline, gnu::cold]] inline Isa choose_isa() {
   const Isa wanted = forced_isa().value_or(best_isa());
   if (wanted > best_isa())
-    throw std::invalid_argument("TAPELM_ISA=" + std::string(std::getenv("TAPELM_ISA")) + " is not supported by this CPU");
+    throw std::invalid_argument("TAPELM_ISA=" + std::string(std::getenv("TAPELM_ISA")) +
+                                " is not supported by this CPU");
   return wanted;
 }
 
-// The best one, chosen at the first call, or the one that TAPELM_ISA forces. Small, as some loops call it for each block.
+// The best one, chosen at the first call, or the one that TAPELM_ISA forces. Small: some loops call it for each block.
 inline Isa isa() {
   static const Isa chosen = choose_isa();
   return chosen;

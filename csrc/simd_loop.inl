@@ -61,11 +61,17 @@ TAPELM_INLINE Pack<N> each(F f, const Pack<N>& first, const More&... more) {
 }
 
 template <int N>
-TAPELM_INLINE Pack<N> operator+(const Pack<N>& a, const Pack<N>& b) { return each([](vf x, vf y) { return x + y; }, a, b); }
+TAPELM_INLINE Pack<N> operator+(const Pack<N>& a, const Pack<N>& b) {
+  return each([](vf x, vf y) { return x + y; }, a, b);
+}
 template <int N>
-TAPELM_INLINE Pack<N> operator-(const Pack<N>& a, const Pack<N>& b) { return each([](vf x, vf y) { return x - y; }, a, b); }
+TAPELM_INLINE Pack<N> operator-(const Pack<N>& a, const Pack<N>& b) {
+  return each([](vf x, vf y) { return x - y; }, a, b);
+}
 template <int N>
-TAPELM_INLINE Pack<N> operator*(const Pack<N>& a, const Pack<N>& b) { return each([](vf x, vf y) { return x * y; }, a, b); }
+TAPELM_INLINE Pack<N> operator*(const Pack<N>& a, const Pack<N>& b) {
+  return each([](vf x, vf y) { return x * y; }, a, b);
+}
 template <int N>
 TAPELM_INLINE Pack<N> operator+(const Pack<N>& a, float b) { return each([=](vf x) { return x + b; }, a); }
 template <int N>
@@ -142,7 +148,9 @@ TAPELM_INLINE void put(T* p, const Pack<N>& x, WholePack<N>, bool far = false) {
 
 // Independent sums, which hide the latency of addition.
 constexpr int kSums = 4;
-TAPELM_INLINE float sum(const vf (&partial)[kSums]) { return sum((partial[0] + partial[1]) + (partial[2] + partial[3])); }
+TAPELM_INLINE float sum(const vf (&partial)[kSums]) {
+  return sum((partial[0] + partial[1]) + (partial[2] + partial[3]));
+}
 
 // body(i, n, s) for the vectors at i of a row of C elements; s < UNROLL says which sum is to take it.
 template <int UNROLL = kSums, typename Body>
@@ -165,8 +173,8 @@ TAPELM_INLINE void for_packs(int64_t C, Body body) {
   for_vectors<2>(C - first, [&](int64_t i, auto n, int) __attribute__((always_inline)) { body(first + i, n); });
 }
 
-// take(i, n, v, s) for v = value(i, n, s), the vectors at i of a row of C elements; where there are two they are taken as
-// a Two, of s and s + 1.
+// take(i, n, v, s) for v = value(i, n, s), the vectors at i of a row of C elements; where there are two they are taken
+// as a Two, of s and s + 1.
 template <typename Value, typename Take>
 TAPELM_INLINE void for_twos(int64_t C, Value value, Take take) {
   const auto two = [&](int64_t i, int s) __attribute__((always_inline)) {
@@ -189,7 +197,9 @@ TAPELM_INLINE void for_twos(int64_t C, Value value, Take take) {
 // The vectors value(i, n, s) of a row of C results.
 template <typename T, typename Value>
 TAPELM_INLINE void put_row(T* to, int64_t C, bool far, Value value) {
-  for_twos(C, value, [&](int64_t i, auto n, const auto& v, int) __attribute__((always_inline)) { put(to + i, v, n, far); });
+  for_twos(C, value, [&](int64_t i, auto n, const auto& v, int) __attribute__((always_inline)) {
+    put(to + i, v, n, far);
+  });
 }
 
 // Prefetch distance of loops over long inputs, in elements: one page, because the hardware prefetcher stops at a page's
@@ -213,9 +223,9 @@ TAPELM_INLINE void ask_for_pack(const T* p, WholePack<N>) {
 template <typename T, typename Part>
 TAPELM_INLINE void ask_for_pack(const T*, Part) {}
 
-// take(i, n, v, s, kept) as in for_twos, of a row whose element i has index first + i in the random stream of a dropout;
-// kept[0] and, of a Two, kept[1] are what it keeps of the vectors, and each is the last argument of its value. Eight
-// elements share a counter of Philox.
+// take(i, n, v, s, kept) as in for_twos, of a row whose element i has index first + i in the random stream of a
+// dropout; kept[0] and, of a Two, kept[1] are what it keeps of the vectors, and each is the last argument of its value.
+// Eight elements share a counter of Philox.
 template <typename Value, typename Take>
 TAPELM_INLINE void for_kept_twos(int64_t C, uint64_t seed, uint32_t threshold, int64_t first, Value value, Take take) {
   const auto draw = [&](int64_t i, Kept kept[4]) __attribute__((always_inline)) {

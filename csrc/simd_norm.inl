@@ -18,10 +18,11 @@ struct RowSums {
   }
 };
 
-// mean and (variance + eps)^-1/2 of a row from its sums: one reading of the row unless the mean is so far from shift that
-// the difference of the two would lose more than four bits.
+// mean and (variance + eps)^-1/2 of a row from its sums: one reading of the row unless the mean is so far from shift
+// that the difference of the two would lose more than four bits.
 template <bool CENTRED, typename T>
-TAPELM_INLINE void row_statistics(const T* x, int64_t C, float eps, const RowSums<CENTRED>& sums, float& mean, float& rstd) {
+TAPELM_INLINE void row_statistics(const T* x, int64_t C, float eps, const RowSums<CENTRED>& sums, float& mean,
+                                  float& rstd) {
   float square = sum(sums.squares) / static_cast<float>(C);
   mean = 0.0f;
   if constexpr (CENTRED) {
@@ -42,8 +43,8 @@ TAPELM_INLINE void row_statistics(const T* x, int64_t C, float eps, const RowSum
 
 // Rows are processed in blocks that are read twice, the second time from L1. The statistics of one row overlap with the
 // loads of the next, and (COLD) the next block is prefetched: in the forward of add + norm one tensor in each of two
-// readings, else all in the second. A block is 8 KB of each tensor, which leaves room in L1 for weights and sums, or one
-// row if that is larger; several rows are an even number, because the backward pass processes pairs.
+// readings, else all in the second. A block is 8 KB of each tensor, which leaves room in L1 for weights and sums, or
+// one row if that is larger; several rows are an even number, because the backward pass processes pairs.
 template <typename T>
 int64_t rows_of_block(int64_t C) {
   const int64_t rows = std::clamp<int64_t>(8192 / (std::max<int64_t>(C, 1) * sizeof(T)), 1, kBlockRows);
@@ -134,8 +135,8 @@ void norm_rows(const NormForward<T>& a, int64_t begin, int64_t end) {
   (a.cold ? norm_rows<CENTRED, ADD, true, T> : norm_rows<CENTRED, ADD, false, T>)(a, begin, end);
 }
 
-// What the backward pass needs of a row beside its elements: with g = grad and h = (x - mean) rstd the means of g w and of
-// g w h, by rstd.
+// What the backward pass needs of a row beside its elements: with g = grad and h = (x - mean) rstd the means of g w and
+// of g w h, by rstd.
 struct RowTerms { float mean, rstd, of_g, of_gh; };
 
 // The backward pass of the rows of a task:
@@ -207,7 +208,9 @@ struct NormBackwardRows {
   }
 
   TAPELM_INLINE vf drop(vf d, const Kept* kept) const { return dropped(d, kept[0], a.dropout.scale); }
-  TAPELM_INLINE Two drop(const Two& d, const Kept* kept) const { return {drop(d.first, kept), drop(d.second, kept + 1)}; }
+  TAPELM_INLINE Two drop(const Two& d, const Kept* kept) const {
+    return {drop(d.first, kept), drop(d.second, kept + 1)};
+  }
 
   TAPELM_INLINE void write_and_drop(int64_t row, const RowTerms* of_row) const {
     const RowTerms terms = *of_row;

@@ -50,8 +50,8 @@ TAPELM_INLINE vh narrow(vf x) {
 // each half to the upper one of its lane and zeros to the lower.
 TAPELM_INLINE vf widen(vh bits) {
 #if defined(TAPELM_AVX512)
-  const __m512i upper = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7, 0, 6, 0, 5, 0, 4, 0, 3, 0,
-                                         2, 0, 1, 0, 0, 0);
+  const __m512i upper = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7, 0, 6, 0, 5, 0, 4, 0,
+                                         3, 0, 2, 0, 1, 0, 0, 0);
   return (vf)_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, upper, _mm512_castsi256_si512((__m256i)bits));
 #elif defined(TAPELM_AVX2)
   return as_float((vu)_mm256_cvtepu16_epi32((__m128i)bits) << 16);
@@ -187,8 +187,8 @@ TAPELM_INLINE vf exp2(vf x) {
 }
 #endif
 
-// 1 / (1 + 2^t), the sigmoid of -t ln 2, for results of type T: to 4 ulp of this t, or, where AVX-512 can be quicker and
-// T is bfloat16, to 2^-12. A NaN stays one.
+// 1 / (1 + 2^t), the sigmoid of -t ln 2, for results of type T: to 4 ulp of this t, or, where AVX-512 can be quicker
+// and T is bfloat16, to 2^-12. A NaN stays one.
 #if defined(TAPELM_AVX512)
 TAPELM_INLINE vf reciprocal(vf x) { return (vf)_mm512_rcp14_ps((__m512)x); }  // to 14 bits
 
@@ -222,9 +222,9 @@ TAPELM_INLINE vl multiply_wide(vl a, uint32_t m) {
 #endif
 }
 
-// Philox4x32-7 (Salmon et al. 2011) for W / 2 counters: the four words of each, in the low halves of the lanes; what the
-// high halves hold is whatever is cheapest. Not inlined where 64-bit products are many instructions: the compiler takes
-// minutes over them.
+// Philox4x32-7 (Salmon et al. 2011) for W / 2 counters: the four words of each, in the low halves of the lanes; what
+// the high halves hold is whatever is cheapest. Not inlined where 64-bit products are many instructions: the compiler
+// takes minutes over them.
 #if defined(TAPELM_AVX2) || defined(TAPELM_AVX512)
 TAPELM_INLINE
 #else

@@ -10,7 +10,8 @@ namespace {
 
 void check_like(const Tensor& t, const Tensor& gate, const char* name) {
   check_same_dtype(t, gate, "swiglu", name);
-  TORCH_CHECK_VALUE(t.sizes() == gate.sizes(), "swiglu: ", name, " must have shape ", gate.sizes(), ", not ", t.sizes());
+  TORCH_CHECK_VALUE(t.sizes() == gate.sizes(), "swiglu: ", name, " must have shape ", gate.sizes(), ", not ",
+                    t.sizes());
 }
 
 Tensor swiglu_forward(const Tensor& gate_, const Tensor& up_) {

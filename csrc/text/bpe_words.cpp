@@ -25,7 +25,8 @@ constexpr size_t kGroup = 32;
 uint32_t* Bpe::encode_words_avx2(const Words& words, EncoderState& state, uint32_t* write) const {
   // Offset in a bucket of the ids of the key that equals, by which of the four halves of keys do; 0 for none.
   static constexpr uint8_t kFirst = offsetof(ShortWords::Bucket, ids), kSecond = kFirst + sizeof(ShortWords::Ids);
-  static constexpr uint8_t kIdsAt[16] = {0, 0, 0, kFirst, 0, 0, 0, kFirst, 0, 0, 0, kFirst, kSecond, kSecond, kSecond, 0};
+  static constexpr uint8_t kIdsAt[16] = {0, 0, 0, kFirst, 0,       0,       0,       kFirst,
+                                         0, 0, 0, kFirst, kSecond, kSecond, kSecond, 0};
   const auto load = [](const Key& key) { return _mm_load_si128(reinterpret_cast<const __m128i*>(&key)); };
   __m128i keys[kGroup];
   uint64_t hashes[kGroup];

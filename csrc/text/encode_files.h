@@ -28,7 +28,7 @@ struct UnclearedAllocator : std::allocator<T> {
 // Tokens of documents or parts of them, end-of-text included.
 struct TokenBlock {
   std::vector<uint8_t, UnclearedAllocator<uint8_t>> tokens;  // token_bytes each
-  std::vector<uint64_t> starts;                              // index of every document's first token, where it is in this block
+  std::vector<uint64_t> starts;  // index of every document's first token, where it is in this block
 };
 
 struct TokenFormat {

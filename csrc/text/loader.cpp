@@ -23,8 +23,8 @@ struct Rows {
 // `length` inputs out of one token more, in rows of seq_len. csrc/cuda/assemble.h says the same token by token; these
 // loops are written for the vectorizer.
 template <typename Token>
-[[gnu::always_inline]] inline void assemble_anywhere(const Token* tokens, size_t length, size_t seq_len, Token end_of_text,
-                                                     bool packed, Rows row) {
+[[gnu::always_inline]] inline void assemble_anywhere(const Token* tokens, size_t length, size_t seq_len,
+                                                     Token end_of_text, bool packed, Rows row) {
   for (size_t t = 0; t < length; ++t) row.inputs[t] = tokens[t];
   std::fill(row.inputs + length, row.inputs + seq_len, end_of_text);
   if (packed) {
@@ -248,7 +248,8 @@ void Loader::fill(uint64_t step, LoaderCursor& cursor, int64_t* inputs, int64_t*
       row = cursor.row.data();
       length = copy_window(indices[i], cursor, cursor.row.data());
     }
-    (shards_.token_bytes() == 2 ? assemble<uint16_t> : assemble<uint32_t>)(row, length, seq_len, end_of_text_, packed, out);
+    const auto assemble_row = shards_.token_bytes() == 2 ? assemble<uint16_t> : assemble<uint32_t>;
+    assemble_row(row, length, seq_len, end_of_text_, packed, out);
     out = {out.inputs + seq_len, out.targets + seq_len, out.document_ids + seq_len};
   }
 }

@@ -14,7 +14,7 @@ namespace {
 constexpr uint64_t kGroupTokens = 1 << 22;
 constexpr uint64_t kGroupDocuments = 1 << 16;
 
-constexpr uint64_t kReleasedDocuments = 1 << 18;  // of which the starts, 2 MB, may be in memory while windows are counted
+constexpr uint64_t kReleasedDocuments = 1 << 18;  // whose starts, 2 MB, may be in memory while windows are counted
 
 constexpr uint64_t kNone = ~0ull;
 
@@ -79,7 +79,8 @@ class WindowCount {
   void add(uint64_t tokens) {
     if (tokens >= seq_len_) {
       const bool narrow = (tokens | seq_len_) <= UINT32_MAX;  // half the time of a 64-bit division
-      const uint64_t full = narrow ? static_cast<uint32_t>(tokens) / static_cast<uint32_t>(seq_len_) : tokens / seq_len_;
+      const uint64_t full =
+          narrow ? static_cast<uint32_t>(tokens) / static_cast<uint32_t>(seq_len_) : tokens / seq_len_;
       windows_ += full;
       tokens -= full * seq_len_;
     }

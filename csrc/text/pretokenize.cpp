@@ -255,7 +255,8 @@ size_t split_words(Pretokenizer kind, const uint8_t* begin, const uint8_t* end, 
     }
     for (int i = 0; i < kWordsBetween && p < end && p - begin < kMaxSpan; ++i) {
       const size_t length = first_word(kind, p, end);
-      if (length > static_cast<size_t>(UINT32_MAX - kMaxSpan)) throw std::invalid_argument("text holds a word of 2 GiB or more");
+      if (length > static_cast<size_t>(UINT32_MAX - kMaxSpan))
+        throw std::invalid_argument("text holds a word of 2 GiB or more");
       p += length;
       ends[count++] = static_cast<uint32_t>(p - begin);
     }

@@ -134,7 +134,7 @@ def _device_type(tensor: Tensor) -> str:
 
 def check_probability(op: str, name: str, p: float) -> None:
     """Raises TypeError for what is no number and ValueError unless 0 <= p < 1."""
-    if not isinstance(p, Real):
+    if not isinstance(p, (float, Real)):  # float first: to ask an abstract class takes 0.2 us
         raise TypeError(f"{op}: {name} is of type {type(p).__name__}; it must be a number in [0, 1).")
     if not 0.0 <= p < 1.0:
         raise ValueError(f"{op}: {name} is {p}; it must be in [0, 1).")

@@ -224,6 +224,9 @@ def _(
     return 2 * 5 * _products(q, k, causal)
 
 
+_attention_forward = torch.ops.tapelm.attention_forward.default  # once, as the shapes below
+
+
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: float | None = None,
     dropout_p: float = 0.0, document_ids: Tensor | None = None,
@@ -235,6 +238,7 @@ def attention(
         k, v: (B, Hkv, S, D) with Hq a multiple of Hkv. Under autocast q, k and v are cast to its dtype.
         causal: query t sees keys s <= t + S - T only: the queries are the last T of S >= T tokens, as those
             that continue cached keys are. Without it, and without document_ids, any S goes with any T.
+            Keys and values must be finite where they are hidden, too: a weight of 0 times NaN is NaN.
         scale: factor on the scores; None is D**-0.5.
         dropout_p: probability in [0, 1) of dropping each softmax weight, rounded as that of ``dropout``;
             governed by ``torch.manual_seed``.
@@ -255,11 +259,11 @@ def attention(
     q_shape, k_shape = q.shape, k.shape  # once, because each decoded token waits for this
     if len(q_shape) != 4 or not 1 <= q_shape[3] <= 256:
         raise ValueError(f"attention: q is {tuple(q_shape)}; it must be (B, Hq, T, D) with D in 1..256.")
-    for name, shape in (("k", k_shape), ("v", v.shape)):
-        if shape != (q_shape[0], *k_shape[1:3], q_shape[3]):
-            raise ValueError(
-                f"attention: {name} is {tuple(shape)}; q {tuple(q_shape)} needs k and v (B, Hkv, S, D)."
-            )
+    if len(k_shape) != 4 or k_shape[0] != q_shape[0] or k_shape[3] != q_shape[3] or v.shape != k_shape:
+        raise ValueError(
+            f"attention: k is {tuple(k_shape)} and v is {tuple(v.shape)}; "
+            f"q {tuple(q_shape)} needs both to be (B, Hkv, S, D)."
+        )
     _check_keys(q_shape, k_shape, causal, document_ids)
     if document_ids is not None:
         check_is_tensor("attention", "document_ids", document_ids)
@@ -272,4 +276,4 @@ def attention(
             )
     scale = q_shape[3] ** -0.5 if scale is None else scale
     seed = draw_seed(q.device) if dropout_p else None
-    return torch.ops.tapelm.attention_forward(q, k, v, causal, scale, dropout_p, seed, document_ids)[0]
+    return _attention_forward(q, k, v, causal, scale, dropout_p, seed, document_ids)[0]

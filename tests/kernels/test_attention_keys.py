@@ -87,6 +87,30 @@ def test_decoding_propagates_what_is_not_finite() -> None:
     assert tapelm.attention(q[1:, :1] * 1e4, k[1:] * 1e4, v[1:]).isfinite().all()
 
 
+@pytest.mark.parametrize("t", [1, 3])
+def test_decoding_does_not_read_documents_that_end_before(t: int, dtype: torch.dtype) -> None:
+    """As rows that pad a batch on the left: whatever they hold, only the queries' own document counts."""
+    q, k, v = make(4, 2, t, 700, 24, dtype, "cpu")
+    own = [300, 521]  # where it begins in each row of the batch: in the second and third part of the keys
+    ids = (torch.arange(700) >= torch.tensor(own)[:, None]).int()
+    for row, first in enumerate(own):
+        k[row, :, :first] = v[row, :, :first] = NAN
+    out = tapelm.attention(q, k, v, document_ids=ids)
+    for row, first in enumerate(own):
+        alone = tapelm.attention(*(x[row : row + 1] for x in (q, k[:, :, first:], v[:, :, first:])))
+        tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+        torch.testing.assert_close(out[row : row + 1], alone, rtol=tolerance, atol=tolerance)
+
+
+def test_decoding_reads_values_no_further_than_four_queries_see() -> None:
+    """A NaN among the values reaches the queries that see it, and of the others those computed with them."""
+    q, k, v = make(1, 1, 8, 40, 16, torch.float32, "cpu")
+    v[0, 0, 37] = NAN  # the sixth query's own
+    out = tapelm.attention(q, k, v)
+    assert out[0, 0, :4].isfinite().all() and out[0, 0, 5:].isnan().all()
+    assert out[1].isfinite().all()
+
+
 def test_one_key_is_the_result(device, dtype) -> None:
     q, k, v = make(2, 1, 5, 1, 16, dtype, device)
     assert torch.equal(tapelm.attention(q, k, v, causal=False), v.expand(2, 2, 5, 16))
