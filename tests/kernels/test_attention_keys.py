@@ -69,17 +69,17 @@ def test_decoding_is_the_same_for_every_number_of_threads(hq, hkv, t, dtype, thr
         assert all(torch.equal(a, b) for a, b in zip(one, run(count), strict=True))
 
 
-def test_decoding_reads_a_cache_of_any_strides(dtype) -> None:
-    q, k, v = make(6, 2, 2, 300, 48, dtype, "cpu")
+def test_decoding_reads_a_cache_of_any_strides(dtype, device) -> None:
+    q, k, v = make(6, 2, 2, 300, 48, dtype, device)
     expected = tapelm.attention(q, k, v)
-    room = torch.full((2, 500, 2, 48), NAN).to(dtype).transpose(1, 2)  # of which 300 tokens are written
+    room = torch.full((2, 500, 2, 48), NAN, dtype=dtype, device=device).transpose(1, 2)  # 300 are written
     room[:, :, :300] = k
     assert torch.equal(tapelm.attention(q.mT.contiguous().mT, room[:, :, :300], v), expected)
 
 
-def test_decoding_propagates_what_is_not_finite() -> None:
+def test_decoding_propagates_what_is_not_finite(device) -> None:
     """A NaN key reaches the queries that see it; a query with scores of minus infinity has no weights."""
-    q, k, v = (x.abs() + 0.1 for x in make(2, 1, 3, 700, 16, torch.float32, "cpu"))
+    q, k, v = (x.abs() + 0.1 for x in make(2, 1, 3, 700, 16, torch.float32, device))
     k[0, 0, 698] = NAN
     q[1, 1, 0] = -INF
     out = tapelm.attention(q, k, v)
