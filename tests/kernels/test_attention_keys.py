@@ -89,7 +89,10 @@ def test_decoding_propagates_what_is_not_finite(device) -> None:
 
 def test_one_key_is_the_result(device, dtype) -> None:
     q, k, v = make(2, 1, 5, 1, 16, dtype, device)
-    assert torch.equal(tapelm.attention(q, k, v, causal=False), v.expand(2, 2, 5, 16))
+    # GPUs multiply float32 as two parts of 11 bits each, which are not all of its 24.
+    slack = 2.0**-21 if device.type == "cuda" and dtype == torch.float32 else 0.0
+    out = tapelm.attention(q, k, v, causal=False)
+    torch.testing.assert_close(out, v.expand(2, 2, 5, 16), rtol=slack, atol=0.0)
 
 
 def test_no_queries_leave_gradients_of_zero(device, dtype) -> None:
