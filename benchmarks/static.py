@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -45,6 +46,7 @@ MEMORY_BOUND = (
     "adamw",
     "grad_norm",
     "nf4_",
+    "attention_decode",
 )
 
 
@@ -148,10 +150,14 @@ def broken_rules(row: dict[str, Any]) -> list[str]:
         found.append("does not fit a multiprocessor")
     kinds = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "MFMA"}
     kind = kinds.get(row["target"], "HMMA")
-    multiplies = row["kernel"].startswith(("attention", "lora_linear")) and "delta" not in row["kernel"]
-    if multiplies and row["dtype"] != "float32" and kind not in row["tensor_cores"]:
+    multiplies = re.match(r"attention_(forward|decode|backward)|lora_linear", row["kernel"])
+    # Tiles of fewer than 64 queries are too small for newer instructions, and wait for memory anyway.
+    decodes = row["kernel"].startswith("attention_decode")
+    kinds_taken = {kind, "HMMA"} if decodes else {kind}
+    if multiplies and row["dtype"] != "float32" and not kinds_taken & row["tensor_cores"].keys():
         found.append(f"has no {kind} but {row['tensor_cores'] or 'no matrix instructions'}")
-    odd = any(int(size) % 16 for size in row["shape"].split("x") if size.isdigit())
+    sizes = [int(size) for size in row["shape"].split("x") if size.isdigit()]
+    odd = any(size % 16 for size in (sizes[4:5] if decodes else sizes))  # of which rows are made
     # An AMD wave has twice the lanes: its 64-bit loads of half precision are as many bytes an instruction.
     nvidia = row["target"].startswith("sm_")
     if nvidia and row["kernel"].startswith(MEMORY_BOUND) and not odd and row["wide_loads"] < 0.9:

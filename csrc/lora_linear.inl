@@ -31,7 +31,8 @@ struct Scales {
   const Nf4& q;
   int64_t block, left;  // left: elements of the block that are still to come
 
-  Scales(const Nf4& nf4, int64_t first) : q(nf4), block(first / nf4.block), left((block + 1) * nf4.block - first) {}
+  Scales(const Nf4& nf4, int64_t first)
+      : q(nf4), block(first / nf4.block), left((block + 1) * nf4.block - first) {}
 
   TAPELM_INLINE float next() {
     const float scale = q.scale(block);
@@ -74,7 +75,7 @@ TAPELM_INLINE vf codes(vi index) {
 #endif
 }
 
-// sums[m] = x[m] . w[n] for `ordered` rows x. The sum of a word's codes times their elements is multiplied by its scale.
+// sums[m] = x[m] . w[n] for `ordered` rows x. A word's scale multiplies the sum of its codes times their elements.
 template <int M>
 TAPELM_INLINE void dots_of_words(const Nf4& q, const float* ordered, int64_t K, int64_t n, float* sums) {
   const int64_t room = words_room(K);
@@ -116,8 +117,8 @@ TAPELM_INLINE void dots_of_pieces(const Nf4& q, const float* x, int64_t M, int64
 // y[m][n] = x[m] . w[n] + scaling * u[m] . b[n] for n in [begin, end). x (M, K), and `ordered` as above if are_words;
 // u (M, R) and b (N, R) row-major.
 template <typename T>
-void few_rows(const Nf4& q, const float* x, const float* ordered, int64_t M, int64_t K, const T* u, const T* b, int64_t R,
-              float scaling, int64_t begin, int64_t end, T* y, int64_t N) {
+void few_rows(const Nf4& q, const float* x, const float* ordered, int64_t M, int64_t K, const T* u, const T* b,
+              int64_t R, float scaling, int64_t begin, int64_t end, T* y, int64_t N) {
   for (int64_t n = begin; n < end; ++n) {
     float sums[kFewRows];
     if (!are_words(q, K))

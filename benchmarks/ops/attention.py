@@ -1,7 +1,8 @@
 """Attention, forward and backward, against SDPA; `python -m benchmarks.ops.attention` measures its grid.
 
 A shape is BxHxTxD, causal unless it says "full". SDPA runs without dropout also where we run with it, as with
-dropout it would leave its fused kernel. Decoding, forward alone, has T queries at the end of "of HxS" keys.
+dropout it would leave its fused kernel. Decoding, forward alone, has T queries at the end of "of HxS" keys,
+on GPUs also of as many as models of 8 billion parameters keep.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ GRID = tuple(
 
 @dataclass(frozen=True)
 class Decoding:
-    """T tokens that continue S - T cached ones, of one sequence."""
+    """T tokens that continue S - T cached ones, of B sequences."""
 
     heads: int
     key_heads: int
@@ -69,9 +70,10 @@ class Decoding:
     S: int
     dtype: torch.dtype
     D: int = 64
+    B: int = 1
 
     def __str__(self) -> str:
-        return f"1x{self.heads}x{self.T}x{self.D} of {self.key_heads}x{self.S}"
+        return f"{self.B}x{self.heads}x{self.T}x{self.D} of {self.key_heads}x{self.S}"
 
 
 DECODED = tuple(
@@ -80,12 +82,20 @@ DECODED = tuple(
     for heads, key_heads in ((9, 3), (8, 8))
     for T, S in ((1, 256), (1, 1024), (1, 4096), (4, 4096))
 )
+DECODED_ON_GPU = (
+    *(each for each in DECODED if each.S == 4096 and each.dtype == torch.bfloat16),
+    *(
+        Decoding(32, 8, T, S, torch.bfloat16, 128, B)
+        for B, T, S in ((1, 1, 4096), (1, 1, 32768), (1, 8, 32768), (8, 1, 8192), (32, 1, 4096))
+    ),
+)
 
 
 def cases(device: torch.device, settings: Sequence[Setting] | None = None) -> list[Callable[[], Case]]:
     """Of these settings; of all that are published, decoding too, where none are given."""
     steps = [partial(case, device, setting) for setting in settings or SETTINGS]
-    return steps if settings else steps + [partial(decode_case, device, each) for each in DECODED]
+    decoded = DECODED_ON_GPU if device.type == "cuda" else DECODED
+    return steps if settings else steps + [partial(decode_case, device, each) for each in decoded]
 
 
 def agree(dropout_p: float, dtype: torch.dtype) -> Callable[[Sequence[Tensor], Sequence[Tensor]], None]:
@@ -126,9 +136,10 @@ def case(device: torch.device, setting: Setting) -> Case:
 
 def decode_case(device: torch.device, of: Decoding) -> Case:
     generator = torch.Generator().manual_seed(0)
-    q = torch.randn(1, of.T, of.heads, of.D, generator=generator).to(device, of.dtype).transpose(1, 2)
+    q = torch.randn(of.B, of.T, of.heads, of.D, generator=generator).to(device, of.dtype).transpose(1, 2)
     k, v = (
-        torch.randn(1, of.key_heads, of.S, of.D, generator=generator).to(device, of.dtype) for _ in range(2)
+        torch.randn(of.B, of.key_heads, of.S, of.D, generator=generator).to(device, of.dtype)
+        for _ in range(2)
     )
     # SDPA would stand the queries at the first positions; one query sees all keys.
     visible = torch.ones(of.T, of.S, dtype=torch.bool, device=device).tril(of.S - of.T)

@@ -122,10 +122,50 @@ def launch_config(
         dict(zip(names, shipped, strict=True)),
     )
     # float32 products are three TensorFloat-32 ones; the wide backward has no registers for that and
-    # multiplies plainly, as AMD does, which has float32 matrix instructions.
+    # multiplies plainly, as wide decoding does, and AMD, which has float32 matrix instructions.
     plain = itemsize == 2 or name.startswith("gfx") or (tile == 256 and kernel != "forward")
     return {
         "D": width, "BLOCK_D": block_d, "PRECISION": "ieee" if plain else "tf32x3", "DESCRIPTORS": described,
+        **tuned,
+    }  # fmt: skip
+
+
+# Of attention_decode_kernel: (bytes per element, BLOCK_D, BLOCK_M) -> (BLOCK_N, num_warps, num_stages). Tiles
+# of which a multiprocessor holds DECODE_WARPS warps, so that some load while others multiply.
+DECODE_WARPS = 8
+DECODE = {
+    (2, 64, 16): (128, 4, 3), (2, 64, 32): (64, 4, 3), (2, 64, 64): (64, 4, 3),
+    (2, 128, 16): (64, 4, 3), (2, 128, 32): (64, 4, 3), (2, 128, 64): (32, 4, 3),
+    (2, 256, 16): (32, 4, 3), (2, 256, 32): (16, 4, 3), (2, 256, 64): (16, 8, 3),
+    (4, 64, 16): (32, 4, 3), (4, 128, 16): (16, 4, 2), (4, 256, 16): (16, 8, 2),
+}  # fmt: skip
+_HALF_THE_SHARED_MEMORY = {
+    (2, 64, 16): (64, 4, 3), (2, 128, 16): (32, 4, 3), (2, 128, 32): (32, 4, 3), (2, 128, 64): (32, 4, 2),
+    (2, 256, 16): (16, 4, 3), (4, 64, 16): (32, 4, 2), (4, 256, 16): (16, 4, 1),
+}  # fmt: skip
+DECODE_BY_ARCHITECTURE = {
+    "sm_86": _HALF_THE_SHARED_MEMORY,
+    "sm_89": _HALF_THE_SHARED_MEMORY,
+    "sm_100": {(4, 128, 16): (32, 8, 2)},
+    "gfx942": {
+        (2, 64, 16): (64, 4, 2), (2, 64, 32): (64, 4, 2), (2, 64, 64): (64, 4, 2),
+        (2, 128, 16): (32, 4, 2), (2, 128, 32): (32, 4, 2), (2, 128, 64): (32, 4, 2),
+        (2, 256, 16): (16, 4, 2), (2, 256, 32): (16, 4, 2), (2, 256, 64): (16, 4, 2),
+        (4, 64, 16): (32, 4, 2), (4, 128, 16): (16, 4, 2), (4, 256, 16): (16, 4, 1),
+    },
+}  # fmt: skip
+
+
+def decode_config(device: torch.device, itemsize: int, width: int, rows: int) -> dict[str, Any]:
+    """Keyword arguments of a launch of attention_decode_kernel for ``rows`` queries of a group."""
+    block_d, block_m = max(16, next_power_of_2(width)), max(16, next_power_of_2(rows))
+    name, key = configured_architecture(device), (itemsize, max(64, block_d), block_m)
+    configs = DECODE | DECODE_BY_ARCHITECTURE.get(name, {})
+    names = ("BLOCK_N", "num_warps", "num_stages")
+    tuned = choose("attention_decode", device, key, dict(zip(names, configs[key], strict=True)))
+    plain = itemsize == 2 or name.startswith("gfx") or block_d == 256
+    return {
+        "D": width, "BLOCK_D": block_d, "BLOCK_M": block_m, "PRECISION": "ieee" if plain else "tf32x3",
         **tuned,
     }  # fmt: skip
 

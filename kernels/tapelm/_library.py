@@ -210,5 +210,8 @@ def next_power_of_2(size: int) -> int:
 
 
 def processors(device: torch.device) -> int:
-    """Multiprocessors of a CUDA device; a small fixed number for CPU tensors in Triton's interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    """Multiprocessors of a CUDA device; a usual number of them for meta tensors, whose launches are compiled
+    only, and a small one for CPU tensors in Triton's interpreter."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 128 if device.type == "meta" else 2

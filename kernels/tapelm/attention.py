@@ -12,7 +12,8 @@ Shapes: q, out (B, Hq, T, D); k, v (B, Hkv, S, D), Hq % Hkv == 0; lse (B, Hq, T)
 int32. Queries are the last T of S tokens where that matters: if causal or with document ids. Scores, softmax
 and sums are float32. Backward runs one kernel per block of keys and one per block of queries, so each
 gradient element is summed by one program in a fixed order. Tiles whose pairs are all hidden, by causality or
-by document ids, are skipped. The Triton kernels are in ``_attention_kernels``.
+by document ids, are skipped. The Triton kernels are in ``_attention_kernels``, those for a few queries at the
+end of many keys, as in decoding, in ``_attention_decode_kernels``.
 """
 
 # Triton's stubs do not know its own language and launch options.
@@ -28,6 +29,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ._attention_configs import describable, launch_config, operands
+from ._attention_decode_kernels import is_decoding, launch_decode
 from ._attention_kernels import (
     GRAIN,
     attention_backward_keys_kernel,
@@ -126,8 +128,12 @@ def launch_attention_forward(
     _check_keys(q.shape, k.shape, causal, document_ids)
     q, k, v = _rows_contiguous(q), _rows_contiguous(k), _rows_contiguous(v)
     batch, heads, time, width = q.shape
-    out, lse = _empty_heads(q), torch.zeros(batch, heads, time, dtype=torch.float32, device=q.device)
-    if q.numel():
+    out, lse = _empty_heads(q), torch.empty(batch, heads, time, dtype=torch.float32, device=q.device)
+    if not q.numel():
+        lse.zero_()
+    elif is_decoding(q, k, seed):
+        launch_decode(q, k, v, out, lse, causal, scale, document_ids)
+    else:
         masked = seed is not None or document_ids is not None
         config = launch_config("forward", q.device, q.itemsize, width, masked, describable(q, k, v))
         attention_forward_kernel[(batch * heads, triton.cdiv(time, config["BLOCK_M"]))](

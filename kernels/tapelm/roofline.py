@@ -144,6 +144,21 @@ def attention_forward_tiles(
     )
 
 
+def attention_decode_tiles(
+    q: Tensor, k: Tensor, parts: int, block_m: int, block_n: int, block_d: int
+) -> Work:
+    """Issued by the two decoding kernels, without documents, where keys are cut into ``parts``.
+
+    Every key and value is read once, q once for each part; out and lse are written. Of several parts each
+    writes D sums, a total and a top of every query in float32, which are read once to merge them.
+    """
+    batch, heads, time, width = q.shape
+    queries, groups = batch * heads * time, batch * k.shape[1]
+    found = parts * queries * (width + 2) * 4 if parts > 1 else 0
+    moved = 2 * k.numel() * k.itemsize + (parts + 1) * q.numel() * q.itemsize + queries * 4 + 2 * found
+    return Work(moved, 4 * groups * math.ceil(k.shape[2] / block_n) * block_m * block_n * block_d)
+
+
 def cross_entropy_rows(rows: int, vocabulary: int, itemsize: int, need_grad: bool) -> int:
     """Bytes the cross-entropy kernel issues: logits once for the sum and once more for the gradient, which
     replaces them; target (8), its logit, the count of valid rows (8) and the loss (4)."""

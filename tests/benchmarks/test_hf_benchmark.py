@@ -31,6 +31,31 @@ def test_rows_of_all_variants() -> None:
         assert row.extra["tokens_per_second"] == pytest.approx(64e3 / row.median_ms)
 
 
+def test_liger_has_a_process_of_its_own(monkeypatch) -> None:
+    """It exchanges functions of transformers' modules, so that in this process it would change the others."""
+    places, closed = {}, []
+
+    class Here:
+        shape, dtype, flops, tokens = "", torch.bfloat16, 1.0, 1.0
+
+        def __init__(self, kind: str, **options: object) -> None:
+            places[kind] = "here"
+
+    class There:
+        def __init__(self, build) -> None:
+            build()
+            places[build.args[0]] = "there"
+
+        def close(self) -> None:
+            closed.append(self)
+
+    for name, stub in {"Step": Here, "Elsewhere": There, "agree": id, "interleaved": lambda *_: []}.items():
+        monkeypatch.setattr(hf, name, stub)
+    monkeypatch.setattr(hf.importlib.util, "find_spec", lambda name: object())
+    assert hf.measure(1, 2, 32, torch.device("cuda"), 1) == ([], [])
+    assert places == {hf.STOCK: "here", hf.OURS: "here", hf.LIGER: "there"} and len(closed) == 1
+
+
 def test_a_step_trains_and_is_ours() -> None:
     ours, stock = (hf.Step(kind, hf.config_of(None, 1), 2, 32, CPU) for kind in (hf.OURS, hf.STOCK))
     assert type(ours.model.lm_head) is tapelm.nn.LMHead

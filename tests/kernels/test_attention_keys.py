@@ -69,17 +69,17 @@ def test_decoding_is_the_same_for_every_number_of_threads(hq, hkv, t, dtype, thr
         assert all(torch.equal(a, b) for a, b in zip(one, run(count), strict=True))
 
 
-def test_decoding_reads_a_cache_of_any_strides(dtype) -> None:
-    q, k, v = make(6, 2, 2, 300, 48, dtype, "cpu")
+def test_decoding_reads_a_cache_of_any_strides(dtype, device) -> None:
+    q, k, v = make(6, 2, 2, 300, 48, dtype, device)
     expected = tapelm.attention(q, k, v)
-    room = torch.full((2, 500, 2, 48), NAN).to(dtype).transpose(1, 2)  # of which 300 tokens are written
+    room = torch.full((2, 500, 2, 48), NAN, dtype=dtype, device=device).transpose(1, 2)  # 300 are written
     room[:, :, :300] = k
     assert torch.equal(tapelm.attention(q.mT.contiguous().mT, room[:, :, :300], v), expected)
 
 
-def test_decoding_propagates_what_is_not_finite() -> None:
+def test_decoding_propagates_what_is_not_finite(device) -> None:
     """A NaN key reaches the queries that see it; a query with scores of minus infinity has no weights."""
-    q, k, v = (x.abs() + 0.1 for x in make(2, 1, 3, 700, 16, torch.float32, "cpu"))
+    q, k, v = (x.abs() + 0.1 for x in make(2, 1, 3, 700, 16, torch.float32, device))
     k[0, 0, 698] = NAN
     q[1, 1, 0] = -INF
     out = tapelm.attention(q, k, v)
@@ -113,7 +113,10 @@ def test_decoding_reads_values_no_further_than_four_queries_see() -> None:
 
 def test_one_key_is_the_result(device, dtype) -> None:
     q, k, v = make(2, 1, 5, 1, 16, dtype, device)
-    assert torch.equal(tapelm.attention(q, k, v, causal=False), v.expand(2, 2, 5, 16))
+    # GPUs multiply float32 as two parts of 11 bits each, which are not all of its 24.
+    slack = 2.0**-21 if device.type == "cuda" and dtype == torch.float32 else 0.0
+    out = tapelm.attention(q, k, v, causal=False)
+    torch.testing.assert_close(out, v.expand(2, 2, 5, 16), rtol=slack, atol=0.0)
 
 
 def test_no_queries_leave_gradients_of_zero(device, dtype) -> None:

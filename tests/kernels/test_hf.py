@@ -282,3 +282,19 @@ def test_importing_tapelm_does_not_import_transformers():
     code = "import sys, tapelm; assert tapelm.hf.optimize; assert 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert importlib.util.find_spec("transformers")
+
+
+@pytest.mark.parametrize(("family", "kind"), [("llama", "full"), ("llama", "padded right"), ("gpt2", "full")])
+def test_a_step_and_generation_on_every_device(family, kind, device):
+    """On a GPU, and in the interpreter, by the Triton kernels."""
+    layers = {"n_layer": 1} if family == "gpt2" else {"num_hidden_layers": 1}
+    stock, ours = (model.to(device) for model in pair(family, **layers))
+    ids, labels, given = batch(kind)
+    ids, labels = ids.to(device), labels.to(device)
+    given = {name: value.to(device) for name, value in given.items()}
+    found, expected = (step(model, ids, labels, given) for model in (ours, stock))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * float(b.abs().max()))
+    if kind == "full":
+        texts = [model.generate(ids, max_new_tokens=3, do_sample=False) for model in (ours, stock)]
+        assert torch.equal(*texts)

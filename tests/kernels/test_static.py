@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("triton.backends.nvidia")
 
 from benchmarks import static
+from tapelm._attention_configs import DECODE_WARPS
 from tapelm.proofs import resources
 
 ROOT = Path(__file__).parents[2]
@@ -55,6 +56,17 @@ def test_the_lock_names_every_target() -> None:
     assert set(by_target) == {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942"}
     assert min(by_target.values()) > 70
     assert any("50257" in row["shape"] for row in rows)
+
+
+def test_a_multiprocessor_holds_the_programs_that_decoding_counts_on() -> None:
+    """By registers and shared memory: its keys are cut for so many at once."""
+    rows = json.loads(LOCK.read_text(encoding="utf-8"))["rows"]
+    warps = {
+        static.name_of(row): row["occupancy"] * resources.TARGETS[row["target"]].warps
+        for row in rows
+        if row["kernel"] == "attention_decode_kernel"
+    }
+    assert len(warps) > 80 and min(warps.values()) >= DECODE_WARPS, warps
 
 
 SPILLING = """
