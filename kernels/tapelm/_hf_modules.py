@@ -5,6 +5,7 @@ Shapes: B rows, T tokens, S keys, C model width, Hq and Hkv heads, D head width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,46 +17,63 @@ from .bias_gelu import bias_gelu
 from .nn import RMSNorm, adopt
 from .rope import rope
 
+NAME = "tapelm"  # of our attention in transformers
 UNSUPPORTED = ("softcap", "position_bias", "s_aux", "cache")  # arguments of attention
 
 
+def register() -> None:
+    """Gives transformers our attention and its masks, as the implementation "tapelm"."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, attention_mask)
+
+
 def document_mask(document_ids: Tensor) -> Tensor:
-    """document_ids (B, T) int32 as a mask (B, 1, 1, T) that transformers hands on to attention unchanged."""
+    """document_ids (B, S) int32 as a mask (B, 1, 1, S) that transformers hands on to attention unchanged."""
     return document_ids[:, None, None]
 
 
-def is_document_mask(mask: Tensor) -> bool:
-    return mask.dtype == torch.int32 and mask.shape[1:3] == (1, 1)
+def padding_mask(tokens: Tensor) -> Tensor:
+    """tokens (B, S), 0 at padding, as a mask (B, 1, 1, S) int8: for padding itself attention gives zeros."""
+    return tokens[:, None, None].to(torch.int8)
 
 
 def attention_forward(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     dropout: float = 0.0, scaling: float | None = None, **options: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Attention as transformers calls it: query (B, Hq, T, D) gives (B, T, Hq, D).
 
-    An int32 attention_mask is a document_mask, for queries that no cached keys precede; any other says which
-    keys each query sees, by PyTorch's scaled_dot_product_attention. Without one it is causal, the last query
-    sees all keys.
+    Queries are the last T of the S tokens of the keys and see those before them. An attention_mask that is a
+    document_mask or a padding_mask hides other documents and padding; any other says which keys each query
+    sees, by PyTorch's scaled_dot_product_attention.
 
     Raises:
-        ValueError: an option that none of our families has, or a document mask with cached keys.
+        ValueError: an option that none of our families has, or a document mask that is not one for each key.
     """
     for name in UNSUPPORTED:
         if options.get(name) is not None:
             raise ValueError(f"attention of tapelm has no {name}; use attn_implementation='eager'.")
     if not options.get("is_causal", getattr(module, "is_causal", True)):
         raise ValueError("attention of tapelm is causal in transformers; use attn_implementation='sdpa'.")
-    documents = None
-    if attention_mask is not None and is_document_mask(attention_mask):
-        documents, attention_mask = attention_mask[:, 0, 0], None
-        if query.shape[2] != key.shape[2]:
-            raise ValueError(
-                f"Attention: a document mask of {query.shape[2]} tokens says nothing of the "
-                f"{key.shape[2] - query.shape[2]} keys before them in the cache; pass use_cache=False."
-            )
+    if attention_mask is not None and getattr(attention_mask, "ndim", 0) != 4:
+        raise ValueError(
+            f"Attention: the implementation {module.config._attn_implementation!r} has other masks; call "
+            f"model.set_attn_implementation({NAME!r})."
+        )
     if attention_mask is None:
-        y = attention(query, key, value, scale=scaling, dropout_p=dropout, document_ids=documents)
+        y = attention(query, key, value, scale=scaling, dropout_p=dropout)
+    elif attention_mask.dtype in (torch.int8, torch.int32) and attention_mask.shape[1:3] == (1, 1):
+        documents = attention_mask[:, 0, 0]
+        if documents.shape[1] != key.shape[2]:
+            raise ValueError(
+                f"Attention: a document mask of {documents.shape[1]} tokens says nothing of the "
+                f"{key.shape[2] - documents.shape[1]} keys before them in the cache; pass use_cache=False."
+            )
+        y = attention(query, key, value, scale=scaling, dropout_p=dropout, document_ids=documents.int())
+        if attention_mask.dtype == torch.int8:
+            y = y * documents[:, None, -query.shape[2] :, None]
     else:
         y = F.scaled_dot_product_attention(
             query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling, enable_gqa=True
@@ -64,42 +82,78 @@ def attention_forward(
 
 
 def attention_mask(**arguments: Any) -> Tensor | None:
-    """The mask of a forward pass as transformers asks for it: None, a document mask, or that of its SDPA.
+    """The mask of a forward pass as transformers asks for it: None, ours, or that of its SDPA.
 
-    Packed documents and rows with padding at their end have document masks; padding is a document, what comes
-    out there has no meaning, as with FlashAttention. A graph that torch.compile makes of a padded batch has
-    SDPA's, as it must not depend on where the padding is.
+    Ours are for queries that are the last of the keys' tokens and see all before them but for padding and
+    other documents: in training, and in generation from the prompt on. SDPA's are for windows shorter than
+    that, for static caches, whose rest is empty, and for padding in a graph that torch.compile makes, as it
+    must not depend on where the padding is.
     """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-    theirs = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
-    keys, offset = arguments["kv_length"], arguments.get("kv_offset", 0)
-    places = arguments.get("cache_position")  # of the queries, where q_length and device have no names
-    queries = arguments["q_length"] if places is None else places.shape[0]
-    window, padding = arguments.get("local_size"), arguments.get("attention_mask")
-    if arguments.get("use_vmap") or queries != keys or offset or (window is not None and keys >= window):
-        if queries > 1:  # None would mean that queries are the last of the keys
-            arguments["allow_is_causal_skip"] = False
-        return theirs(**arguments)
+    def theirs() -> Tensor:  # always one, as None would mean that queries are the last of the keys
+        return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](**arguments | {"allow_is_causal_skip": False})
+
+    keys, offset, window = arguments["kv_length"], arguments.get("kv_offset", 0), arguments.get("local_size")
+    padding, causal = arguments.get("attention_mask"), arguments.get("allow_is_causal_skip", True)
+    compiling = torch.compiler.is_compiling()
+    places = arguments.get("cache_position")  # of the queries, where these have no other names
+    if places is None:
+        queries, first, device = arguments["q_length"], arguments.get("q_offset", 0), arguments["device"]
+    else:
+        queries, device = places.shape[0], places.device
+        first = 0 if queries == keys else None if compiling else int(places[0])
+    if (
+        arguments.get("use_vmap")
+        or (window is not None and keys > window)
+        or first is None
+        or isinstance(first, Tensor)  # a static cache's, of which asking the GPU would wait for it
+        or first + queries != offset + keys
+    ):
+        return theirs()
     if padding is not None:
-        if torch.compiler.is_compiling():
-            return theirs(**arguments)
-        ends = padding[:, 0].all() & (padding[:, 1:] <= padding[:, :-1]).all()
-        none, at_the_end = torch.stack([padding.all(), ends]).tolist()
-        if none:
-            return None
-        return document_mask(padding[:, :keys].int()) if at_the_end else theirs(**arguments)
-    if arguments.get("allow_is_causal_skip", True):
+        padding = F.pad(padding, (-offset, offset + keys - padding.shape[1]))  # or cut, as in transformers
+        return theirs() if compiling or not causal else mask_of_padding(padding, queries, theirs)
+    if causal:
         return None
+    if queries != keys:
+        return theirs()
     # Packed documents: one begins where a token does not see the one before it.
-    device = arguments["device"] if places is None else places.device
     batch = torch.arange(arguments["batch_size"], device=device)[:, None]
     token = torch.arange(1, keys, device=device)[None]
     seen = arguments["mask_function"](batch, 0, token, token - 1).expand(len(batch), -1)
     return document_mask(F.pad((~seen).cumsum(-1, dtype=torch.int32), (1, 0)))
 
 
-class Attention(nn.Module):
+def mask_of_padding(padding: Tensor, queries: int, theirs: Callable[[], Tensor]) -> Tensor | None:
+    """The mask of the last ``queries`` of S tokens, of which ``padding`` (B, S) is false at padding.
+
+    Padding is a document. What comes out at it has no meaning and is zero where it comes before all text, as
+    with SDPA; in a hole of the text, which is what the next token is predicted from, SDPA's mask is needed.
+    """
+    if padding.all():
+        return None
+    if queries > 1:
+        text = padding.cumsum(-1) > 0  # whether there is any up to here
+        holes = text[:, :-1] & ~padding[:, :-1] & padding[:, 1:]
+        first = padding.shape[1] - queries
+        hole, before = torch.stack([holes[:, first:].any(), ~text[:, first].all()]).tolist()
+        if hole:
+            return theirs()
+        if before:
+            return padding_mask(padding)
+    return document_mask(padding.int())
+
+
+class Module(nn.Module):
+    """A module of a model whose attention is ours; one that is unpickled gives it to transformers first."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        register()
+        super().__setstate__(state)
+
+
+class Attention(Module):
     """Grouped-query attention with rotary positions; takes the place and the layers of transformers' own.
 
     Those of queries and keys may be followed by norms of each head, as in Qwen3.
@@ -144,7 +198,7 @@ class Attention(nn.Module):
         return self.o_proj(y.reshape(*shape, -1)), None
 
 
-class GPT2MLP(nn.Module):
+class GPT2MLP(Module):
     """``c_proj(gelu(c_fc(x)))`` with dropout; takes the place and the layers of transformers' own."""
 
     def __init__(self, module: Any) -> None:

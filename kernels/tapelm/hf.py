@@ -20,15 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._hf_modules import GPT2MLP, Attention, attention_forward, attention_mask, document_mask, rms_norm_of
+from ._hf_modules import GPT2MLP, NAME, Attention, document_mask, register, rms_norm_of
 from .nn import TWINS, Linear, LMHead, RMSNorm, SwiGLU, exchange
 
 Model = TypeVar("Model", bound=nn.Module)
 
 __all__ = ["Attention", "document_mask", "optimize", "rms_norm_of"]
-
-NAME = "tapelm"  # of our attention in transformers
-
 
 LLAMA = {"RMSNorm": rms_norm_of, "MLP": SwiGLU.of, "Attention": Attention}
 FAMILIES: dict[str, tuple[str, dict[str, Callable[[Any], nn.Module]]]] = {
@@ -82,18 +79,20 @@ def optimize(model: Model, *, fused_loss: bool = True) -> Model:
 
     These are norms, MLPs, attention with rotary positions, linear layers, dropout and the loss of Llama,
     Mistral, Qwen2, Qwen3 and GPT-2 models, forward and backward, on CPUs and GPUs. The model trains (Trainer,
-    gradient checkpointing, peft before or after), generates, compiles and is saved as before. Attention is
-    ``tapelm.attention`` but for several queries behind cached keys, padding before the text and windows
-    shorter than it, which PyTorch's computes; dropout draws other masks than PyTorch's.
+    gradient checkpointing, peft before or after), generates, compiles, is pickled and saved as before.
+    Attention is ``tapelm.attention``, also in generation, of prompts that are padded too; PyTorch's computes
+    it where windows are shorter than the text, behind a static cache, in a hole of the padding, and for
+    padding in a compiled graph. Dropout draws other masks than PyTorch's.
 
     Args:
         model: of class LlamaForCausalLM and its like, or a PeftModel around one; float32 or bfloat16, on CUDA
             also float16. The implementation of its attention becomes "tapelm".
         fused_loss: in training, with labels, compute the loss without logits, by
-            ``tapelm.linear_cross_entropy``: ``logits`` of the output are then None, and a cache is made only
-            where ``use_cache=True`` is passed; without one, documents that position_ids tell apart do not see
-            each other, as in transformers. Not where a head of another kind (an adapter), another
-            ``loss_function`` or ``logits_to_keep`` needs logits. Pass False for trainers that read them.
+            ``tapelm.linear_cross_entropy``: ``logits`` are then None, in a tuple too. Not where a
+            head of another kind (an adapter), another ``loss_function`` or ``logits_to_keep`` needs them.
+            With labels, in evaluation too, a cache is made only where ``use_cache=True`` is passed; without
+            one, documents that position_ids tell apart do not see each other, as in transformers. Pass False
+            for trainers that read logits.
 
     Returns:
         ``model``.
@@ -104,7 +103,6 @@ def optimize(model: Model, *, fused_loss: bool = True) -> Model:
     """
     inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     check_supported(inner)
-    from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.loss.loss_utils import ForCausalLMLoss
 
     prefix, by_name = FAMILIES[inner.config.model_type]
@@ -119,8 +117,7 @@ def optimize(model: Model, *, fused_loss: bool = True) -> Model:
                 f"optimize: fewer than {blocks} modules are {prefix}{name} of transformers; another library "
                 "has changed them: make the model without it."
             )
-    AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, attention_mask)
+    register()
     exchange(inner, twins)
     inner.set_attn_implementation(NAME)
     vars(inner).pop("forward", None)
@@ -129,8 +126,29 @@ def optimize(model: Model, *, fused_loss: bool = True) -> Model:
             inner.lm_head = LMHead.of(inner.lm_head)
         if inner.loss_function is ForCausalLMLoss:
             inner.loss_function = ForCausalLMLoss  # a GPT-2's is that by default, of which asking warns
-        inner.forward = MethodType(with_loss(type(inner).forward), inner)
+        inner.forward = LossForward(inner)
     return model
+
+
+class LossForward:
+    """``forward`` of a causal language model by our loss, bound to it.
+
+    It is called and wrapped as a MethodType is, but not pickled as one, which would give the class's own.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.__self__ = model
+        self.__func__ = with_loss(type(model).forward)
+
+    def __call__(self, *positional: Any, **given: Any) -> Any:
+        return self.__func__(self.__self__, *positional, **given)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(MethodType(self.__func__, self.__self__))
+
+    def __reduce__(self) -> tuple[type[LossForward], tuple[Any]]:
+        return LossForward, (self.__self__,)
 
 
 def with_loss(stock: Callable[..., Any]) -> Callable[..., Any]:
@@ -144,19 +162,24 @@ def with_loss(stock: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: Any, *positional: Any, **given: Any) -> Any:
         given = dict(zip(names, positional, strict=False)) | given
         labels, keep = given.get("labels"), given.get("logits_to_keep", 0)
-        needs_logits = (
-            type(self.lm_head) is not LMHead
+        if labels is None:
+            return stock(self, **given)
+        if given.get("use_cache") is None and given.get("past_key_values") is None:
+            leave_out_cache(given)
+        resized = type(self.lm_head) is nn.Linear and "forward" not in vars(self.lm_head)
+        if resized and not torch.compiler.is_compiling():
+            self.lm_head = LMHead.of(self.lm_head)
+        if (
+            not self.training
+            or type(self.lm_head) is not LMHead
             or self.loss_function is not ForCausalLMLoss
             or not isinstance(keep, int)
             or keep != 0
-        )
-        if labels is None or not self.training or needs_logits:
+        ):
             return stock(self, **given)
         for name in ("labels", "logits_to_keep"):
             given.pop(name, None)
         return_dict = given.pop("return_dict", None)
-        if given.get("use_cache") is None and given.get("past_key_values") is None:
-            given["use_cache"] = False
         outputs = self.base_model(**given, return_dict=True)
         hidden, ignored = outputs.last_hidden_state, given.get("ignore_index", -100)
         targets = given.get("shift_labels")
@@ -177,7 +200,19 @@ def with_loss(stock: Callable[..., Any]) -> Callable[..., Any]:
         )
         if return_dict is None:
             return_dict = getattr(self.config, "return_dict", True)
-        return output if return_dict else output.to_tuple()
+        return output if return_dict else (loss, None, *output.to_tuple()[1:])
 
     forward.__signature__ = signature  # type: ignore[attr-defined]
     return forward
+
+
+def leave_out_cache(given: dict[str, Any]) -> None:
+    """Changes arguments of forward so that no cache is made, which documents in a row would see through.
+
+    Padding of any length is cut or filled up to the tokens, as it is in transformers where there is a cache.
+    """
+    given["use_cache"] = False
+    inputs, padding = given.get("input_ids"), given.get("attention_mask")
+    inputs = given.get("inputs_embeds") if inputs is None else inputs
+    if isinstance(padding, Tensor) and padding.ndim == 2 and isinstance(inputs, Tensor):
+        given["attention_mask"] = F.pad(padding, (0, inputs.shape[1] - padding.shape[1]))

@@ -1,7 +1,11 @@
-"""Small models of every family of transformers that tapelm.hf knows, with random weights."""
+"""Small models of every family of transformers that tapelm.hf knows, with random weights, and batches."""
+
+import copy
 
 import torch
 from torch import nn
+
+import tapelm
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -25,6 +29,19 @@ FAMILIES = {
     ),
 }  # fmt: skip
 
+T = 21
+PLACES = torch.arange(T)[None]
+BATCHES = {
+    "full": {},
+    "padded right": {"attention_mask": (torch.tensor([[T], [15], [3]]) > PLACES).long()},
+    "padded left": {"attention_mask": (torch.tensor([[0], [5], [18]]) <= PLACES).long()},
+    "padded at both ends": {
+        "attention_mask": ((PLACES >= 3) & (torch.tensor([[T], [15], [9]]) > PLACES)).long()
+    },
+    "hole": {"attention_mask": ((PLACES != 5) | torch.tensor([[False], [True], [False]])).long()},
+    "packed": {"position_ids": torch.cat([torch.arange(8), torch.arange(13)])[None].expand(3, -1)},
+}
+
 
 def make(family: str, **changes: object) -> nn.Module:
     """As transformers makes it, float32, in training mode, with norms and biases that are not 1 or 0."""
@@ -40,3 +57,20 @@ def make(family: str, **changes: object) -> nn.Module:
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
     return model.train()
+
+
+def pair(family, dtype=torch.float32, **changes):
+    """transformers' model and the same with our modules."""
+    stock = make(family, **changes).to(dtype)
+    return stock, tapelm.hf.optimize(copy.deepcopy(stock))
+
+
+def batch(kind):
+    """Ids, labels and the rest; labels are ignored at padding."""
+    given = BATCHES[kind]
+    ids = torch.randint(1, 97, (3, T), generator=torch.Generator().manual_seed(1))
+    labels = ids.clone()
+    labels[:, 4] = -100
+    if "attention_mask" in given:
+        labels[given["attention_mask"] == 0] = -100
+    return ids, labels, given

@@ -9,40 +9,13 @@ import pytest
 import torch
 
 import tapelm
+from tapelm._hf_modules import attention_forward
 from tapelm.testing import assert_close
 
 sys.path.insert(0, str(Path(__file__).parent))
-from hf_models import FAMILIES, make
-
-T = 21
-PLACES = torch.arange(T)[None]
-BATCHES = {
-    "full": {},
-    "padded right": {"attention_mask": (torch.tensor([[T], [15], [3]]) > PLACES).long()},
-    "padded left": {"attention_mask": (torch.tensor([[0], [5], [18]]) <= PLACES).long()},
-    "hole": {"attention_mask": ((PLACES != 5) | torch.tensor([[False], [True], [False]])).long()},
-    "packed": {"position_ids": torch.cat([torch.arange(8), torch.arange(13)])[None].expand(3, -1)},
-}
-
+from hf_models import BATCHES, FAMILIES, T, batch, make, pair
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def pair(family, dtype=torch.float32, **changes):
-    """transformers' model and the same with our modules."""
-    stock = make(family, **changes).to(dtype)
-    return stock, tapelm.hf.optimize(copy.deepcopy(stock))
-
-
-def batch(kind):
-    """Ids, labels and the rest; labels are ignored at padding."""
-    given = BATCHES[kind]
-    ids = torch.randint(1, 97, (3, T), generator=torch.Generator().manual_seed(1))
-    labels = ids.clone()
-    labels[:, 4] = -100
-    if "attention_mask" in given:
-        labels[given["attention_mask"] == 0] = -100
-    return ids, labels, given
 
 
 def step(model, ids, labels, given, **more):
@@ -137,8 +110,11 @@ def test_outputs_in_training():
     assert (out.logits, out.past_key_values) == (None, None)
     expected = stock(ids, labels=labels, output_hidden_states=True).hidden_states
     torch.testing.assert_close(out.hidden_states, expected, rtol=1e-4, atol=1e-4)
-    (loss,) = ours(ids, None, None, None, None, labels, return_dict=False)  # by place, as a tuple
-    torch.testing.assert_close(loss, out.loss)
+    for more in ({}, {"output_hidden_states": True}):  # by place, as a tuple in which logits keep theirs
+        loss, logits, *rest = ours(ids, None, None, None, None, labels, return_dict=False, **more)
+        torch.testing.assert_close(loss, out.loss)
+        assert logits is None
+        assert len(rest) == len(more)
     assert ours(ids, labels=labels, use_cache=True).past_key_values.get_seq_length() == T
     assert ours(ids).logits.shape == (3, T, 97)
     assert ours.eval()(ids, labels=labels).logits.shape == (3, T, 97)
@@ -153,30 +129,8 @@ def test_another_loss_function_gets_logits():
     assert ours(ids, labels=labels).logits.shape == (3, T, 97)
 
 
-@pytest.mark.parametrize("cache", [None, "static"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_generates_the_same(family, cache):
-    stock, ours = pair(family)
-    ids, _, given = batch("padded left")
-    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "cache_implementation": cache}
-    for padding in ({}, given):
-        expected = stock.eval().generate(ids, **padding, **options)
-        assert torch.equal(ours.eval().generate(ids, **padding, **options), expected)
-
-
-def test_a_prompt_in_parts():
-    """Queries behind cached keys see all of these."""
-    stock, ours = pair("llama")
-    ids = batch("full")[0]
-    with torch.no_grad():
-        first = ours.eval()(ids[:, :9], use_cache=True)
-        second = ours(ids[:, 9:], past_key_values=first.past_key_values)
-        expected = stock.eval()(ids).logits
-    torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), expected, rtol=1e-4, atol=1e-4)
-
-
 def test_packed_documents_do_not_see_each_other_by_default():
-    """transformers makes a cache by default and then lets them; in training ours makes none."""
+    """transformers makes a cache by default and then lets them; with labels ours makes none."""
     ours = pair("llama")[1]
     ids, labels, given = batch("packed")
     other = ids.clone()
@@ -184,6 +138,24 @@ def test_packed_documents_do_not_see_each_other_by_default():
     labels[:, :9] = -100
     losses = [ours(x, labels=labels, **given).loss.item() for x in (ids, other)]
     assert losses[0] == losses[1]
+    evaluated = ours.eval()(ids, labels=labels, **given)
+    torch.testing.assert_close(evaluated.loss.item(), losses[0])
+    assert evaluated.past_key_values is None
+
+
+@pytest.mark.parametrize("length", [T - 6, T + 9])
+def test_a_mask_of_another_length_is_cut_or_filled_up(length):
+    """As in transformers where a cache is made, which it is by default."""
+    stock, ours = pair("llama")
+    ids, labels, _ = batch("full")
+    labels[:, T - 6 :] = -100
+    for mask in (
+        torch.ones(3, length).long(),
+        (torch.arange(length) >= torch.tensor([[0], [3], [9]])).long(),
+    ):
+        expected = stock(ids, labels=labels, attention_mask=mask).loss
+        torch.testing.assert_close(ours.train()(ids, labels=labels, attention_mask=mask).loss, expected)
+        torch.testing.assert_close(ours.eval()(ids, labels=labels, attention_mask=mask).loss, expected)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -273,7 +245,36 @@ def test_attention_names_what_it_does_not_compute():
     q = torch.randn(1, 2, 4, 8)
     for options, message in (({"softcap": 30.0}, "no softcap"), ({"is_causal": False}, "is causal")):
         with pytest.raises(ValueError, match=message):
-            tapelm.hf.attention_forward(torch.nn.Module(), q, q, q, None, **options)
+            attention_forward(torch.nn.Module(), q, q, q, None, **options)
+
+
+def test_masks_of_another_implementation_are_named():
+    ours = pair("llama")[1]
+    ours.set_attn_implementation("flex_attention")
+    with pytest.raises(
+        ValueError, match=r"'flex_attention' has other masks; call .*implementation\('tapelm'\)"
+    ):
+        ours(batch("full")[0])
+
+
+@pytest.mark.parametrize("head", ["ForSequenceClassification", "ForTokenClassification", "Model"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_models_without_our_loss(family, head):
+    import transformers
+
+    config = make(family).config
+    config.num_labels, config.pad_token_id = 3, 0
+    torch.manual_seed(0)
+    kind = getattr(transformers, FAMILIES[family][0] + head)
+    stock = kind._from_config(config, attn_implementation="sdpa").eval()
+    ours = tapelm.hf.optimize(copy.deepcopy(stock))
+    ids, _, given = batch("padded right")
+    ids = ids * given["attention_mask"]
+    found, expected = (model(ids, **given)[0] for model in (ours, stock))
+    if found.ndim == 3:
+        found, expected = found[ids != 0], expected[ids != 0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    found.sum().backward()
 
 
 def test_importing_tapelm_does_not_import_transformers():

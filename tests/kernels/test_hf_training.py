@@ -1,6 +1,8 @@
 """Trainer, peft and checkpoints of transformers work on models with our modules."""
 
 import copy
+import inspect
+import subprocess
 import sys
 from pathlib import Path
 
@@ -28,9 +30,9 @@ def collate(texts):
     return {"input_ids": padded, "attention_mask": mask, "labels": padded.masked_fill(mask == 0, -100)}
 
 
-def train(model, folder, **options):
+def train(model, folder, packed=False, **options):
     """Losses of four steps of Trainer, each of three batches, and of two evaluations."""
-    from transformers import Trainer, TrainingArguments
+    from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
     arguments = TrainingArguments(
         str(folder), per_device_train_batch_size=2, gradient_accumulation_steps=3, max_steps=4,
@@ -38,7 +40,12 @@ def train(model, folder, **options):
         report_to=[], use_cpu=True, disable_tqdm=True, **options,
     )  # fmt: skip
     texts = [ids(1, length)[0] for length in range(5, 21)]
-    trainer = Trainer(model, arguments, train_dataset=texts, eval_dataset=texts, data_collator=collate)
+    if packed:
+        texts = [{"input_ids": text.tolist()} for text in texts]
+    trainer = Trainer(
+        model, arguments, train_dataset=texts, eval_dataset=texts,
+        data_collator=DataCollatorWithFlattening() if packed else collate,
+    )  # fmt: skip
     trainer.train()
     return [
         entry.get("loss", entry.get("eval_loss"))
@@ -48,7 +55,11 @@ def train(model, folder, **options):
 
 
 @pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
-@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"bf16": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"gradient_checkpointing": True}, {"bf16": True}, {"packed": True}, {"packed": True, "bf16": True}],
+    ids=str,
+)
 @pytest.mark.parametrize("family", ["qwen3", "gpt2"])
 def test_trainer_has_the_same_losses(family, options, tmp_path):
     stock = make(family)
@@ -140,6 +151,58 @@ def test_trains_after_a_move():
     ours = tapelm.hf.optimize(make("qwen2")).to(torch.bfloat16)
     ours(ids(), labels=ids()).loss.backward()
     assert {p.grad.dtype for p in ours.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_an_unpickled_model_goes_on(family, tmp_path):
+    """In a process that has optimized none, with our attention, masks and loss."""
+    ours = tapelm.hf.optimize(make(family))
+    mask = (torch.arange(16) >= torch.tensor([[0], [5]])).long()
+    torch.save(ours, tmp_path / "model.pt")
+    code = (
+        "import sys, torch; ids, mask = torch.load(sys.argv[2]);"
+        "model = torch.load(sys.argv[1], weights_only=False);"
+        "out = model(ids, labels=ids); assert out.logits is None;"
+        "torch.save((out.loss.detach(), model.eval()(ids, attention_mask=mask).logits.detach()), sys.argv[2])"
+    )
+    torch.save((ids(), mask), tmp_path / "found.pt")
+    arguments = [str(tmp_path / "model.pt"), str(tmp_path / "found.pt")]
+    subprocess.run([sys.executable, "-c", code, *arguments], check=True)
+    found = torch.load(tmp_path / "found.pt")
+    loss = ours(ids(), labels=ids()).loss.detach()
+    torch.testing.assert_close(found, (loss, ours.eval()(ids(), attention_mask=mask).logits.detach()))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_resized_vocabulary_keeps_the_loss(tied):
+    stock = make("llama", tie_word_embeddings=tied)
+    ours = tapelm.hf.optimize(copy.deepcopy(stock))
+    found = []
+    for model in (stock, ours):
+        torch.manual_seed(2)
+        model.resize_token_embeddings(105)
+        out = model(ids(), labels=ids() + 8)
+        out.loss.backward()
+        found.append((out.loss, [p.grad for p in model.parameters()]))
+    assert out.logits is None
+    assert (ours.lm_head.weight is ours.model.embed_tokens.weight) is tied
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-5)
+
+
+def test_accelerate_wraps_and_unwraps_forward():
+    from accelerate import Accelerator
+
+    stock = make("llama")
+    ours = tapelm.hf.optimize(copy.deepcopy(stock))
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    wrapped = accelerator.prepare(ours)
+    expected = stock(ids(), labels=ids()).loss
+    torch.testing.assert_close(wrapped(ids(), labels=ids()).loss, expected, rtol=1e-2, atol=0.0)
+    unwrapped = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+    out = unwrapped(ids(), labels=ids())
+    assert out.logits is None
+    torch.testing.assert_close(out.loss, expected)
+    assert inspect.signature(unwrapped.forward) == inspect.signature(stock.forward)
 
 
 @pytest.mark.network
