@@ -52,7 +52,7 @@ def test_liger_has_a_process_of_its_own(monkeypatch) -> None:
     for name, stub in {"Step": Here, "Elsewhere": There, "agree": id, "interleaved": lambda *_: []}.items():
         monkeypatch.setattr(hf, name, stub)
     monkeypatch.setattr(hf.importlib.util, "find_spec", lambda name: object())
-    assert hf.measure(1, 2, 32, torch.device("cuda"), 1) == ([], [])
+    assert hf.measure(hf.config_of(None, 1), 2, 32, torch.device("cuda"), 1) == ([], [])
     assert places == {hf.STOCK: "here", hf.OURS: "here", hf.LIGER: "there"} and len(closed) == 1
 
 
