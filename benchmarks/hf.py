@@ -43,14 +43,19 @@ STOCK, OURS, LIGER = "transformers", "tapelm.hf", "liger"
 def config_of(model: Path | None, layers: int | None) -> Any:
     """transformers' configuration of the model in a directory, or of our Llama; with other `layers` if given.
 
-    Raises UserError for a directory without one.
+    Raises UserError for a directory without one that transformers can read.
     """
     library = transformers()
+    if layers is not None and layers < 1:
+        raise UserError(f"--layers {layers}: a model has at least one")
     if model is None:
         return library.LlamaConfig(num_hidden_layers=layers or LAYERS, use_cache=False, **SIZES)
     if not (model / "config.json").is_file():
         raise UserError(f"--model {model}: there is no config.json in it")
-    config = library.AutoConfig.from_pretrained(model, local_files_only=True)
+    try:
+        config = library.AutoConfig.from_pretrained(model, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {model}: {error}") from error
     if layers is not None:
         config.num_hidden_layers = layers
         if getattr(config, "layer_types", None):
@@ -74,15 +79,18 @@ class Step:
     ) -> None:  # fmt: skip
         library, self.device, self.dtype = transformers(), device, pick_dtype("auto", device)
         torch.manual_seed(0)
-        self.model = library.AutoModelForCausalLM.from_config(
-            config, attn_implementation="sdpa", dtype=self.dtype
-        ).to(device)
-        if kind == OURS:
-            try:
+        most = getattr(config, "max_position_embeddings", length)
+        if length > most:
+            raise UserError(f"--length {length}: the model has positions for {most} tokens")
+        try:
+            self.model = library.AutoModelForCausalLM.from_config(
+                config, attn_implementation="sdpa", dtype=self.dtype
+            ).to(device)
+            if kind == OURS:
                 tapelm.hf.optimize(self.model)
-            except ValueError as error:
-                raise UserError(str(error)) from error
-        elif kind == LIGER:
+        except ValueError as error:  # of a model that has no loss of the next token, or that is not ours
+            raise UserError(str(error)) from error
+        if kind == LIGER:
             liger = importlib.import_module("liger_kernel.transformers")  # of the extra peers
             liger.apply_liger_kernel_to_llama(model=self.model)
         parameters = list(self.model.parameters())

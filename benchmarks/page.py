@@ -124,6 +124,7 @@ def speed_over_time(axes: Any, results: Results, title: str) -> None:
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="round", ylabel="tokens per second", title="Tokens per second in each round")
     axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.2))
 
 
 def draw(plot: Draw, results: Results, height: float) -> str:
@@ -215,7 +216,7 @@ def _ladder(results: Results, section: dict[str, Any]) -> list[str]:
     if any("peak_memory_bytes" in row.extra for row in rows):
         parts.append(draw(partial(memory_bars, title=title), results, height))
     parts.append(draw(partial(loss_curves, title=title), results, 4.2))
-    return [*parts, draw(partial(speed_over_time, title=title), results, 3.6)]
+    return [*parts, draw(partial(speed_over_time, title=title), results, 4.4)]
 
 
 def _from_markdown(text: str) -> str:

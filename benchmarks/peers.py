@@ -140,7 +140,7 @@ def measure_llmc(checkout: Path, device: torch.device, rounds: int) -> list[Row]
     theirs = llmc_seconds(binary, max(rounds, LLMC_STEPS))
     after = interleave({"ours": step}, ceilings, rounds)["ours"]
     middle = statistics.median([*before, *after])
-    return [
+    rows = [
         make_row(
             "peers llm.c's GPT-2", name, step.shape, dtype, device, seconds, ceilings.gemm(dtype), step.flops,
             against={"tapelm": [middle] * len(seconds)},
@@ -149,6 +149,9 @@ def measure_llmc(checkout: Path, device: torch.device, rounds: int) -> list[Row]
             ("tapelm", step.dtype, [*before, *after]), ("llm.c", torch.float32, theirs),
         )
     ]  # fmt: skip
+    for row in rows:
+        row.extra["tokens_per_second"] = 1e3 * LLMC_BATCH * LLMC_SHAPE["block_size"] / row.median_ms
+    return rows
 
 
 def llmc_seconds(binary: Path, steps: int) -> list[float]:
@@ -157,7 +160,7 @@ def llmc_seconds(binary: Path, steps: int) -> list[float]:
     # Into a pipe it would print some kB at a time, which may be more than it says until it is stopped.
     with subprocess.Popen(
         ["stdbuf", "-oL", str(binary.resolve())], cwd=binary.parent, env={**os.environ, **threads},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
     ) as process:  # fmt: skip
         limit = threading.Timer(LLMC_SECONDS, process.kill)
         limit.start()
@@ -171,5 +174,5 @@ def llmc_seconds(binary: Path, steps: int) -> list[float]:
         limit.cancel()
         process.kill()
     if not found:
-        raise UserError(f"{binary} printed no steps within {LLMC_SECONDS} s: {said.strip()[-200:]}")
+        raise UserError(f"{binary} printed no steps, {LLMC_SECONDS} s at most: {said.strip()[-200:]}")
     return found

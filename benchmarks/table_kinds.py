@@ -114,10 +114,14 @@ def ladder_of(results: Results, section: dict[str, Any]) -> str:
             for row in rows
         ],
     )  # fmt: skip
+    names = [row.variant.removeprefix("+ ") for row in rows]
+    left = [name for name in names if name in ("torch.compile", "activation checkpointing")]
+    tried = f" {' and '.join(left)}: tried and left again." if left else ""
     return table + (
         "\nRatios are medians over the rounds, not ratios of the medians beside them."
         f" The gains multiply to {section['product_of_steps']:.2f}×, first against last is "
-        f"{section['total']:.2f}×; ops account for {section['profile']['accounted']:.0%} of the last step.\n"
+        f"{section['total']:.2f}×; ops account for {section['profile']['accounted']:.0%} of the last step."
+        f"{tried}\n"
     )
 
 
@@ -141,21 +145,29 @@ def megabytes(row: Row) -> str:
 
 
 def peers(results: Results) -> str:
-    """A step of other trainers beside ours, and which were not measured."""
+    """A step of other trainers beside ours, one table for each model, and which were not measured."""
     rows = chosen(results, "peers ")
-    table = markdown(
+    table = "\n".join(
+        _peers([row for row in rows if row.subject == subject])
+        for subject in dict.fromkeys(row.subject for row in rows)
+    )
+    skipped = results.content.get("skipped_peers", ())
+    return table + "".join(f"\nNot measured: {reason}.\n" for reason in skipped)
+
+
+def _peers(rows: Sequence[Row]) -> str:
+    """Ours comes first; a peer that starts from weights of its own has another loss, which is not shown."""
+    return markdown(
         (_heading(rows[0]).removeprefix("peers "), "step", "tokens/s", "ours is faster by", "loss"),
         [
             (
                 row.variant, f"{row.median_ms:.0f} ms", f"{row.extra['tokens_per_second']:,.0f}",
                 "" if row is rows[0] else _gain(1 / _speed_up(row), row.extra.get("ratio_error")),
-                f"{row.extra['loss']:.3f}",
+                f"{row.extra['loss']:.3f}" if "loss" in row.extra else "",
             )
             for row in rows
         ],
     )  # fmt: skip
-    skipped = results.content.get("skipped_peers", ())
-    return table + "".join(f"\nNot measured: {reason}.\n" for reason in skipped)
 
 
 def removal(results: Results) -> str:

@@ -91,7 +91,9 @@ class Bins:
         Raises DataError for fewer values than bins.
         """
         if scaled.size < BINS:
-            raise DataError(f"{BINS} bins need as many train rows, there are {scaled.size}")
+            raise DataError(
+                f"{BINS} bins need as many train rows, there are {scaled.size}: give more or longer series"
+            )
         inner = np.quantile(np.clip(scaled, -CLIP, CLIP), np.linspace(0, 1, BINS + 1)[1:-1])
         inner = np.round(inner, 9)  # no bin is so narrow that its middle is one of its edges
         edges = np.unique(np.concatenate(([-CLIP], inner, [CLIP])))

@@ -5,7 +5,8 @@ cuts. A document is one entity's rows of one context: its token, then for every 
 and weekday, known beforehand) and a bin, and the end-of-text mark; in OUT/train it fills a block exactly. A
 bin is one of the 256 bytes, so that bits per byte of a training are bits per return, those of its calendar
 token included. OUT/train has its rows in PHASES rounds of documents that end at different rows, one of them
-at the last; OUT/val and OUT/test have every row of their split once.
+at the last, so that a row stands in up to PHASES documents, the last quarter of a context in one, and what
+remains at the beginning, less than that, in none; OUT/val and OUT/test have every row of their split once.
 
 The embargo is one context: train ends so many rows before validation begins, and validation before test.
 

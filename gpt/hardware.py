@@ -98,7 +98,8 @@ def forget_peak_memory(device: torch.device) -> None:
 def gemm_peak_flops(device: torch.device, precision: str, seconds: float = 0.25) -> float:
     """Best flops per second of square matrix products in the run's matmul dtype, measured in this process.
 
-    Sizes double, five products each, until about `seconds` are spent; on CPUs of PyTorch's product and ours.
+    Sizes double, five products each, until about `seconds` are spent, but up to 1024, as smaller products say
+    nothing on a busy CPU; on CPUs of PyTorch's product and ours.
     """
     products: list[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = [torch.mm]
     if device.type == "cpu":
@@ -116,7 +117,7 @@ def gemm_peak_flops(device: torch.device, precision: str, seconds: float = 0.25)
             product(a, b)
             synchronize(device)
             best = max(best, 2.0 * size**3 / (time.perf_counter() - product_started))
-        if time.perf_counter() - started > seconds:
+        if size >= 1024 and time.perf_counter() - started > seconds:
             break
     return best
 

@@ -41,6 +41,18 @@ def check_finite(record: dict[str, Any]) -> None:
             raise UserError(f"the {name} became {value} at step {step}: lower --learning-rate")
 
 
+def risen(records: list[dict[str, Any]]) -> str | None:
+    """A warning for a run whose validation loss ends a hundredth or more above its best."""
+    evaluated = [(record["val_loss"], record["step"]) for record in records if "val_loss" in record]
+    (best, step), last = min(evaluated), evaluated[-1][0]
+    if last <= 1.01 * best:
+        return None
+    return (
+        f"warning: the validation loss was {best:.4f} at step {step} and is {last:.4f} now: since then the "
+        f"model learns train by heart; --max-steps {step} ends there"
+    )
+
+
 def append_record(path: Path, record: dict[str, Any]) -> None:
     """The file appears with its first record."""
     with open(path, "a", encoding="utf-8") as file:

@@ -44,7 +44,7 @@ class KVCache:
             raise ValueError(f"a cache of {self.most_tokens} tokens has no room for {length}")
         self.lengths[layer] = length
         for kept, new in zip(self.kept(layer), (k, v), strict=True):
-            kept[:, :, -T:] = new
+            kept[:, :, length - T :] = new
         return self.kept(layer)
 
     def attend(self, ops: Ops, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from gpt.metrics import (
     keep_up_to,
     open_tensorboard,
     read_records,
+    risen,
     summary_is_of,
 )
 from gpt.parallel import Ranks
@@ -100,7 +101,8 @@ def _train(config: TrainConfig, ranks: Ranks, arguments: list[str] | None) -> in
     summary = run.summary()
     if ranks.leads:
         write_atomically(config.out / "summary.json", json.dumps(summary, indent=1) + "\n")
-        write_atomically(config.out / "loss.png", plot({"": read_records(metrics_path)}))
+        records = read_records(metrics_path)
+        write_atomically(config.out / "loss.png", plot({"": records}))
         # A tape of numbers has no bytes of text.
         bits = "" if run.tape else f", {summary['val_bits_per_byte']:.3f} bits per byte"
         console.print(
@@ -110,6 +112,8 @@ def _train(config: TrainConfig, ranks: Ranks, arguments: list[str] | None) -> in
             f"{summary['tokens_per_second']:,.0f} tokens/s (median); "
             f"wrote {config.out}: summary.json, metrics.jsonl, loss.png, checkpoints/"
         )
+        if warning := risen(records):
+            console.print(warning)
     return 0
 
 

@@ -35,6 +35,10 @@ def find_split(data: Path, split: str) -> Path:
             f"--data {data} is a file: name a directory with train.jsonl and val.jsonl, or make one of it: "
             f"python -m data.prepare --source files --input {data} --out runs/{data.stem}"
         )
+    if (data / "tape.json").is_file():
+        raise UserError(
+            f"--data {data} is a tape of numbers, for gpt.train: prepare text in another directory"
+        )
     raise UserError(
         f"no {split}.jsonl in {data}: run python -m data.prepare --out {data}, or write one with a JSON "
         "object with text or messages on each line"

@@ -129,20 +129,19 @@ def mask_of_padding(padding: Tensor, queries: int, theirs: Callable[[], Tensor])
     """The mask of the last ``queries`` of S tokens, of which ``padding`` (B, S) is false at padding.
 
     Padding is a document. What comes out at it has no meaning and is zero where it comes before all text, as
-    with SDPA; in a hole of the text, which is what the next token is predicted from, SDPA's mask is needed.
+    with SDPA. SDPA's mask is needed for padding behind text from which a token is predicted: before more text
+    and, but in training, at the end.
     """
-    if padding.all():
+    text = padding.cumsum(-1) > 0  # whether there is any up to here
+    behind, first = text & ~padding, padding.shape[1] - queries
+    read = (behind[:, first:-1] & padding[:, first + 1 :]).any()
+    last = behind[:, -1].any()
+    none, before, read, last = torch.stack([padding.all(), ~text[:, first].all(), read, last]).tolist()
+    if none:
         return None
-    if queries > 1:
-        text = padding.cumsum(-1) > 0  # whether there is any up to here
-        holes = text[:, :-1] & ~padding[:, :-1] & padding[:, 1:]
-        first = padding.shape[1] - queries
-        hole, before = torch.stack([holes[:, first:].any(), ~text[:, first].all()]).tolist()
-        if hole:
-            return theirs()
-        if before:
-            return padding_mask(padding)
-    return document_mask(padding.int())
+    if read or (last and not torch.is_grad_enabled()):
+        return theirs()
+    return padding_mask(padding) if before and queries > 1 else document_mask(padding.int())
 
 
 class Module(nn.Module):

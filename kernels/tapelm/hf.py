@@ -80,9 +80,10 @@ def optimize(model: Model, *, fused_loss: bool = True) -> Model:
     These are norms, MLPs, attention with rotary positions, linear layers, dropout and the loss of Llama,
     Mistral, Qwen2, Qwen3 and GPT-2 models, forward and backward, on CPUs and GPUs. The model trains (Trainer,
     gradient checkpointing, peft before or after), generates, compiles, is pickled and saved as before.
-    Attention is ``tapelm.attention``, also in generation, of prompts that are padded too; PyTorch's computes
-    it where windows are shorter than the text, behind a static cache, in a hole of the padding, and for
-    padding in a compiled graph. Dropout draws other masks than PyTorch's.
+    Attention is ``tapelm.attention``, also in generation, of prompts padded at the left too; PyTorch's
+    computes it where windows are shorter than the text, behind a static cache, where a token is predicted
+    from padding, and for padding in a compiled graph. In training labels at padding have to be -100, as what
+    comes out there has no meaning. Dropout draws other masks than PyTorch's.
 
     Args:
         model: of class LlamaForCausalLM and its like, or a PeftModel around one; float32 or bfloat16, on CUDA
@@ -99,7 +100,7 @@ def optimize(model: Model, *, fused_loss: bool = True) -> Model:
 
     Raises:
         ValueError: a family, an activation or an option of the configuration that is not supported, or a
-            model that another library has changed.
+            model that another library has changed; by the model, when attention weights are asked for.
     """
     inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     check_supported(inner)
@@ -161,6 +162,10 @@ def with_loss(stock: Callable[..., Any]) -> Callable[..., Any]:
 
     def forward(self: Any, *positional: Any, **given: Any) -> Any:
         given = dict(zip(names, positional, strict=False)) | given
+        if given.get("output_attentions"):
+            raise ValueError(
+                "attention weights are never stored by our kernels: leave out output_attentions."
+            )
         labels, keep = given.get("labels"), given.get("logits_to_keep", 0)
         if labels is None:
             return stock(self, **given)

@@ -91,6 +91,13 @@ def test_sizes_of_a_model_of_ones_own(kind, tmp_path) -> None:
 def test_a_directory_that_holds_no_model_or_none_of_ours_is_named(tmp_path) -> None:
     with pytest.raises(UserError, match=r"--model .*: there is no config\.json in it"):
         hf.config_of(tmp_path, None)
+    with pytest.raises(UserError, match="--layers 0: a model has at least one"):
+        hf.config_of(None, 0)
+    (tmp_path / "config.json").write_text('{"model_type": "no such model"}')
+    with pytest.raises(UserError, match=r"--model .*no such model"):
+        hf.config_of(tmp_path, None)
+    with pytest.raises(UserError, match="--length 4096: the model has positions for 2048 tokens"):
+        hf.measure(hf.config_of(None, 1), 1, 4096, CPU, 1)
     transformers.AutoConfig.for_model("opt", num_attention_heads=2, hidden_size=16).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"optimize: OPTForCausalLM .* is not supported"):
         hf.measure(hf.config_of(tmp_path, None), 1, 8, CPU, 1)

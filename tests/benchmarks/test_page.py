@@ -38,6 +38,7 @@ def rows() -> list[Row]:
         row("peers seed", "ours", {"ours": 1.0}, **extra),
         row("peers seed", "x <y>", {"ours": 0.5}, **extra),
     ]
+    peers.append(row("peers llm.c's GPT-2", "ours", {"ours": 1.0}, tokens_per_second=90.0))
     generated = [row(f"{what} seed", "cached", {"x": 2.0}, **extra) for what in ("prefill", "decode")]
     return [*ladder, *removal, *peers, *generated, *ops]
 
@@ -69,6 +70,7 @@ def test_the_page_is_self_contained_and_escaped(tmp_path: Path) -> None:
         and "Not measured: z: no checkout." in text
     )
     assert "| x <y> | 10 ms | 100 | 2.00× ±0.04 | 5.000 |" in made
+    assert "| llm.c's GPT-2, 4 x 256 tokens |" in made and "| ours | 10 ms | 90 |  |  |" in made
 
 
 def test_rungs_are_ours_from_the_first_that_is_called_so() -> None:

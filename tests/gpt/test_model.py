@@ -93,6 +93,7 @@ def test_cached_logits_equal_whole_ones(table: str) -> None:
         for piece in ids.split([9, 1, 1, 5, 1, 7], dim=1):
             parts.append(model.logits(piece, cache))
         whole = model.logits(ids)
+        assert model.logits(ids[:, :0], cache).shape[1] == 0
     assert len(cache) == SHAPE.block_size
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="25 tokens do not fit the block of 24"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -17,6 +18,7 @@ from gpt.checkpoint import sha256_of
 from gpt.cli import UserError, only_writer
 from gpt.config import TrainConfig, preset
 from gpt.corpus import token_arrays
+from gpt.hardware import gemm_peak_flops
 from gpt.metrics import summarize
 from gpt.train import train
 
@@ -396,6 +398,25 @@ def test_best_validation_loss_is_the_lowest(tiny_data: Path, tmp_path: Path, mon
     assert summary(tmp_path)["best_val_loss"] == 2.0 and summary(tmp_path)["val_loss"] == 5.0
     (newest,) = (tmp_path / "checkpoints").glob("step-00000015")
     assert checkpoint.read_state(newest)["best_val_loss"] == 2.0
+
+
+def test_a_validation_loss_that_rises_again_is_warned_of(
+    tiny_data: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    losses = iter([3.0, 2.0, 2.03])
+    monkeypatch.setattr("gpt.session.validation_loss", lambda *_: next(losses))
+    train(tiny(tiny_data, tmp_path, eval_interval=1, max_steps=3))
+    said = " ".join(capsys.readouterr().err.split())
+    assert "the validation loss was 2.0000 at step 2 and is 2.0300 now" in said
+    assert "--max-steps 2 ends there" in said
+
+
+def test_the_peak_of_a_busy_cpu_is_not_that_of_small_products(monkeypatch) -> None:
+    clock = itertools.count()
+    monkeypatch.setattr(
+        "gpt.hardware.time.perf_counter", lambda: next(clock)
+    )  # a second passes at every look
+    assert gemm_peak_flops(torch.device("cpu"), "fp32") == 2.0 * 1024**3
 
 
 def test_first_steps_are_not_timed(tmp_path: Path) -> None:

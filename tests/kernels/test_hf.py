@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -211,6 +212,14 @@ def test_unsupported_models_are_named(name):
     with pytest.raises(ValueError, match=message):
         tapelm.hf.optimize(model)
     assert not [m for m in model.modules() if type(m).__module__.startswith("tapelm")]
+
+
+def test_attention_weights_are_refused_where_they_are_asked_for():
+    ours = pair("llama")[1].eval()
+    ids = batch("full")[0]
+    for ask in (ours, partial(ours.generate, return_dict_in_generate=True)):
+        with pytest.raises(ValueError, match="attention weights are never stored"):
+            ask(ids, output_attentions=True)
 
 
 def test_unsupported_families_and_changed_models_are_named():

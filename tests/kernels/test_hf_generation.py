@@ -62,10 +62,24 @@ def test_queries_that_continue_a_cache(family, kind, without_sdpa):
     mask = given.get("attention_mask")
     with torch.no_grad():
         expected = stock.eval()(ids, use_cache=False, **given).logits
-    with without_sdpa():
+    with nullcontext() if kind == "padded at both ends" else without_sdpa():
         found = logits_in_parts(ours, ids, mask)
-    tokens = torch.ones_like(ids).bool() if mask is None else mask.bool()
-    torch.testing.assert_close(found[tokens], expected[tokens], rtol=1e-4, atol=1e-4)
+    read = torch.ones_like(ids).bool() if mask is None else mask.cumsum(-1) > 0  # text, and padding behind it
+    torch.testing.assert_close(found[read], expected[read], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["padded right", "padded at both ends"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_that_are_padded_behind_the_text(family, kind):
+    """The first token is predicted from padding there, which sees the text."""
+    stock, ours = (model.eval() for model in pair(family))
+    ids, _, given = batch(kind)
+    with torch.no_grad():
+        expected, found = stock(ids, **given).logits, ours(ids, **given).logits
+    torch.testing.assert_close(found[:, -1], expected[:, -1], rtol=1e-4, atol=1e-4)
+    for more in ({}, {"num_beams": 3}):
+        options = {**GREEDY, **given, **more}
+        assert torch.equal(ours.generate(ids, **options), stock.generate(ids, **options))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
