@@ -115,7 +115,8 @@ Tensor few_rows_forward(const Tensor& rows, const Weight& weight, const Tensor& 
     using T = decltype(zero);
     const T* const from = rows.const_data_ptr<T>();
     for (int64_t i = 0; i < M * K; ++i) wide[i] = static_cast<float>(from[i]);
-    if (weight.quantized()) TAPELM_DISPATCH(order_for_words(wide, M, K, ordered));
+    if (weight.quantized() && TAPELM_DISPATCH(are_words(weight.nf4(), K)))
+      TAPELM_DISPATCH(order_for_words(wide, M, K, ordered));
     T* const low = u.mutable_data_ptr<T>();
     TAPELM_DISPATCH(few_low_rows(wide, M, K, a.const_data_ptr<T>(), R, low));
     at::parallel_for(0, N, chunk_count(kFewGrain, K), [&](int64_t begin, int64_t end) {

@@ -2,8 +2,6 @@
 #include "nf4.inl"
 #include "simd_dots.inl"
 
-constexpr int64_t kPiece = 1024;  // elements of a weight row at a time; with what they multiply they stay in L1
-
 constexpr int64_t kGroup = 64;  // elements whose indices are in eight words, within one block if those are so large
 
 // Whether rows of K elements can be read as words: groups in them have one scale.
@@ -98,6 +96,8 @@ TAPELM_INLINE void dots_of_words(const Nf4& q, const float* ordered, int64_t K, 
   }
   for (int m = 0; m < M; ++m) sums[m] = sum(total[m]);
 }
+
+constexpr int64_t kPiece = 1024;  // elements of a weight row at a time; with what they multiply they stay in L1
 
 // sums[m] = x[m] . w[n] for blocks and rows of any size.
 TAPELM_INLINE void dots_of_pieces(const Nf4& q, const float* x, int64_t M, int64_t K, int64_t n, float* sums) {

@@ -13,6 +13,7 @@ from gpt.cli import UserError, write_atomically
 
 # The first steps compile, allocate and fill caches; they are left out of the median step time.
 UNTIMED_STEPS = 3
+PLOTTED = ("loss", "lr", "grad_norm", "tokens_per_second", "val_loss")  # by TensorBoard
 
 
 def keep_up_to(path: Path, step: int) -> None:
@@ -39,6 +40,13 @@ def check_finite(record: dict[str, Any]) -> None:
         if not math.isfinite(record.get(name, 0.0)):
             step, value = record["step"], record[name]
             raise UserError(f"the {name} became {value} at step {step}: lower --learning-rate")
+
+
+def add_scalars(tensorboard: Any, record: dict[str, Any]) -> None:
+    """What TensorBoard shows of a step's record; nothing where it is None."""
+    for name in PLOTTED:
+        if tensorboard is not None and name in record:
+            tensorboard.add_scalar(name, record[name], record["step"])
 
 
 def risen(records: list[dict[str, Any]]) -> str | None:

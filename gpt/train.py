@@ -23,6 +23,7 @@ from gpt import parallel
 from gpt.cli import StopRequest, UserError, only_writer, run_program, write_atomically
 from gpt.config import TrainConfig, parse_command_line
 from gpt.metrics import (
+    add_scalars,
     append_record,
     check_finite,
     keep_up_to,
@@ -35,8 +36,6 @@ from gpt.parallel import Ranks
 from gpt.progress import TrainingProgress, plot, validation_text
 from gpt.resume import choose_checkpoint, launched_by, resume_command
 from gpt.session import Training
-
-PLOTTED = ("loss", "lr", "grad_norm", "tokens_per_second", "val_loss")
 
 
 def train(config: TrainConfig, arguments: list[str] | None = None) -> int:
@@ -80,10 +79,7 @@ def _train(config: TrainConfig, ranks: Ranks, arguments: list[str] | None) -> in
             record["seconds"] = run.count(record)
             if ranks.leads:
                 append_record(metrics_path, record)
-            if tensorboard is not None:
-                for name in PLOTTED:
-                    if name in record:
-                        tensorboard.add_scalar(name, record[name], run.step)
+            add_scalars(tensorboard, record)
             progress.show(record)
             signal = int(ranks.largest(stop.signal or 0))
             if signal or run.step % config.checkpoint_interval == 0 or run.step == last:

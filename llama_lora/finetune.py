@@ -17,15 +17,13 @@ from pathlib import Path
 from rich.console import Console
 
 from gpt.cli import StopRequest, UserError, only_writer, run_program
-from gpt.metrics import append_record, check_finite, keep_up_to, open_tensorboard
+from gpt.metrics import add_scalars, append_record, check_finite, keep_up_to, open_tensorboard
 from gpt.parallel import several_processes
 from gpt.progress import TrainingProgress, validation_text
 from gpt.resume import choose_checkpoint, resume_command
 from llama_lora.config import FinetuneConfig, parse_command_line
 from llama_lora.results import finish
 from llama_lora.session import Finetuning
-
-PLOTTED = ("loss", "lr", "grad_norm", "tokens_per_second", "val_loss")
 
 
 def finetune(config: FinetuneConfig, arguments: list[str] | None = None) -> int:
@@ -64,10 +62,7 @@ def _finetune(config: FinetuneConfig, arguments: list[str] | None) -> int:
                 check_finite(record)
             record["seconds"] = run.count_seconds()
             append_record(metrics_path, record)
-            if tensorboard is not None:
-                for name in PLOTTED:
-                    if name in record:
-                        tensorboard.add_scalar(name, record[name], run.step)
+            add_scalars(tensorboard, record)
             progress.show(record)
             if stop.signal is not None or run.step % config.checkpoint_interval == 0 or run.step == last:
                 saved = run.save()
