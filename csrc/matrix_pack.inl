@@ -68,13 +68,15 @@ TAPELM_INLINE void transpose(const T* in, int64_t stride, int64_t word, Unit<T>*
 }
 
 // Lines that run along the depth: ROWS of them, `stride` apart, to out[u * ROWS + r]. Sixteen words at a time, so that
-// few cache lines are live at once: rows a power of two apart map to the same set and evict each other.
+// few cache lines are live at once: rows a power of two apart map to the same set and evict each other. Of so many rows
+// the hardware prefetcher follows some; they are prefetched into L2, where they do not.
 template <int ROWS, typename T>
 void pack_along(const T* in, int64_t stride, int64_t depth, Unit<T>* out) {
   static_assert(ROWS % 2 == 0);
-  constexpr int64_t WORD = 4 / sizeof(T);
+  constexpr int64_t WORD = 4 / sizeof(T), kAhead = 64;  // words
   const int64_t whole = depth / WORD / 16 * 16;
   for (int64_t k = 0; k < whole; k += 16) {
+    for (int64_t r = 0; r < ROWS; ++r) __builtin_prefetch(in + r * stride + (k + kAhead) * WORD, 0, 2);
     for (int64_t r = 0; r < ROWS / 4 * 4; r += 4)
       for (int64_t q = k; q < k + 16; q += 4) transpose<ROWS, false>(in + r * stride, stride, q, out + r);
     if constexpr (ROWS % 4 != 0)
@@ -112,7 +114,11 @@ void pack_right(Matrix<T> right, int64_t k0, int64_t depth, int64_t n0, int64_t 
   const int64_t n = std::min<int64_t>(NR, columns - n0);
   const T* in = right.data + k0 * right.row + n0 * right.column;
   if (right.column == 1 && n == NR) {
-    for (int64_t u = 0; u < units<T>(depth); ++u) pack_across<NR>(in, right.row, u, depth, out + u * NR);
+    constexpr int64_t kAhead = 16;
+    for (int64_t u = 0; u < units<T>(depth); ++u) {
+      for (int64_t k = PAIR<T> * u; k < PAIR<T> * (u + 1); ++k) __builtin_prefetch(in + (k + kAhead) * right.row, 0, 2);
+      pack_across<NR>(in, right.row, u, depth, out + u * NR);
+    }
   } else if (right.row == 1 && n == NR) {
     pack_along<NR>(in, right.column, depth, out);
   } else {

@@ -91,23 +91,15 @@ def test_values_and_gradients_of_many_tiles(b, hq, hkv, t, s, d, causal, p, docu
     test_values_and_gradients(b, hq, hkv, t, s, d, causal, p, documents, dtype, device, check)
 
 
-@pytest.fixture
-def threads():
-    """Sets the number of threads, which goes back to what it was."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("hq,hkv", [(1, 1), (3, 3), (4, 1)])
 @pytest.mark.parametrize("causal", [True, False])
-def test_few_heads_are_shared_by_threads(hq, hkv, causal, dtype, threads):
+def test_few_heads_are_shared_by_threads(hq, hkv, causal, dtype, set_threads):
     """One head is cut into tasks; only the sums of dq depend on how many there are."""
     inputs = [x.requires_grad_() for x in make(1, hq, hkv, 517, 48, dtype, "cpu")]
     grad, seed = torch.randn(1, hq, 517, 48).to(dtype), torch.tensor(SEED)
 
     def run(count):
-        threads(count)
+        set_threads(count)
         out = torch.ops.tapelm.attention_forward(*inputs, causal, 0.2, 0.1, seed, None)[0]
         return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
 

@@ -5,8 +5,6 @@ Values and gradients of such shapes are in the grids of test_attention.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -23,14 +21,6 @@ def make(
 ) -> list[Tensor]:
     sizes = ((hq, t), (hkv, s), (hkv, s))
     return [torch.randn(2, heads, rows, d).to(dtype).to(device) for heads, rows in sizes]
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """Leaves the number of threads as it was."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("last", [1, 8, 17, 37])
@@ -57,11 +47,11 @@ def test_a_document_may_begin_in_the_last_rows_of_a_tile(device, check) -> None:
 
 @pytest.mark.parametrize(("hq", "hkv"), [(1, 1), (9, 3), (8, 8)])
 @pytest.mark.parametrize("t", [1, 3])
-def test_decoding_is_the_same_for_every_number_of_threads(hq, hkv, t, dtype, threads) -> None:
+def test_decoding_is_the_same_for_every_number_of_threads(hq, hkv, t, dtype, set_threads) -> None:
     q, k, v = make(hq, hkv, t, 1500, 40, dtype, "cpu")
 
     def run(count: int) -> tuple[Tensor, ...]:
-        torch.set_num_threads(count)
+        set_threads(count)
         return torch.ops.tapelm.attention_forward(q, k, v, True, 0.2, 0.0, None, None)
 
     one = run(1)

@@ -4,7 +4,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tapelm
 from tapelm.linear import linear_reference
-from tapelm.testing import check_registration
+from tapelm.testing import check_op, check_registration
 
 
 def make(rows, k, n, dtype, device="cpu"):
@@ -20,6 +20,31 @@ FEW_ROWS = [((1,), 2053, 300), ((2,), 70, 5), ((1, 3), 33, 17), ((2, 2), 131, 9)
 def test_values_and_gradients(rows, k, n, has_bias, dtype, device, check):
     x, weight, bias = make(rows, k, n, dtype, device)
     check(tapelm.linear, linear_reference, *((x, weight, bias) if has_bias else (x, weight)))
+
+
+# No multiple of any block: fewer rows than columns and the reverse, so that threads share either operand, and
+# more rows, columns or depth than are taken at a time.
+SEVERAL_BLOCKS = [(67, 1100, 201), (205, 1100, 67), (1030, 35, 1041), (1045, 530, 1030), (70, 4200, 66)]
+
+
+@pytest.mark.parametrize("rows,k,n", SEVERAL_BLOCKS)
+def test_values_and_gradients_of_several_blocks(rows, k, n, dtype):
+    x, weight, bias = make((rows,), k, n, dtype)
+    check_op(tapelm.linear, linear_reference, x, weight, bias, repeat=rows * k * n < 1e8)
+
+
+@pytest.mark.parametrize("rows,k,n", SEVERAL_BLOCKS)
+def test_any_number_of_threads_gives_the_same_bits(rows, k, n, dtype, set_threads):
+    x, weight, bias = make((rows,), k, n, dtype)
+    grad = torch.randn(rows, n, dtype=dtype)
+    results = []
+    for threads in (1, 2, 3, 16):
+        set_threads(threads)
+        y = torch.ops.tapelm.linear_forward(x, weight, bias)
+        results.append((y, *torch.ops.tapelm.linear_backward(grad, x, weight, True)))
+    for others in results[1:]:
+        for mine, theirs in zip(results[0], others, strict=True):
+            assert torch.equal(mine, theirs)
 
 
 @pytest.mark.parametrize("rows", [1, 4, 70])
