@@ -84,7 +84,7 @@ def _train(config: TrainConfig, ranks: Ranks, arguments: list[str] | None) -> in
             signal = int(ranks.largest(stop.signal or 0))
             if signal or run.step % config.checkpoint_interval == 0 or run.step == last:
                 saved = run.save()
-            if signal:
+            if signal and run.step < last:
                 program = "python -m gpt.train" if ranks.size == 1 else launched_by(arguments)
                 command = resume_command(program, arguments)
                 console.print(f"stopped after step {run.step}, saved {saved}; go on with: {command}")

@@ -17,7 +17,14 @@ from pathlib import Path
 from rich.console import Console
 
 from gpt.cli import StopRequest, UserError, only_writer, run_program
-from gpt.metrics import add_scalars, append_record, check_finite, keep_up_to, open_tensorboard
+from gpt.metrics import (
+    add_scalars,
+    append_record,
+    check_finite,
+    keep_up_to,
+    open_tensorboard,
+    summary_is_of,
+)
 from gpt.parallel import several_processes
 from gpt.progress import TrainingProgress, validation_text
 from gpt.resume import choose_checkpoint, resume_command
@@ -41,9 +48,13 @@ def _finetune(config: FinetuneConfig, arguments: list[str] | None) -> int:
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     metrics_path = config.out / "metrics.jsonl"
     start = choose_checkpoint(config)
-    run = Finetuning(config, console)
+    run = Finetuning(config)
     if start is not None:
         run.resume(start)
+        if run.ended and summary_is_of(config.out / "summary.json", run.step):
+            console.print(f"nothing left to do: {start} is already at step {run.step} of {run.total_steps}")
+            return 0
+    run.verify(console)
     keep_up_to(metrics_path, run.step if start else -1)
     console.print(f"{run}" + (f", resumed from {start}" if start else ""))
     tensorboard = open_tensorboard(config.out)
@@ -54,7 +65,7 @@ def _finetune(config: FinetuneConfig, arguments: list[str] | None) -> int:
     last = total if config.stop_after is None else min(total, run.step + config.stop_after)
 
     with StopRequest() as stop, TrainingProgress(console, total, run.step) as progress:
-        while run.step < last and not run.out_of_patience:
+        while run.step < last and not run.ended:
             record = run.take_step()
             check_finite(record)
             if run.step % run.eval_interval == 0 or run.step == last:
@@ -64,9 +75,10 @@ def _finetune(config: FinetuneConfig, arguments: list[str] | None) -> int:
             append_record(metrics_path, record)
             add_scalars(tensorboard, record)
             progress.show(record)
-            if stop.signal is not None or run.step % config.checkpoint_interval == 0 or run.step == last:
+            ends = run.step == last or run.ended
+            if stop.signal is not None or run.step % config.checkpoint_interval == 0 or ends:
                 saved = run.save()
-            if stop.signal is not None:
+            if stop.signal is not None and not ends:
                 command = resume_command("python -m llama_lora.finetune", arguments)
                 console.print(f"stopped after step {run.step}, saved {saved}; go on with: {command}")
                 return 128 + stop.signal

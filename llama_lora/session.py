@@ -35,7 +35,7 @@ from llama_lora.verify import verify
 class Finetuning:
     """A model with its adapters, its optimizer and its rows, and how far the run has come."""
 
-    def __init__(self, config: FinetuneConfig, console: Console) -> None:
+    def __init__(self, config: FinetuneConfig) -> None:
         self.config = config
         set_threads(config.threads)
         torch.manual_seed(config.seed)
@@ -49,14 +49,6 @@ class Finetuning:
         files.reset(self.backend.adapters(self.model), config.seed)
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        if config.verify:
-            report = verify(self.backend, self.model, self.recipe, config.model, self.device)
-            console.print(
-                f"verified: leak {report.leak:.1e}, packed logits within {report.packed_error:.1e}, "
-                f"least cosine of a gradient {report.cosine:.5f} ({report.worst or 'no adapters'})"
-            )
-        else:
-            console.print("WARNING: --no-verify: packing, gradients and the adapter file are NOT checked")
         self.optimizer: Any = self.backend.optimizer(self.model, config)
         self.inputs = inputs(config)
         self.trained = Trained(self.model)
@@ -85,6 +77,17 @@ class Finetuning:
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
         self._peak, self.waited = state["peak_memory_bytes"], state["waited"]
         self.best_val_loss = math.inf if state["best_val_loss"] is None else state["best_val_loss"]
+
+    def verify(self, console: Console) -> None:
+        """Check the model, which stays as it is. Raises UserError naming what is wrong with it."""
+        if not self.config.verify:
+            console.print("WARNING: --no-verify: packing, gradients and the adapter file are NOT checked")
+            return
+        report = verify(self.backend, self.model, self.recipe, self.config.model, self.device)
+        console.print(
+            f"verified: leak {report.leak:.1e}, packed logits within {report.packed_error:.1e}, "
+            f"least cosine of a gradient {report.cosine:.5f} ({report.worst or 'no adapters'})"
+        )
 
     def start_clock(self) -> None:
         """From here on time and a GPU's memory count as those of the run."""
@@ -139,8 +142,9 @@ class Finetuning:
         return loss
 
     @property
-    def out_of_patience(self) -> bool:
-        return 0 < self.config.patience <= self.waited
+    def ended(self) -> bool:
+        """Whether all steps are taken, or evaluations have not improved for as many as patience allows."""
+        return self.step >= self.total_steps or 0 < self.config.patience <= self.waited
 
     def count_seconds(self) -> float:
         """The seconds of the whole run so far."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,22 @@ def test_resume_of_a_finished_run_changes_nothing(tiny_data: Path, tmp_path: Pat
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert train(tiny(tiny_data, tmp_path, resume="auto")) == 0
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_signal_during_the_last_step_leaves_a_finished_run(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    take_step = session.Training.take_step
+
+    def interrupted(run: session.Training) -> dict[str, Any]:
+        if run.step == TINY["max_steps"] - 1:
+            signal.raise_signal(signal.SIGINT)
+        return take_step(run)
+
+    monkeypatch.setattr(session.Training, "take_step", interrupted)
+    assert train(tiny(tiny_data, tmp_path)) == 0
+    assert summary(tmp_path)["steps"] == TINY["max_steps"]
+    assert "go on with" not in capsys.readouterr().err
 
 
 def test_peak_memory_of_earlier_sessions_counts(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from llama_lora.backends import TapelmBackend, open_base
 from llama_lora.config import FinetuneConfig, parse_command_line
 from llama_lora.dataset import find_split
 from llama_lora.finetune import finetune
+from llama_lora.session import Finetuning
 
 STEPS = {"max_steps": 6, "block_size": 64, "eval_rows": 4, "eval_interval": 3, "warmup_steps": 1}
 
@@ -102,6 +105,28 @@ def test_a_resumed_run_ends_bit_for_bit_as_an_uninterrupted_one(settings, precis
     assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
 
 
+def test_a_finished_run_is_neither_verified_nor_changed_by_resume(settings, monkeypatch) -> None:
+    finetune(FinetuneConfig(**settings))
+    before = {path: path.read_bytes() for path in settings["out"].rglob("*") if path.is_file()}
+    monkeypatch.setattr("llama_lora.session.verify", None)
+    assert finetune(FinetuneConfig(**settings | {"verify": True}, resume="auto")) == 0
+    assert {path: path.read_bytes() for path in settings["out"].rglob("*") if path.is_file()} == before
+
+
+def test_a_signal_during_the_last_step_leaves_a_finished_run(settings, monkeypatch, capsys) -> None:
+    take_step = Finetuning.take_step
+
+    def interrupted(run: Finetuning) -> dict:
+        if run.step == STEPS["max_steps"] - 1:
+            signal.raise_signal(signal.SIGINT)
+        return take_step(run)
+
+    monkeypatch.setattr(Finetuning, "take_step", interrupted)
+    assert finetune(FinetuneConfig(**settings)) == 0
+    assert json.loads((settings["out"] / "summary.json").read_text(encoding="utf-8"))["steps"] == 6
+    assert "go on with" not in capsys.readouterr().err
+
+
 def test_a_run_that_changed_is_not_resumed(settings) -> None:
     finetune(FinetuneConfig(**settings, stop_after=1))
     with pytest.raises(UserError, match="already holds a run"):
@@ -149,6 +174,8 @@ def test_early_stop_keeps_the_best_adapter(settings, monkeypatch) -> None:
     assert records(config.out)[-1]["step"] == 3
     summary = json.loads((config.out / "summary.json").read_text(encoding="utf-8"))
     assert summary["best_val_loss"] == 2.0
+    finetune(dataclasses.replace(config, resume="auto"))  # which ends at once
+    assert records(config.out)[-1]["step"] == 3
 
 
 def test_unchecked_runs_say_so_and_checked_ones_refuse(settings, monkeypatch, capsys) -> None:
