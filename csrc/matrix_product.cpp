@@ -39,7 +39,7 @@ namespace tapelm {
 namespace {
 
 constexpr int64_t kSharedUnits = int64_t{1} << 22;  // packed at a time: half of an L3 cache, whatever the depth
-constexpr int64_t kSharedRows = 1020;  // of a shared left operand at a time: their sums are in L2, too; whole tiles
+constexpr int64_t kSharedRows = 1032;  // of a shared left operand at a time: their sums are in L2, too; whole tiles
 constexpr int64_t kOwnPanels = 4;      // of a thread: a block of depth of them is in L2
 
 // body(task, space of so many floats) for all tasks, scheduled dynamically: on a shared machine one thread is often
@@ -81,15 +81,17 @@ void share_right(const Product<T, Out>& p, const ProductShape& s, int64_t units)
 
 template <typename T, typename Out>
 void share_left(const Product<T, Out>& p, const ProductShape& s, int64_t units) {
-  const int64_t most = std::clamp(kSharedUnits / units, s.tile_rows, kSharedRows) / s.tile_rows * s.tile_rows;
+  // Every range of rows packs all columns again: as few as can be, of the same size.
+  const int64_t all = chunk_count(p.M, s.tile_rows);
+  const int64_t most = std::clamp<int64_t>(std::min(kSharedUnits / units, kSharedRows) / s.tile_rows, 1, all);
+  const int64_t step = chunk_count(all, chunk_count(all, most)) * s.tile_rows;
   const int64_t threads = at::get_num_threads(), panels = chunk_count(p.N, s.panel);
   const int64_t width = std::clamp<int64_t>(panels / (4 * threads), 1, kOwnPanels) * s.panel;
   const int64_t ranges = chunk_count(p.N, width);
-  const int64_t padded = chunk_count(std::min(p.M, most), s.tile_rows) * s.tile_rows;
-  const int64_t sums = p.K <= s.depth ? 0 : padded * (width + s.lane);
-  const Scratch packed(units * padded);
-  for (int64_t first = 0; first < p.M; first += most) {
-    const int64_t count = std::min(most, p.M - first), tiles = chunk_count(count, s.tile_rows);
+  const int64_t sums = p.K <= s.depth ? 0 : step * (width + s.lane);
+  const Scratch packed(units * step);
+  for (int64_t first = 0; first < p.M; first += step) {
+    const int64_t count = std::min(step, p.M - first), tiles = chunk_count(count, s.tile_rows);
     const auto row = [&](int64_t tile) { return std::min(count, tile * s.tile_rows); };
     at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
       TAPELM_DISPATCH_PRODUCT(pack_rows(p, first, count, row(begin), row(end), packed.get()));
