@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -162,6 +163,36 @@ class _HonestBfloat16:
         return operate
 
 
+class _PatchedOnce:
+    """A replacement for the interpreter's ``_patch_lang``, which a launch calls and, a third of the time that
+    it takes, every call of a device function: what is patched stays so until the launch ends."""
+
+    def __init__(self, patch: Callable[[Callable[..., Any]], Any]) -> None:
+        self.patch = patch
+        self.patched: set[str] = set()
+
+    def __call__(self, function: Callable[..., Any]) -> Any:
+        languages = _languages(function)
+        if languages <= self.patched:
+            return None  # to a device function, which leaves restoring to the launch
+        scope = self.patch(function)
+        self.patched |= languages
+        restore = scope.restore
+
+        def at_the_end() -> None:
+            self.patched.clear()
+            restore()
+
+        scope.restore = at_the_end
+        return scope
+
+
+@cache
+def _languages(function: Callable[..., Any]) -> frozenset[str]:
+    """Which of Triton's modules a kernel sees, whose functions are replaced by those on arrays."""
+    return frozenset(each.__name__ for each in function.__globals__.values() if each is tl or each is tl.core)
+
+
 @contextmanager
 def interpreted_triton() -> Iterator[None]:
     """Within it, ops on CPU tensors run their Triton kernels in the interpreter instead of the C++ kernels.
@@ -177,10 +208,12 @@ def interpreted_triton() -> Iterator[None]:
         "create_fma": honest.refuse(honest.fma),
     }
     originals = {name: getattr(builder, name) for name in replaced}
+    patch_language = interpreter._patch_lang
     library = torch.library.Library("tapelm", "IMPL")
     try:
         for name, method in replaced.items():
             setattr(builder, name, method)
+        interpreter._patch_lang = _PatchedOnce(patch_language)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # torch warns about the override that is wanted here
             for name, launch in CUDA_LAUNCHERS.items():
@@ -189,5 +222,6 @@ def interpreted_triton() -> Iterator[None]:
             yield
     finally:
         library._destroy()
+        interpreter._patch_lang = patch_language
         for name, method in originals.items():
             setattr(builder, name, method)
