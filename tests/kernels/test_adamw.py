@@ -1,4 +1,5 @@
 import copy
+import functools
 import importlib
 
 import pytest
@@ -33,8 +34,8 @@ def set_gradients(params, scale=1.0):
 FORMATS = [
     {}, {"state_bits": 8}, {"stochastic_seed": 5}, {"state_bits": 8, "stochastic_seed": 5},
 ]  # fmt: skip
-# From 4096 elements on moments are quantized; 4100 and 67 * 101 end in short blocks.
-LARGE_SHAPES = [(7, 5), (), (0, 3), (4100,), (67, 101)]
+# From 4096 elements on moments are quantized; 4100 and 41 * 101 end in short blocks.
+LARGE_SHAPES = [(7, 5), (), (0, 3), (4100,), (41, 101)]
 
 
 @pytest.fixture(params=FORMATS, ids=lambda chosen: " ".join(chosen) or "plain")
@@ -314,9 +315,9 @@ def test_code_of_8_bits(signed):
 
 def test_second_moment_in_8_bits_moves(device):
     """At beta2 = 0.999 a step changes it by less than half the spacing of the code; on average it arrives."""
-    p = torch.nn.Parameter(torch.zeros(8192, device=device))
+    p = torch.nn.Parameter(torch.zeros(4096, device=device))
     optimizer = tapelm.AdamW([p], betas=(0.9, 0.98), state_bits=8)
-    gradient = torch.where(torch.arange(8192) % 256 == 0, 4.0, 1.0).to(device)
+    gradient = torch.where(torch.arange(4096) % 256 == 0, 4.0, 1.0).to(device)
     for step in range(60):
         p.grad = gradient if step < 20 else torch.where(gradient > 1.0, gradient, 0.5)
         optimizer.step()
@@ -425,28 +426,30 @@ def test_copies_keep_their_settings():
     assert torch.equal(params[0], twins[0])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@functools.cache
+def final_loss(dtype, **chosen):
+    """A small network learns a fixed function."""
+    torch.manual_seed(0)
+    teacher = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.Tanh(), torch.nn.Linear(64, 8))
+    student = torch.nn.Sequential(torch.nn.Linear(32, 256), torch.nn.Tanh(), torch.nn.Linear(256, 32),
+                                  torch.nn.Tanh(), torch.nn.Linear(32, 8)).to(dtype)  # fmt: skip
+    optimizer = tapelm.AdamW(student.parameters(), lr=2e-3, max_grad_norm=1.0, **chosen)
+    losses = []
+    for _ in range(400):
+        x = torch.randn(256, 32)
+        loss = (student(x.to(dtype)).float() - teacher(x).detach()).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[0] > 5 * losses[-1]
+    return sum(losses[-50:]) / 50
+
+
+@pytest.mark.parametrize("stored", FORMATS[1:], indirect=True, ids=" ".join)
 def test_converges_like_32_bits(dtype, stored):
-    """A small network learns a fixed function; its loss ends within 5% of that of 32 bits and masters."""
-
-    def final_loss(**chosen):
-        torch.manual_seed(0)
-        teacher = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.Tanh(), torch.nn.Linear(64, 8))
-        student = torch.nn.Sequential(torch.nn.Linear(32, 256), torch.nn.Tanh(), torch.nn.Linear(256, 32),
-                                      torch.nn.Tanh(), torch.nn.Linear(32, 8)).to(dtype)  # fmt: skip
-        optimizer = tapelm.AdamW(student.parameters(), lr=2e-3, max_grad_norm=1.0, **chosen)
-        losses = []
-        for _ in range(400):
-            x = torch.randn(256, 32)
-            loss = (student(x.to(dtype)).float() - teacher(x).detach()).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(float(loss.detach()))
-        assert losses[0] > 5 * losses[-1]
-        return sum(losses[-50:]) / 50
-
-    assert abs(final_loss(**stored) / final_loss() - 1.0) < 0.05
+    """The loss ends within 5% of that of 32 bits and masters."""
+    assert abs(final_loss(dtype, **stored) / final_loss(dtype) - 1.0) < 0.05
 
 
 def test_in_a_compiled_step():

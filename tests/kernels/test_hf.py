@@ -14,7 +14,7 @@ from tapelm._hf_modules import attention_forward
 from tapelm.testing import assert_close
 
 sys.path.insert(0, str(Path(__file__).parent))
-from hf_models import BATCHES, FAMILIES, T, batch, make, pair
+from hf_models import BATCHES, FAMILIES, ONE_LAYER, T, batch, make, pair
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -179,7 +179,7 @@ def test_dropout_is_drawn_in_training_alone(family):
 @pytest.mark.parametrize("family", ["llama", "mistral with a window", "gpt2"])
 def test_compiles_without_a_graph_break(family):
     torch.compiler.reset()
-    stock, ours = pair(family)
+    stock, ours = pair(family, **ONE_LAYER[family])
     inner = torch.compile(ours.base_model, fullgraph=True, backend="aot_eager")
     ids, labels, given = batch("padded right")
     expected = stock.base_model(ids, use_cache=False).last_hidden_state
@@ -297,8 +297,7 @@ def test_importing_tapelm_does_not_import_transformers():
 @pytest.mark.parametrize(("family", "kind"), [("llama", "full"), ("llama", "padded right"), ("gpt2", "full")])
 def test_a_step_and_generation_on_every_device(family, kind, device):
     """On a GPU, and in the interpreter, by the Triton kernels."""
-    layers = {"n_layer": 1} if family == "gpt2" else {"num_hidden_layers": 1}
-    stock, ours = (model.to(device) for model in pair(family, **layers))
+    stock, ours = (model.to(device) for model in pair(family, **ONE_LAYER[family]))
     ids, labels, given = batch(kind)
     ids, labels = ids.to(device), labels.to(device)
     given = {name: value.to(device) for name, value in given.items()}

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from tapelm._hf_modules import attention_mask
 
 sys.path.insert(0, str(Path(__file__).parent))
-from hf_models import FAMILIES, T, batch, pair
+from hf_models import FAMILIES, ONE_LAYER, T, batch, pair
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FULL = [family for family in FAMILIES if family != "mistral with a window"]
@@ -187,7 +187,7 @@ def test_decodes_in_a_graph(family, without_sdpa):
 
     known = "q_offset" in inspect.signature(sdpa_mask).parameters
     torch.compiler.reset()
-    stock, ours = pair(family)
+    stock, ours = pair(family, **ONE_LAYER[family])
     whole = torch.compile(ours.eval(), fullgraph=True, backend="aot_eager")
     for kind in ("full", "padded left"):
         ids, _, given = batch(kind)

@@ -69,7 +69,7 @@ def test_a_multiprocessor_holds_the_programs_that_decoding_counts_on() -> None:
     assert len(warps) > 80 and min(warps.values()) >= DECODE_WARPS, warps
 
 
-SPILLING = """
+FAULTS = """
 import torch
 from benchmarks import static
 from benchmarks.subjects import SUBJECTS, meta
@@ -79,26 +79,22 @@ from tapelm.proofs.launches import captured_launches
 from tapelm.proofs.resources import TARGETS, compile_resources
 from dataclasses import asdict
 
-_attention_configs.BY_ARCHITECTURE["sm_80", "forward"] = {{(2, 128, False): {config}}}
 subject = next(subject for subject in SUBJECTS if subject.launcher == "attention_forward")
-with assumed_architecture("sm_80"), captured_launches() as launches:
-    CUDA_LAUNCHERS[subject.launcher](*subject.arguments(meta(torch.bfloat16), 1, 4, 4, 1024, 128))
-facts = asdict(compile_resources(launches[0].specialize(TARGETS["sm_80"].gpu), TARGETS["sm_80"]))
-row = {{"kernel": launches[0].name, "shape": "1024", "dtype": "bfloat16", "target": "sm_80", **facts}}
-print(static.broken_rules(row))
+for config in ((128, 128, 4, 3), (128, 128, 8, 5)):
+    _attention_configs.BY_ARCHITECTURE["sm_80", "forward"] = {(2, 128, False): config}
+    with assumed_architecture("sm_80"), captured_launches() as launches:
+        CUDA_LAUNCHERS[subject.launcher](*subject.arguments(meta(torch.bfloat16), 1, 4, 4, 1024, 128))
+    facts = asdict(compile_resources(launches[0].specialize(TARGETS["sm_80"].gpu), TARGETS["sm_80"]))
+    row = {"kernel": launches[0].name, "shape": "1024", "dtype": "bfloat16", "target": "sm_80", **facts}
+    print(static.broken_rules(row))
 """
 
 
-def test_fault_block_size_that_spills() -> None:
-    done = run("-c", SPILLING.format(config="(128, 128, 4, 3)"))
+def test_faults_block_size_that_spills_and_shared_memory_that_does_not_fit() -> None:
+    done = run("-c", FAULTS)
     assert done.returncode == 0, done.stderr
-    assert "spills" in done.stdout
-
-
-def test_fault_shared_memory_that_does_not_fit() -> None:
-    done = run("-c", SPILLING.format(config="(128, 128, 8, 5)"))
-    assert done.returncode == 0, done.stderr
-    assert "shared memory" in done.stdout
+    spilling, sharing = done.stdout.splitlines()[-2:]
+    assert "spills" in spilling and "shared memory" in sharing
 
 
 def test_programs_start_at_fixed_addresses_within_it_alone() -> None:
@@ -228,8 +224,12 @@ from benchmarks import static_peers
 static_peers.PAIRS, static_peers.WIDTHS = (), (64,)
 static_peers.TARGETS = {"sm_80": static_peers.TARGETS["sm_80"]}
 from benchmarks.__main__ import main, run_program
-sys.argv = ["benchmarks", "static", "--peers", "--tutorial", sys.argv[1]]
-run_program(main)
+for path in sys.argv[1:]:
+    sys.argv = ["benchmarks", "static", "--peers", "--tutorial", path]
+    try:
+        run_program(main)
+    except SystemExit as end:
+        print("status", end.code, file=sys.stderr, flush=True)
 """
 
 
@@ -237,27 +237,30 @@ def test_the_tutorials_kernels_are_compiled_beside_ours(tmp_path: Path) -> None:
     path = tmp_path / "06-fused-attention.py"
     path.write_text(TUTORIAL.replace("{arguments}", "M"))
     done = run("-c", COMPARE, str(path))
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr.endswith("status 0\n"), done.stdout + done.stderr
     assert "triton _attn_fwd" in done.stdout and "tapelm attention_backward_keys_kernel" in done.stdout
     assert "spills, ours: 0 of 2" in done.stdout
     assert "more registers for no larger a tile, ours: 1 of 2\n  attention forward 64 sm_80: " in done.stdout
 
 
-@pytest.mark.parametrize(
-    ("text", "complaint"),
-    [
-        (None, "is not a file"),
-        ("x = 1\n", "has no _attn_bwd and no _attn_fwd"),
-        (TUTORIAL.replace("{arguments}", "M, novelty"), "_attn_fwd wants novelty"),
-        ("def f(:\n", "is not the tutorial: invalid syntax"),
-    ],
+NOT_THE_TUTORIAL = (
+    (None, "is not a file"),
+    ("x = 1\n", "has no _attn_bwd and no _attn_fwd"),
+    (TUTORIAL.replace("{arguments}", "M, novelty"), "_attn_fwd wants novelty"),
+    ("def f(:\n", "is not the tutorial: invalid syntax"),
 )
-def test_another_file_is_not_taken_for_the_tutorial(text: str | None, complaint: str, tmp_path: Path) -> None:
-    path = tmp_path / "tutorial.py"
-    if text is not None:
-        path.write_text(text)
-    done = run("-c", COMPARE, str(path))
-    assert done.returncode == 2 and complaint in done.stderr + done.stdout, done.stdout + done.stderr
+
+
+def test_another_file_is_not_taken_for_the_tutorial(tmp_path: Path) -> None:
+    paths = [tmp_path / f"tutorial{number}.py" for number in range(len(NOT_THE_TUTORIAL))]
+    for path, (text, _) in zip(paths, NOT_THE_TUTORIAL, strict=True):
+        if text is not None:
+            path.write_text(text)
+    done = run("-c", COMPARE, *map(str, paths))
+    told = done.stderr.split("status 2\n")
+    assert len(told) == len(paths) + 1 and told[-1] == "", done.stdout + done.stderr
+    for said, (_, complaint) in zip(told, NOT_THE_TUTORIAL, strict=False):
+        assert complaint in said
 
 
 @pytest.mark.parametrize("options", [["--peers", "--check"], ["--tutorial", "x.py"]])
