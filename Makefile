@@ -47,7 +47,7 @@ sanitize: setup
 	ln -sf $(CURDIR)/kernels/tapelm/*.py $(CURDIR)/kernels/tapelm/_C.*.so build/sanitize/tapelm/
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0:malloc_context_size=2 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitize \
-	$(PY) -m pytest $(FAST) -k "$(SANITIZED_TESTS)" tests/kernels/test_tokenizer*.py tests/kernels/test_loader*.py \
+	$(PY) -m pytest -n 2 $(FAST) -k "$(SANITIZED_TESTS)" tests/kernels/test_tokenizer*.py tests/kernels/test_loader*.py \
 	tests/kernels/test_encode_files*.py tests/kernels/test_pretokenizer.py
 	$(CXX) -O1 -g -std=c++20 -fsanitize=thread -Icsrc/text tests/fuzz/race_prefetch.cpp csrc/text/prefetch.cpp \
 	  -pthread -o build/sanitize/race_prefetch
