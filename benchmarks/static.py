@@ -32,7 +32,7 @@ from tapelm.proofs.resources import TARGETS, Resources, compile_resources, fixed
 from tapelm.roofline import DEVICES, minimum
 
 LOCK = Path(__file__).parent / "results" / "static.lock.json"
-SAMPLE_SECONDS = 20.0
+SAMPLE_SECONDS = 30.0
 TRIES = 8
 """Compilations of a row that differs from the lock: behind other paths ptxas may give another result."""
 FACTS = tuple(field.name for field in fields(Resources))

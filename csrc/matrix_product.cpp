@@ -5,8 +5,6 @@
 
 #include "common.h"
 
-#include <atomic>
-
 namespace tapelm {
 
 // The blocks of a matrix product on one instruction set.
@@ -42,8 +40,7 @@ constexpr int64_t kSharedUnits = int64_t{1} << 22;  // packed at a time: half of
 constexpr int64_t kSharedRows = 1032;  // of a shared left operand at a time: their sums are in L2, too; whole tiles
 constexpr int64_t kOwnPanels = 4;      // of a thread: a block of depth of them is in L2
 
-// body(task, space of so many floats) for all tasks, scheduled dynamically: on a shared machine one thread is often
-// slower than the other.
+// body(task, space of so many floats) for all tasks, scheduled as by for_chunks; each thread has one space for its own.
 template <typename Body>
 void for_tasks(int64_t tasks, int64_t floats, Body body) {
   std::atomic<int64_t> next{0};
@@ -106,7 +103,7 @@ void share_left(const Product<T, Out>& p, const ProductShape& s, int64_t units) 
   }
 }
 
-// A very deep product is a sum of less deep ones, whose packed operands stay in the cache.
+// A very deep product is a sum of less deep ones, whose shared operands stay in the cache.
 template <typename T, typename Out>
 void sum_of_products(const Product<T, Out>& p, int64_t most) {
   const Scratch total(p.M * p.N);
@@ -144,8 +141,9 @@ void matrix_product(Matrix<T> left, Matrix<T> right, int64_t M, int64_t N, int64
   const Product<T, Out> p{left, right, M, N, K, bias, add, out, ld, row_sums, addend};
   const ProductShape s = TAPELM_DISPATCH_PRODUCT(product_shape<T>());
   const int64_t units = chunk_count(K, s.unit) + (addend ? chunk_count(addend->depth, s.unit) : 0);
-  if (const int64_t most = kSharedUnits / std::min(N, s.columns) * s.unit; K > most && row_sums == nullptr)
-    sum_of_products(p, most);
+  const int64_t deepest = kSharedUnits / std::min({M, N, s.columns}) * s.unit;
+  if (K > deepest && row_sums == nullptr)
+    sum_of_products(p, deepest);
   else if (M < N)
     share_left(p, s, units);
   else

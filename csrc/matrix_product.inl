@@ -3,8 +3,8 @@
 // units behind its own.
 #include "matrix_pack.inl"
 
-constexpr int64_t KC = 512;   // depth in units: a right panel of KC x NR streams from L2, each unit of it used MC times
-constexpr int64_t MC = 72;    // rows: a left block of MC x KC stays in L2; a multiple of every MR
+constexpr int64_t KC = 512;   // depth in units: a right panel of KC x NR streams from L2
+constexpr int64_t MC = 72;    // rows of a left block that a thread packs and that stays in L2; a multiple of every MR
 constexpr int64_t NC = 1024;  // columns when the depth takes several blocks: so that the sums of MC x NC stay in L2
 constexpr int64_t SUMS = NC + W;  // row stride of the sums: rows 4096 bytes apart would alias to the same L1 sets
 
@@ -19,7 +19,7 @@ ProductShape product_shape() {
 }
 
 // c[r][..] = sum over u of a[u][r] * b[u][..]; the sums stay in registers until the end. The loop also prefetches, from
-// `next` on, one line every kStride steps: as much of the next panel as is a tile's share in a block of MC rows.
+// `next` on, one line every kStride steps: as much of a panel as is a tile's share in a block of MC rows.
 template <typename U>
 TAPELM_INLINE void packed_tile(int64_t n, const U* a, const U* b, const U* next, vf c[MR][2]) {
   constexpr int64_t kLine = 16, kStride = MC / MR * kLine / NR;
@@ -67,7 +67,8 @@ int64_t units_at(const Product<T, Out>& p, int64_t k0) {
   return units<T>(depth) + (p.addend && k0 + depth == p.K ? units<T>(p.addend->depth) : 0);
 }
 
-// One block of depth of one panel of the right operand to its place, that of column j among `padded` from n0.
+// One block of depth of one panel of the right operand to its place: that of column j among `padded` from n0, where all
+// blocks lie one after the other, or with 0 where there is one block at a time.
 template <typename T, typename Out>
 void pack_panel(const Product<T, Out>& p, int64_t k0, int64_t n0, int64_t j, int64_t padded, float* packed) {
   const int64_t depth = depth_at(p, k0), own = units<T>(depth), n = units_at(p, k0);
@@ -99,7 +100,7 @@ void pack_rows(const Product<T, Out>& p, int64_t m0, int64_t rows, int64_t begin
 
 // What one block of depth brings to rows m0 .. m0 + rows and columns n0 .. n0 + columns, of packed operands. Sums over
 // several blocks wait in `sums`, rows `apart`, so that the result is written once, in its own type. Of the operand that
-// is shared, from the L3 cache, each tile prefetches its share of what comes next.
+// is shared, from the L3 cache, each tile prefetches some of what comes next, its share or, of rows, somewhat more.
 template <typename T, typename Out>
 TAPELM_INLINE void multiply_block(const Product<T, Out>& p, int64_t m0, int64_t rows, int64_t n0, int64_t columns,
                                   int64_t k0, const float* left_, const float* right_, bool left_is_shared, float* sums,
@@ -139,8 +140,8 @@ TAPELM_INLINE void multiply_block(const Product<T, Out>& p, int64_t m0, int64_t 
         }
         continue;
       }
-      const auto bias_at = [&](int64_t k, int n) __attribute__((always_inline)) {
-        return p.bias == nullptr || n == 0 ? vf{} : n == W ? load(p.bias + k) : load_part(p.bias + k, n);
+      const auto bias_at = [&](int64_t k, int lanes) __attribute__((always_inline)) {
+        return p.bias == nullptr || lanes == 0 ? vf{} : lanes == W ? load(p.bias + k) : load_part(p.bias + k, lanes);
       };
       const vf b0 = bias_at(n0 + j, w0), b1 = bias_at(n0 + j + W, w1);
       if (m == MR && width == NR) {

@@ -50,6 +50,15 @@ def test_values_and_gradients(rows, k, n, r, kind, dtype, device, check):
     check(*functions(weight), x, a, b)
 
 
+@pytest.mark.parametrize("device", ["cpu"])
+@pytest.mark.parametrize("rows,n", [(130, 70), (90, 130)])
+@pytest.mark.parametrize("k", [256, 1024])
+def test_values_and_gradients_of_whole_blocks_of_depth(k, rows, n, dtype, device, check):
+    """The update is added in the last one, however full that is, for rows in several blocks."""
+    x, weight, a, b = make((rows,), k, n, 3, "dense", dtype, device)
+    check(*functions(weight), x, a, b)
+
+
 @pytest.mark.parametrize("block_size", [32, 256, 4096])
 def test_block_sizes(block_size, dtype, device, check):
     x, weight, a, b = make((9,), 256, 66, 4, "nested", dtype, device, block_size)

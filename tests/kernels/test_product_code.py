@@ -36,6 +36,6 @@ def test_the_inner_loop_of_a_product_stays_in_registers() -> None:
         products = [loop for loop in inner_loops(code) if sum(bool(FUSED.match(text)) for text in loop) >= 8]
         assert products, f"no loop of products in {name.string}"
         for loop in products:
-            assert not [text for text in loop if ON_STACK.search(text)], (name[1], name[2])
+            assert not [text for text in loop if ON_STACK.search(text)], (name[1], name[3])
         checked.append(name[1])
     assert set(checked) == {"avx2", "avx512", "avx512bf16"} and len(checked) == 18
