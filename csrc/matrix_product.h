@@ -37,8 +37,8 @@ constexpr int64_t kAddendDepth = 64;
 
 // out (M, N) row-major with leading dimension ld; out = left (M, K) * right (K, N) (+ bias (N) if not null), or
 // out += left * right when `add`; with the addend, if not null and K > 0. `row_sums` (M), if not null and without an
-// addend, receives the sums of left's rows. Uses the threads of the caller's pool; bit-identical for every thread count.
-// T and Out are float or BFloat16.
+// addend, receives the sums of left's rows. Uses the threads of the caller's pool; the same bits for every number of
+// them. T and Out are float or BFloat16.
 template <typename T, typename Out>
 void matrix_product(Matrix<T> left, Matrix<T> right, int64_t M, int64_t N, int64_t K, const T* bias, bool add, Out* out,
                     int64_t ld, float* row_sums = nullptr, const Addend<T>* addend = nullptr);
