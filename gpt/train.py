@@ -59,8 +59,15 @@ def _train(config: TrainConfig, ranks: Ranks, arguments: list[str] | None) -> in
     elif config.initialize_from is not None:
         run.take_weights(config.initialize_from, console)
     console.print(f"{run}" + (f", resumed from {start}" if start else ""))
-    if config.warmup_steps >= run.total_steps:
-        console.print(f"warning: the warmup of {config.warmup_steps} steps does not end within the run")
+    if config.warmup_steps >= run.total_steps > run.step:
+        console.print(
+            f"warning: the warmup of {config.warmup_steps} steps does not end within the run (--warmup-steps)"
+        )
+    if (ids := run.tokenizer.vocab_size) < 0.9 * run.shape.vocab_size:
+        console.print(
+            f"warning: of {run.shape.vocab_size:,} ids that the model has, the tokenizer has {ids:,}: "
+            "with --vocab-size 0 the model is made without the others"
+        )
     run.start_clock()
     metrics_path = config.out / "metrics.jsonl"
     if ranks.leads:

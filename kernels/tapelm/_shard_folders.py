@@ -29,7 +29,7 @@ def replaceable(out_dir: str | os.PathLike[str]) -> Path:
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return target
     if not target.is_dir() or not _has_manifest(target):
-        raise ValueError(f"{out_dir} exists and is no shard directory: remove it or choose another out_dir")
+        raise ValueError(f"choose another out_dir: {out_dir} exists and is no shard directory")
     if (target.parent / "data_card.json").is_file():
         raise ValueError(f"{out_dir} is part of the data that data.prepare made: choose another out_dir")
     if strange := strange_files(target):

@@ -104,7 +104,9 @@ def read_manifest(directory: Path) -> tuple[dict[str, Any], str]:
     """The manifest and the SHA-256 of its bytes."""
     path = directory / MANIFEST
     if not path.is_file():
-        raise ValueError(f"{directory} is no shard directory: it has no {MANIFEST}")
+        below = " and ".join(str(found.parent) for found in sorted(directory.glob(f"*/{MANIFEST}")))
+        hint = f"; {below} are" if " and " in below else f"; {below} is one" if below else ""
+        raise ValueError(f"{directory} is no shard directory: it has no {MANIFEST}{hint}")
     content = path.read_bytes()
     try:
         manifest = json.loads(content)

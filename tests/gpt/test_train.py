@@ -378,7 +378,15 @@ def test_what_changed_at_a_resume_is_said(tiny_data: Path, tmp_path: Path, capsy
     said = capsys.readouterr().err
     assert "note: max_steps was 4 and is 6 from here on" in said
     assert "note: learning_rate was 0.001 and is 0.0001 from here on" in said
-    assert "warning: the warmup of 9 steps does not end within the run" in said
+    assert "warning: the warmup of 9 steps does not end within the run (--warmup-steps)" in said
+    assert "with --vocab-size 0" not in said
+
+
+def test_a_model_of_far_more_ids_than_the_tokenizer_is_warned_of(
+    tiny_data: Path, tmp_path: Path, capsys
+) -> None:
+    train(tiny(tiny_data, tmp_path, max_steps=1, warmup_steps=0, vocab_size=4000))
+    assert "of 4,000 ids that the model has, the tokenizer has 3" in capsys.readouterr().err
 
 
 def test_a_log_is_not_left_silent(tiny_data: Path, tmp_path: Path, capsys, monkeypatch) -> None:

@@ -22,8 +22,8 @@ def test_values_and_gradients(rows, k, n, has_bias, dtype, device, check):
     check(tapelm.linear, linear_reference, *((x, weight, bias) if has_bias else (x, weight)))
 
 
-# Of blocks, of which none of these is a multiple: some of depth, with fewer rows than columns and the reverse,
-# so that threads share either operand; ranges of shared rows, in the forward pass and for dweight; ranges of
+# None is a multiple of a block. Several blocks of depth, with fewer rows than columns and the reverse, so
+# that threads share either operand; ranges of shared rows, in the forward pass and for dweight; ranges of
 # columns for dweight; and a depth that is summed in parts (in float32).
 SEVERAL_BLOCKS = [
     (67, 1100, 201), (205, 1100, 67), (1040, 270, 1050), (70, 1100, 1040), (300, 1030, 1040), (64, 70001, 66),

@@ -373,6 +373,17 @@ def test_unusable_shard_settings(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_of_shard_directories_names_them(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"it has no manifest\.json$"):
+        verify_shards(tmp_path)
+    write(tmp_path / "train")
+    with pytest.raises(ValueError, match=r"manifest\.json; \S+/train is one$"):
+        verify_shards(tmp_path)
+    write(tmp_path / "val")
+    with pytest.raises(ValueError, match=r"; \S+/train and \S+/val are$"):
+        verify_shards(tmp_path)
+
+
 def test_other_directories_are_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "thesis.txt").write_text("years of work")
