@@ -13,20 +13,45 @@ namespace {
 constexpr int64_t kPart = int64_t{1} << 22;  // dequantized elements at a time: enough for the products to run at speed
 constexpr int64_t kGrain = 32768;            // elements per task
 
-// out = left right + scaling low high, where low (M, R) and high (R, N); the rows of out may lie apart.
+// Whether a product of `left` and the update of low (M, R) are better computed together by ours.
+bool ours(const Tensor& left, const Tensor& low) {
+  return prefer_matrix_product(left.scalar_type()) && left.size(0) >= kPackRows && low.size(1) <= kAddendDepth;
+}
+
+// body(addend) with scaling low high, where low (M, R) and high (R, N), or null where R is none.
+template <typename T, typename Body>
+void with_update(const Tensor& low, const Tensor& high, double scaling, Body body) {
+  const Tensor scaled = scaling == 1.0 ? low : at::mul(low, scaling);
+  const Addend<T> addend{matrix_of<T>(scaled), matrix_of<T>(high), low.size(1)};
+  body(low.size(1) > 0 ? &addend : nullptr);
+}
+
+// out = left right + scaling low high; the rows of out may lie apart.
 void multiply(const Tensor& left, const Tensor& right, const Tensor& low, const Tensor& high, double scaling,
               Tensor out) {
-  if (!prefer_matrix_product(left.scalar_type()) || left.size(0) < kPackRows || low.size(1) > kAddendDepth) {
+  if (!ours(left, low)) {
     at::mm_out(out, left, right);
     out.addmm_(low, high, 1, scaling);
     return;
   }
-  const Tensor scaled = scaling == 1.0 ? low : at::mul(low, scaling);
   with_dtype(out, [&](auto zero) {
     using T = decltype(zero);
-    const Addend<T> addend{matrix_of<T>(scaled), matrix_of<T>(high), low.size(1)};
-    matrix_product<T, T>(matrix_of<T>(left), matrix_of<T>(right), left.size(0), right.size(1), left.size(1), nullptr,
-                         false, out.mutable_data_ptr<T>(), out.stride(0), nullptr, low.size(1) > 0 ? &addend : nullptr);
+    with_update<T>(low, high, scaling, [&](const Addend<T>* update) {
+      matrix_product<T, T>(matrix_of<T>(left), matrix_of<T>(right), left.size(0), right.size(1), left.size(1), nullptr,
+                           false, out.mutable_data_ptr<T>(), out.stride(0), nullptr, update);
+    });
+  });
+}
+
+// The same of a weight in NF4, whose element (k, n) is k * row + n * column of the flattened one.
+void multiply_nf4(const Tensor& left, const Nf4& right, int64_t row, int64_t column, const Tensor& low,
+                  const Tensor& high, double scaling, Tensor out) {
+  with_dtype(out, [&](auto zero) {
+    using T = decltype(zero);
+    with_update<T>(low, high, scaling, [&](const Addend<T>* update) {
+      nf4_product<T>(matrix_of<T>(left), right, row, column, left.size(0), out.size(1), left.size(1),
+                     out.mutable_data_ptr<T>(), out.stride(0), update);
+    });
   });
 }
 
@@ -151,6 +176,10 @@ std::tuple<Tensor, Tensor> lora_linear_forward(const Tensor& x, const Tensor& we
     out.zero_();
     return {y, u};
   }
+  if (weight.quantized() && ours(rows, u)) {
+    multiply_nf4(rows, weight.nf4(), 1, K, u, b.t(), scaling, out);
+    return {y, u};
+  }
   weight.for_rows([&](const Tensor& part, int64_t begin, int64_t end) {
     Tensor to = out.narrow(1, begin, end - begin);
     multiply(rows, part.t(), u, b.narrow(0, begin, end - begin).t(), scaling, to);
@@ -175,10 +204,13 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& grad, cons
   if (N == 0) dx.zero_();
   if (dx.numel() != 0 && N != 0) {
     const Tensor out = dx.view({rows.size(0), K});
-    weight.for_columns([&](const Tensor& part, int64_t begin, int64_t end) {
-      Tensor to = out.narrow(1, begin, end - begin);
-      multiply(g, part, v, a.narrow(1, begin, end - begin), scaling, to);
-    });
+    if (weight.quantized() && ours(g, v))
+      multiply_nf4(g, weight.nf4(), K, 1, v, a, scaling, out);
+    else
+      weight.for_columns([&](const Tensor& part, int64_t begin, int64_t end) {
+        Tensor to = out.narrow(1, begin, end - begin);
+        multiply(g, part, v, a.narrow(1, begin, end - begin), scaling, to);
+      });
   }
   return {dx, at::mm(v.t(), rows).mul_(scaling), at::mm(g.t(), u).mul_(scaling)};
 }

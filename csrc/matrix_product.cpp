@@ -4,6 +4,7 @@
 #include "matrix_product.h"
 
 #include "common.h"
+#include "nf4.h"
 
 namespace tapelm {
 
@@ -26,6 +27,7 @@ struct Product {
   int64_t ld;
   float* row_sums;
   const Addend<T>* addend;
+  const Nf4* nf4 = nullptr;  // of the right operand, which then has no data
 };
 
 }  // namespace tapelm
@@ -103,6 +105,16 @@ void share_left(const Product<T, Out>& p, const ProductShape& s, int64_t units) 
   }
 }
 
+template <typename T, typename Out>
+void multiply(const Product<T, Out>& p) {
+  const ProductShape s = TAPELM_DISPATCH_PRODUCT(product_shape<T>());
+  const int64_t units = chunk_count(p.K, s.unit) + (p.addend ? chunk_count(p.addend->depth, s.unit) : 0);
+  if (p.M < p.N)
+    share_left(p, s, units);
+  else
+    share_right(p, s, units);
+}
+
 // A very deep product is a sum of less deep ones, whose shared operands stay in the cache.
 template <typename T, typename Out>
 void sum_of_products(const Product<T, Out>& p, int64_t most) {
@@ -140,16 +152,23 @@ void matrix_product(Matrix<T> left, Matrix<T> right, int64_t M, int64_t N, int64
   }
   const Product<T, Out> p{left, right, M, N, K, bias, add, out, ld, row_sums, addend};
   const ProductShape s = TAPELM_DISPATCH_PRODUCT(product_shape<T>());
-  const int64_t units = chunk_count(K, s.unit) + (addend ? chunk_count(addend->depth, s.unit) : 0);
   const int64_t deepest = kSharedUnits / std::min({M, N, s.columns}) * s.unit;
   if (K > deepest && row_sums == nullptr)
     sum_of_products(p, deepest);
-  else if (M < N)
-    share_left(p, s, units);
   else
-    share_right(p, s, units);
+    multiply(p);
 }
 
+template <typename T>
+void nf4_product(Matrix<T> left, const Nf4& right, int64_t row, int64_t column, int64_t M, int64_t N, int64_t K, T* out,
+                 int64_t ld, const Addend<T>* addend) {
+  multiply(Product<T, T>{left, {nullptr, row, column}, M, N, K, nullptr, false, out, ld, nullptr, addend, &right});
+}
+
+template void nf4_product(Matrix<float>, const Nf4&, int64_t, int64_t, int64_t, int64_t, int64_t, float*, int64_t,
+                          const Addend<float>*);
+template void nf4_product(Matrix<bf16>, const Nf4&, int64_t, int64_t, int64_t, int64_t, int64_t, bf16*, int64_t,
+                          const Addend<bf16>*);
 template void matrix_product(Matrix<float>, Matrix<float>, int64_t, int64_t, int64_t, const float*, bool, float*,
                              int64_t, float*, const Addend<float>*);
 template void matrix_product(Matrix<bf16>, Matrix<bf16>, int64_t, int64_t, int64_t, const bf16*, bool, bf16*, int64_t,

@@ -7,6 +7,8 @@
 
 namespace tapelm {
 
+struct Nf4;
+
 // Element (i, j) is data[i * row + j * column]: a transpose is a swap of the strides.
 template <typename T>
 struct Matrix {
@@ -42,6 +44,12 @@ constexpr int64_t kAddendDepth = 64;
 template <typename T, typename Out>
 void matrix_product(Matrix<T> left, Matrix<T> right, int64_t M, int64_t N, int64_t K, const T* bias, bool add, Out* out,
                     int64_t ld, float* row_sums = nullptr, const Addend<T>* addend = nullptr);
+
+// out (M, N) = left (M, K) * right (K, N), with the addend, of a right operand in NF4 whose element (k, n) is element
+// k * row + n * column of the flattened weight; one of the two is 1. Panels are unpacked where they are packed.
+template <typename T>
+void nf4_product(Matrix<T> left, const Nf4& right, int64_t row, int64_t column, int64_t M, int64_t N, int64_t K, T* out,
+                 int64_t ld, const Addend<T>* addend);
 
 // Whether matrix_product is the faster one on this CPU. Otherwise it is ATen's: MKL for float32 where it uses AVX-512,
 // oneDNN for bfloat16 where it has AMX. A forced instruction set is there to be run: then it is ours.

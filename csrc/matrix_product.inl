@@ -2,6 +2,7 @@
 // The depth is cut into blocks, of which a packed operand holds one after the other, the last one with the addend's
 // units behind its own.
 #include "matrix_pack.inl"
+#include "nf4.inl"
 
 constexpr int64_t KC = 512;   // depth in units: a right panel of KC x NR streams from L2
 constexpr int64_t MC = 72;    // rows of a left block that a thread packs and that stays in L2; a multiple of every MR
@@ -67,13 +68,29 @@ int64_t units_at(const Product<T, Out>& p, int64_t k0) {
   return units<T>(depth) + (p.addend && k0 + depth == p.K ? units<T>(p.addend->depth) : 0);
 }
 
+// A panel of NF4, of `depth` from k0 and of the columns from n0: unpacked along the weight's rows, then packed.
+template <typename T, typename Out>
+void pack_nf4(const Product<T, Out>& p, int64_t k0, int64_t depth, int64_t n0, float* packed) {
+  alignas(64) T dense[NR * kBlock<T>];
+  const int64_t columns = std::min<int64_t>(NR, p.N - n0), at = k0 * p.right.row + n0 * p.right.column;
+  if (p.right.row == 1)
+    for (int64_t j = 0; j < columns; ++j) dequantize_range(*p.nf4, at + j * p.right.column, depth, dense + j * depth);
+  else
+    for (int64_t k = 0; k < depth; ++k) dequantize_range(*p.nf4, at + k * p.right.row, columns, dense + k * NR);
+  const Matrix<T> panel = p.right.row == 1 ? Matrix<T>{dense, 1, depth} : Matrix<T>{dense, NR, 1};
+  pack_right(panel, 0, depth, 0, columns, packed);
+}
+
 // One block of depth of one panel of the right operand to its place: that of column j among `padded` from n0, where all
 // blocks lie one after the other, or with 0 where there is one block at a time.
 template <typename T, typename Out>
 void pack_panel(const Product<T, Out>& p, int64_t k0, int64_t n0, int64_t j, int64_t padded, float* packed) {
   const int64_t depth = depth_at(p, k0), own = units<T>(depth), n = units_at(p, k0);
   packed += units<T>(k0) * padded + j * n;
-  pack_right(p.right, k0, depth, n0 + j, p.N, packed);
+  if (p.nf4)
+    pack_nf4(p, k0, depth, n0 + j, packed);
+  else
+    pack_right(p.right, k0, depth, n0 + j, p.N, packed);
   if (n > own) pack_right(p.addend->right, 0, p.addend->depth, n0 + j, p.N, packed + own * NR);
 }
 

@@ -4,8 +4,9 @@
     v = grad B       dx = grad W + scaling * v A        dA = scaling * v^T x        dB = scaling * grad^T u
 
 [Hu et al., "LoRA", 2021; W in NF4: Dettmers et al., "QLoRA", 2023]. W gets no gradient. On CUDA one kernel
-sums the low-rank product and then goes on over W, dequantized tile by tile; on the CPU W is dequantized in
-parts of a few million elements or, for up to four rows, while it is multiplied.
+sums the low-rank product and then goes on over W, dequantized tile by tile; on the CPU W is dequantized where
+our product packs it, for up to four rows while it is multiplied, and for ATen's product in parts of a few
+million elements.
 
 Shapes: x, dx (..., K); y, grad (..., N); W (N, K); A, dA (R, K); B, dB (N, R); u, v (rows, R), all of one
 dtype, to which W is dequantized.

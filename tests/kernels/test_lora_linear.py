@@ -59,6 +59,22 @@ def test_values_and_gradients_of_whole_blocks_of_depth(k, rows, n, dtype, device
     check(*functions(weight), x, a, b)
 
 
+@pytest.mark.parametrize("device", ["cpu"])
+@pytest.mark.parametrize("rows,k,n", [(130, 1100, 201), (205, 1100, 67), (1040, 270, 1050), (90, 333, 131)])
+@pytest.mark.parametrize("kind", ["nf4", "nested"])
+def test_values_and_gradients_are_those_of_the_unpacked_weight(rows, k, n, kind, dtype, device):
+    """Panels of the weight are unpacked where a product packs them, in both of its orders."""
+    x, weight, a, b = make((rows,), k, n, 5, kind, dtype, device)
+    grad = torch.randn(rows, n).to(dtype)
+    results = []
+    for w in (weight, tapelm.nf4_dequantize(weight)):
+        leaves = [t.detach().requires_grad_() for t in (x, a, b)]
+        y = tapelm.lora_linear(leaves[0], w, leaves[1], leaves[2], SCALING)
+        results.append((y, *torch.autograd.grad(y, leaves, grad)))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("block_size", [32, 256, 4096])
 def test_block_sizes(block_size, dtype, device, check):
     x, weight, a, b = make((9,), 256, 66, 4, "nested", dtype, device, block_size)
