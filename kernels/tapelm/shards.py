@@ -105,7 +105,7 @@ def read_manifest(directory: Path) -> tuple[dict[str, Any], str]:
     path = directory / MANIFEST
     if not path.is_file():
         below = " and ".join(str(found.parent) for found in sorted(directory.glob(f"*/{MANIFEST}")))
-        hint = f"; {below} are" if " and " in below else f"; {below} is one" if below else ""
+        hint = f"; shards are in {below}" if below else ""
         raise ValueError(f"{directory} is no shard directory: it has no {MANIFEST}{hint}")
     content = path.read_bytes()
     try:

@@ -377,10 +377,10 @@ def test_a_folder_of_shard_directories_names_them(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"it has no manifest\.json$"):
         verify_shards(tmp_path)
     write(tmp_path / "train")
-    with pytest.raises(ValueError, match=r"manifest\.json; \S+/train is one$"):
+    with pytest.raises(ValueError, match=r"manifest\.json; shards are in \S+/train$"):
         verify_shards(tmp_path)
     write(tmp_path / "val")
-    with pytest.raises(ValueError, match=r"; \S+/train and \S+/val are$"):
+    with pytest.raises(ValueError, match=r"; shards are in \S+/train and \S+/val$"):
         verify_shards(tmp_path)
 
 
