@@ -7,9 +7,10 @@ CLANG ?= $(or $(shell command -v clang++-19),clang++)
 SECONDS ?= 60
 FUZZERS := text shards
 TEXT := $(wildcard csrc/text/*.cpp)
-TEXT_OBJECTS := $(patsubst csrc/%.cpp,build/sanitize/%.o,$(TEXT) csrc/python.cpp)
+TEXT_OBJECTS := $(patsubst csrc/%.cpp,build/sanitize/%.o,csrc/python.cpp $(TEXT))
+FUZZ_OBJECTS := $(TEXT:csrc/%.cpp=build/fuzz/%.o)
 HEADERS := $(wildcard csrc/text/*.h csrc/text/*.inl)
-SANITIZERS = -O1 -g -std=c++20 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+SANITIZERS = -O1 -g1 -std=c++20 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 
 CUDA := $(BIN)/../lib/python*/site-packages/nvidia/cu13
 CUDA_WHEELS := nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt nvidia-cuda-runtime
@@ -58,7 +59,8 @@ build/sanitize/tapelm/_text.so: $(TEXT_OBJECTS)
 	@mkdir -p $(@D)
 	$(CXX) -shared $(SANITIZERS) -o $@ $^
 
-build/sanitize/python.o: SANITIZERS += $(shell $(PY) -c "import sysconfig, importlib.util as util; \
+# -O0: optimized bindings would take as long to compile as everything else.
+build/sanitize/python.o: SANITIZERS += -O0 $(shell $(PY) -c "import sysconfig, importlib.util as util; \
 	print('-I' + util.find_spec('torch').submodule_search_locations[0] + '/include', \
 	'-I' + sysconfig.get_paths()['include'])")
 
@@ -67,18 +69,23 @@ build/sanitize/%.o: csrc/%.cpp $(HEADERS)
 	$(CXX) $(SANITIZERS) -fPIC -c $< -o $@
 
 # Coverage-guided fuzzing of csrc/text for SECONDS; what fails is left in build/fuzz.
-fuzz: $(FUZZERS:%=build/fuzz/%)
+fuzz:
+	$(MAKE) --no-print-directory -j2 $(FUZZERS:%=build/fuzz/fuzz_%)
 	$(MAKE) --no-print-directory -j2 --output-sync=target $(FUZZERS:%=fuzz-%)
 
-fuzz-%: build/fuzz/%
+fuzz-%: build/fuzz/fuzz_%
 	@mkdir -p build/fuzz/corpus-$*
 	$< -max_total_time=$(SECONDS) -max_len=600 -timeout=10 -verbosity=0 -print_final_stats=1 \
 	-artifact_prefix=build/fuzz/ build/fuzz/corpus-$* tests/fuzz/seeds/$*
 
-build/fuzz/%: tests/fuzz/fuzz_%.cpp $(TEXT) $(HEADERS)
+.SECONDARY: $(FUZZ_OBJECTS)
+build/fuzz/text/%.o: csrc/text/%.cpp $(HEADERS)
 	@command -v $(CLANG) > /dev/null || { echo "make fuzz: no $(CLANG) found: apt-get install clang-19"; exit 1; }
 	@mkdir -p $(@D)
-	$(CLANG) $(SANITIZERS) -fsanitize=fuzzer -Icsrc/text $< $(TEXT) -pthread -o $@
+	$(CLANG) $(SANITIZERS) -fsanitize=fuzzer-no-link -c $< -o $@
+
+build/fuzz/fuzz_%: tests/fuzz/fuzz_%.cpp $(FUZZ_OBJECTS)
+	$(CLANG) $(SANITIZERS) -fsanitize=fuzzer -Icsrc/text $^ -pthread -o $@
 
 lint: setup
 	$(BIN)/ruff check .

@@ -128,7 +128,8 @@ TAPELM_INLINE void adamw_block(const Range& r, const AdamWStep& s, int64_t at, i
       store(reinterpret_cast<float*>(random + i + W), (vf)words[1]);
     }
   T* param = r.param + at;
-  const bool far = MASTER && s.bypass_cache && reinterpret_cast<uintptr_t>(param) % (2 * W) == 0;
+  [[maybe_unused]] const bool far =
+      MASTER && s.bypass_cache && reinterpret_cast<uintptr_t>(param) % (2 * W) == 0;
   const auto update = [&](int64_t i, auto k) __attribute__((always_inline)) {
     vf p, new_m = get(m + i, k), new_v = get(v + i, k);
     if constexpr (MASTER)

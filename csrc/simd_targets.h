@@ -4,14 +4,18 @@
 #endif
 #include "simd.h"
 
-// Beside the variants below only the tests and CPUs of before 2013 run this one: it is compiled quickly instead.
-// So that the logic of pairs is executed by the tests on any machine, it has them too.
+// Beside the variants below only the tests and CPUs of before 2013 run this one: it is compiled quickly instead, and
+// functions of many instructions are called, not inlined. So that the logic of pairs is executed by the tests on any
+// machine, it has them too.
 #ifdef TAPELM_X86
 #pragma GCC push_options
 #pragma GCC optimize("O1")
+#define TAPELM_LONG __attribute__((noinline)) inline
 #define TAPELM_PAIRS 1
+#else
+#define TAPELM_LONG TAPELM_INLINE
 #endif
-#define TAPELM_WIDTH 16
+#define TAPELM_WIDTH 8
 #define TAPELM_TARGET generic
 #define TAPELM_ROWS 6
 namespace tapelm::generic {
@@ -24,6 +28,8 @@ namespace tapelm::generic {
 #undef TAPELM_ROWS
 
 #ifdef TAPELM_X86
+#undef TAPELM_LONG
+#define TAPELM_LONG TAPELM_INLINE
 #pragma GCC pop_options
 
 #pragma GCC push_options
@@ -73,4 +79,5 @@ namespace tapelm::avx512bf16 {
 #pragma GCC pop_options
 
 #endif
+#undef TAPELM_LONG
 #undef TAPELM_KERNELS

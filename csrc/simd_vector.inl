@@ -24,7 +24,7 @@ TAPELM_INLINE vu load(const uint32_t* p) { return (vu)load(reinterpret_cast<cons
 TAPELM_INLINE void store(uint32_t* p, vu x) { store(reinterpret_cast<float*>(p), as_float(x)); }
 
 // Round to nearest even; NaN stays NaN. The instruction of avx512bf16 takes denormals for zero.
-TAPELM_INLINE vh narrow(vf x) {
+TAPELM_LONG vh narrow(vf x) {
 #if defined(TAPELM_AVX512BF16)
   return (vh)_mm512_cvtneps_pbh((__m512)x);
 #else
@@ -85,24 +85,46 @@ TAPELM_INLINE void store_part(c10::BFloat16* p, vf x, int n) {
   _mm256_mask_storeu_epi16(p, first_lanes(n), (__m256i)narrow(x));
 }
 #else
+TAPELM_INLINE vi first_lanes(int n) { return vi{0, 1, 2, 3, 4, 5, 6, 7} < n; }
+#if defined(TAPELM_AVX2)
+TAPELM_INLINE vf load_part(const float* p, int n, float fill = 0.0f) {
+  const vi kept = first_lanes(n);
+  return kept ? (vf)_mm256_maskload_ps(p, (__m256i)kept) : broadcast(fill);
+}
+TAPELM_INLINE void store_part(float* p, vf x, int n) { _mm256_maskstore_ps(p, (__m256i)first_lanes(n), (__m256)x); }
+
+// AVX2 has masks for 32 bits: pairs first, then the last element of an odd number.
+TAPELM_INLINE __m128i first_pairs(int n) { return _mm_cmplt_epi32(_mm_setr_epi32(0, 1, 2, 3), _mm_set1_epi32(n / 2)); }
+TAPELM_INLINE vf load_part(const c10::BFloat16* p, int n, float fill = 0.0f) {
+  vh bits = (vh)_mm_maskload_epi32(reinterpret_cast<const int*>(p), first_pairs(n));
+  if (n & 1) bits = vh{0, 1, 2, 3, 4, 5, 6, 7} == static_cast<uint16_t>(n - 1) ? vh{} + p[n - 1].x : bits;
+  return first_lanes(n) ? widen(bits) : broadcast(fill);
+}
+TAPELM_INLINE void store_part(c10::BFloat16* p, vf x, int n) {
+  const vh bits = narrow(x);
+  _mm_maskstore_epi32(reinterpret_cast<int*>(p), first_pairs(n), (__m128i)bits);
+  if (n & 1) p[n - 1].x = bits[n - 1];
+}
+#else
 template <typename T>
-TAPELM_INLINE vf load_part(const T* p, int n, float fill = 0.0f) {
-  float lanes[W];
-  for (int i = 0; i < W; ++i) lanes[i] = i < n ? static_cast<float>(p[i]) : fill;
-  return load(lanes);
+TAPELM_LONG vf load_part(const T* p, int n, float fill = 0.0f) {
+  T lanes[W] = {};
+  std::memcpy(lanes, p, n * sizeof(T));
+  return first_lanes(n) ? load(lanes) : broadcast(fill);
 }
 template <typename T>
-TAPELM_INLINE void store_part(T* p, vf x, int n) {
+TAPELM_LONG void store_part(T* p, vf x, int n) {
   T lanes[W];
   store(lanes, x);
-  for (int i = 0; i < n; ++i) p[i] = lanes[i];
+  std::memcpy(p, lanes, n * sizeof(T));
 }
+#endif
 #endif
 
 // max(NaN, b) is b and max(a, NaN) is NaN: callers that must propagate NaN put the data second.
 TAPELM_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
 
-TAPELM_INLINE float sum(vf x) {
+TAPELM_LONG float sum(vf x) {
 #if defined(TAPELM_AVX512)
   return _mm512_reduce_add_ps((__m512)x);
 #else
@@ -113,7 +135,7 @@ TAPELM_INLINE float sum(vf x) {
   return lanes[0];
 #endif
 }
-TAPELM_INLINE float max(vf x) {
+TAPELM_LONG float max(vf x) {
   float lanes[W];
   store(lanes, x);
   for (int n = W / 2; n > 0; n /= 2)
@@ -123,7 +145,7 @@ TAPELM_INLINE float max(vf x) {
 
 // e^x to 2 ulp: x = k ln2 + r with |r| <= ln2 / 2, a degree-6 polynomial in r, k added to the exponent.
 // Below -87.3 the result is 0 (a denormal in exact arithmetic), above 88.7 it is inf; NaN propagates.
-TAPELM_INLINE vf exp(vf x) {
+TAPELM_LONG vf exp(vf x) {
   const vf low = broadcast(-87.3365f);
 #if defined(TAPELM_AVX512)
   const vf clamped = (vf)_mm512_min_ps((__m512)broadcast(89.0f), (__m512)x);
@@ -175,7 +197,7 @@ TAPELM_INLINE vf times_power(vf x, vf n) { return (vf)_mm512_scalef_ps((__m512)x
 template <typename V>
 TAPELM_INLINE V exp2(V x) { return times_power(power_of_fraction(fraction(x)), x); }
 #else
-TAPELM_INLINE vf exp2(vf x) {
+TAPELM_LONG vf exp2(vf x) {
   const vf low = broadcast(-126.0f), high = broadcast(128.0f);
   const vf clamped = x < low ? low : (x > high ? high : x);
   const vf magic = broadcast(12582912.0f);  // 1.5 * 2^23, as in exp; r may be 1 instead of 0
@@ -223,14 +245,8 @@ TAPELM_INLINE vl multiply_wide(vl a, uint32_t m) {
 }
 
 // Philox4x32-7 (Salmon et al. 2011) for W / 2 counters: the four words of each, in the low halves of the lanes; what
-// the high halves hold is whatever is cheapest. Not inlined where 64-bit products are many instructions: the compiler
-// takes minutes over them.
-#if defined(TAPELM_AVX2) || defined(TAPELM_AVX512)
-TAPELM_INLINE
-#else
-__attribute__((noinline)) inline
-#endif
-void philox(uint64_t seed, vl counter, vl words[4]) {
+// the high halves hold is whatever is cheapest.
+TAPELM_LONG void philox(uint64_t seed, vl counter, vl words[4]) {
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
   // The first round, in which the upper half of the counter is 0.
   vl c0 = (counter >> 32) ^ static_cast<uint64_t>(k0), c1 = vl{}, c3 = multiply_wide(counter, 0xD2511F53u);
@@ -282,7 +298,7 @@ typedef vi Kept;
 #endif
 
 // Of 2 W elements, whose random numbers are the halves of the words in memory order.
-TAPELM_INLINE void kept_lanes(vu words, uint32_t threshold, Kept kept[2]) {
+TAPELM_LONG void kept_lanes(vu words, uint32_t threshold, Kept kept[2]) {
 #if defined(TAPELM_AVX512)
   const __mmask32 both =
       _mm512_cmpge_epu16_mask((__m512i)words, _mm512_set1_epi16(static_cast<int16_t>(threshold)));
@@ -311,7 +327,7 @@ TAPELM_INLINE Kept kept_of_halves(vu words, uint32_t threshold) {
 }
 
 // Lane i of the result is lane i + n.
-TAPELM_INLINE Kept shifted(Kept kept, int n) {
+TAPELM_LONG Kept shifted(Kept kept, int n) {
 #if defined(TAPELM_AVX512)
   return static_cast<Kept>(kept >> n);
 #else
