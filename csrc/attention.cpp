@@ -156,8 +156,9 @@ void decode(const AttentionShape& s, const Tensor& q, const Tensor& k, const Ten
   const int64_t parts = chunk_count(s.S, DECODE_KEYS), row = s.D + 2;
   const Scratch found(groups * parts * rows * row);
   // Another thread pays from some 15 us on, of which reading takes as long as the products of 8 rows.
+  // Tasks are divided beforehand: handed out one by one, each would lie beside the other threads', keys and `found`.
   const bool pays = groups * s.S * s.D * (rows + 8) >= int64_t{1} << 20;
-  for_chunks(groups * parts, pays ? 1 : groups * parts, [&](int64_t first, int64_t last) {
+  at::parallel_for(0, groups * parts, pays ? 1 : groups * parts, [&](int64_t first, int64_t last) {
     const Scratch space(TAPELM_DISPATCH_PRODUCT(attention_decode_floats(s, rows)));
     for (int64_t task = first; task < last; ++task) {
       const int64_t b = task / parts / Hkv, kv = task / parts % Hkv, key = task % parts * DECODE_KEYS;

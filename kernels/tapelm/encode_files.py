@@ -56,6 +56,8 @@ def encode_files(
                 if _identity(path) != before:
                     raise ValueError(f"{path} changed while it was encoded: encode it again")
             manifest = writer.write_manifest()
+            if manifest["tokens"] == manifest["documents"]:  # an end-of-text token each
+                raise ValueError(f"no text in {', '.join(map(str, paths[:3]))}: there is nothing to encode")
             replace_directory(partial, target)
             kept = True
             (target / JOURNAL).unlink()  # after the lock on it has kept others out of `partial`

@@ -221,8 +221,8 @@ class Tokenizer:
         Raises:
             TypeError: `shard_tokens` is no integer.
             ValueError: a file is not UTF-8, not JSONL with "text", or holds a special token (the message
-                names file and line), it changed meanwhile, or another process is encoding to `out_dir`.
-                What was encoded is removed, as it is of files that must change.
+                names file and line), none of them has any text, one changed meanwhile, or another process is
+                encoding to `out_dir`. What was encoded is removed, as it is of files that must change.
         """
         if end_of_text not in self.special_tokens:
             raise ValueError(

@@ -221,6 +221,8 @@ def test_deep_json_is_an_error() -> None:
         ("b.jsonl", b'{"text": "\xff"}', r"b\.jsonl, line 1 is not UTF-8 at its byte 10"),
         ("b.jsonl", b'{"text": "<|endoftext|>"}', r"line 1: text contains .* at byte 0: remove it"),
         ("b.jsonl", b'{"text": "\\ud800"}', r"b\.jsonl, line 1 contains a lone surrogate"),
+        ("b.txt", b"", r"no text in \S*b\.txt: there is nothing to encode"),
+        ("b.jsonl", b'{"text": ""}\n' * 3, r"no text in \S*b\.jsonl"),
         ("b.txt", b"ab " * 400_000 + b"\xff", r"b\.txt, from byte \d+ is not UTF-8: invalid at byte \d+"),
     ],
 )
