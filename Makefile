@@ -8,7 +8,7 @@ SECONDS ?= 60
 FUZZERS := text shards
 TEXT := $(wildcard csrc/text/*.cpp)
 TEXT_OBJECTS := $(patsubst csrc/%.cpp,build/sanitize/%.o,csrc/python.cpp $(TEXT))
-FUZZ_OBJECTS := $(TEXT:csrc/%.cpp=build/fuzz/%.o)
+FUZZ_OBJECTS := $(TEXT:csrc/text/%.cpp=build/fuzz/objects/%.o)
 HEADERS := $(wildcard csrc/text/*.h csrc/text/*.inl)
 SANITIZERS = -O1 -g1 -std=c++20 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 
@@ -79,7 +79,7 @@ fuzz-%: build/fuzz/fuzz_%
 	-artifact_prefix=build/fuzz/ build/fuzz/corpus-$* tests/fuzz/seeds/$*
 
 .SECONDARY: $(FUZZ_OBJECTS)
-build/fuzz/text/%.o: csrc/text/%.cpp $(HEADERS)
+build/fuzz/objects/%.o: csrc/text/%.cpp $(HEADERS)
 	@command -v $(CLANG) > /dev/null || { echo "make fuzz: no $(CLANG) found: apt-get install clang-19"; exit 1; }
 	@mkdir -p $(@D)
 	$(CLANG) $(SANITIZERS) -fsanitize=fuzzer-no-link -c $< -o $@

@@ -154,24 +154,26 @@ void decode(const AttentionShape& s, const Tensor& q, const Tensor& k, const Ten
             float* lse) {
   const int64_t Hkv = k.size(1), rows = s.Hq / Hkv * s.T, groups = q.size(0) * Hkv;
   const int64_t parts = chunk_count(s.S, DECODE_KEYS), row = s.D + 2;
-  const Scratch found(groups * parts * rows * row);
+  const int64_t stride = chunk_count(rows * row, 32) * 32;  // of tasks: no pair of cache lines is two threads'
+  const Scratch found(groups * parts * stride);
   // Another thread pays from some 15 us on, of which reading takes as long as the products of 8 rows.
-  // Tasks are divided beforehand: handed out one by one, each would lie beside the other threads', keys and `found`.
+  // A few chunks for each thread: what documents hide is cheap, and single tasks would lie among other threads'.
   const bool pays = groups * s.S * s.D * (rows + 8) >= int64_t{1} << 20;
-  at::parallel_for(0, groups * parts, pays ? 1 : groups * parts, [&](int64_t first, int64_t last) {
+  const int64_t tasks = groups * parts, chunk = pays ? chunk_count(tasks, 4 * at::get_num_threads()) : tasks;
+  for_chunks(tasks, chunk, [&](int64_t first, int64_t last) {
     const Scratch space(TAPELM_DISPATCH_PRODUCT(attention_decode_floats(s, rows)));
     for (int64_t task = first; task < last; ++task) {
       const int64_t b = task / parts / Hkv, kv = task / parts % Hkv, key = task % parts * DECODE_KEYS;
       TAPELM_DISPATCH_PRODUCT(attention_decode_part<T>(
           s, rows, {key, std::min(s.S, key + DECODE_KEYS)}, documents_of(documents, b),
           head_of<T>(q, b, kv * (s.Hq / Hkv), s.first), head_of<T>(k, b, kv), head_of<T>(v, b, kv),
-          found.get() + task * rows * row, space.get()));
+          found.get() + task * stride, space.get()));
     }
   });
   for (int64_t i = 0; i < groups * rows; ++i) {  // (b, h, t) in this order
     T* const to = out + ((i / s.T / s.Hq * s.T + i % s.T) * s.Hq + i / s.T % s.Hq) * s.D;
-    TAPELM_DISPATCH_PRODUCT(attention_merge_parts<T>(s, found.get() + (i / rows * parts * rows + i % rows) * row, parts,
-                                                     rows * row, to, lse + i));
+    TAPELM_DISPATCH_PRODUCT(attention_merge_parts<T>(s, found.get() + i / rows * parts * stride + i % rows * row, parts,
+                                                     stride, to, lse + i));
   }
 }
 

@@ -15,7 +15,7 @@
 #else
 #define TAPELM_LONG TAPELM_INLINE
 #endif
-#define TAPELM_WIDTH 8
+#define TAPELM_WIDTH 16
 #define TAPELM_TARGET generic
 #define TAPELM_ROWS 6
 namespace tapelm::generic {

@@ -85,7 +85,13 @@ TAPELM_INLINE void store_part(c10::BFloat16* p, vf x, int n) {
   _mm256_mask_storeu_epi16(p, first_lanes(n), (__m256i)narrow(x));
 }
 #else
-TAPELM_INLINE vi first_lanes(int n) { return vi{0, 1, 2, 3, 4, 5, 6, 7} < n; }
+TAPELM_INLINE vi first_lanes(int n) {
+#if TAPELM_WIDTH == 16
+  return vi{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} < n;
+#else
+  return vi{0, 1, 2, 3, 4, 5, 6, 7} < n;
+#endif
+}
 #if defined(TAPELM_AVX2)
 TAPELM_INLINE vf load_part(const float* p, int n, float fill = 0.0f) {
   const vi kept = first_lanes(n);

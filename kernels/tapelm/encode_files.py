@@ -57,7 +57,8 @@ def encode_files(
                     raise ValueError(f"{path} changed while it was encoded: encode it again")
             manifest = writer.write_manifest()
             if manifest["tokens"] == manifest["documents"]:  # an end-of-text token each
-                raise ValueError(f"no text in {', '.join(map(str, paths[:3]))}: there is nothing to encode")
+                more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+                raise ValueError(f"no text in {paths[0]}{more}: there is nothing to encode")
             replace_directory(partial, target)
             kept = True
             (target / JOURNAL).unlink()  # after the lock on it has kept others out of `partial`
