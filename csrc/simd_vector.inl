@@ -251,8 +251,14 @@ TAPELM_INLINE vl multiply_wide(vl a, uint32_t m) {
 }
 
 // Philox4x32-7 (Salmon et al. 2011) for W / 2 counters: the four words of each, in the low halves of the lanes; what
-// the high halves hold is whatever is cheapest.
-TAPELM_LONG void philox(uint64_t seed, vl counter, vl words[4]) {
+// the high halves hold is whatever is cheapest. Not inlined where 64-bit products are many instructions: the compiler
+// takes minutes over them, off x86 too.
+#if defined(TAPELM_AVX2) || defined(TAPELM_AVX512)
+TAPELM_INLINE
+#else
+__attribute__((noinline)) inline
+#endif
+void philox(uint64_t seed, vl counter, vl words[4]) {
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
   // The first round, in which the upper half of the counter is 0.
   vl c0 = (counter >> 32) ^ static_cast<uint64_t>(k0), c1 = vl{}, c3 = multiply_wide(counter, 0xD2511F53u);
