@@ -31,7 +31,7 @@ from gpt.cli import UserError, write_atomically
 from gpt.hardware import device_name, fingerprint, native_bf16
 
 ROUNDS = 9
-LEAST_ROUNDS, ROUNDS_SECONDS = 3, 36.0
+LEAST_ROUNDS, ROUNDS_SECONDS = 3, 27.0
 """Where nobody says how many rounds: no further one begins after so many seconds, see interleave."""
 LEAST_SECONDS, MOST_CALLS = 2e-3, 50
 """A variant is called so often in a round that what ran before it does not matter."""
@@ -129,7 +129,7 @@ def measure(case: Case, device: torch.device, rounds: int = ROUNDS) -> list[Row]
     if not case.variants:
         return []
     ceilings = Ceilings(device, [case.dtype], [case.bound])
-    seconds, limit = take(case, rounds, ceilings, calls_in_a_round(case, device))
+    seconds, limit = take(case, rounds, ceilings, lambda: calls_in_a_round(case, device))
     baseline = next(iter(seconds))
     return [
         make_row(
@@ -141,6 +141,7 @@ def measure(case: Case, device: torch.device, rounds: int = ROUNDS) -> list[Row]
 
 
 def calls_in_a_round(case: Case, device: torch.device) -> dict[str, int]:
+    """By one call of each, which serves as a warm-up."""
     return {
         name: min(MOST_CALLS, math.ceil(LEAST_SECONDS / timed(run, device)))
         for name, run in case.variants.items()
@@ -148,27 +149,25 @@ def calls_in_a_round(case: Case, device: torch.device) -> dict[str, int]:
 
 
 def take(
-    case: Case, rounds: int, ceilings: Ceilings, calls: Mapping[str, int],
+    case: Case, rounds: int, ceilings: Ceilings, warm_up: Callable[[], Mapping[str, int]],
     most_seconds: float = MOST_SECONDS, turn: int = 0,
 ) -> tuple[Seconds, Limit]:  # fmt: skip
     """Time the variants in turn, and the ceiling before and behind them.
 
-    The rounds are taken again while a ratio is not known to SETTLED and the calls, each counted once a round,
-    took less than `most_seconds`. `ceilings` have this case's bound and dtype; what was timed with earlier
-    cases is forgotten. Another `turn` has the variants in other orders.
+    `warm_up` calls every variant and says how often each is called in a round. The rounds are taken again
+    while a ratio is not known to SETTLED and the calls, each counted once a round, took less than
+    `most_seconds`. `ceilings` have this case's bound and dtype; of what was timed with earlier cases the last
+    round counts, as it is the one before this case. Another `turn` has the variants in other orders.
     """
-    ceilings.forget()
-    generator = random.Random(turn)
-    again = partial(interleave, case.variants, ceilings, rounds, calls, limits=False, generator=generator)
+    ceilings.forget(but=1)
     # Not in the rounds: they leave caches cold, which small ops feel.
     for _ in range(rounds // 2):
         ceilings.round()
-    for run in case.variants.values():
-        run()
-    seconds = again()
-    for _ in range(MOST_TIMES_ROUNDS - 1):
-        if _settled(seconds, next(iter(seconds)), most_seconds):
-            break
+    calls, generator = warm_up(), random.Random(turn)
+    again = partial(interleave, case.variants, ceilings, rounds, calls, limits=False, generator=generator)
+    seconds, baseline = again(), next(iter(case.variants))
+    most = MOST_TIMES_ROUNDS * max(rounds, 2)
+    while len(seconds[baseline]) < most and not _settled(seconds, baseline, most_seconds):
         for name, times in again().items():
             seconds[name] += times
     for _ in range(rounds - rounds // 2):

@@ -7,18 +7,13 @@ of rounds takes each optimization away from the full set. Peak memory comes from
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import itertools
 import math
-import multiprocessing
-import os
 import random
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -26,17 +21,16 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
+from benchmarks import peak_memory
 from benchmarks.ceilings import Ceilings
-from benchmarks.elsewhere import Elsewhere, children_end_with_us, mute_children, unmuted
+from benchmarks.elsewhere import Elsewhere
 from benchmarks.harness import Row, WrongResult, interleave, make_row, relative_error
-from benchmarks.kept_memory import given_back, stock_up
+from benchmarks.kept_memory import stock_up
 from benchmarks.sweeps import error_of_median
-from gpt.hardware import peak_memory_bytes, set_threads
 
 WARM_UP, WARM_UP_ELSEWHERE = 1, 4
 """Steps before the rounds, the first of which begins with another one. Where the C library treats memory by
 itself, it learns during some steps what not to give back."""
-MEMORY_STEPS = 2
 
 
 class Step(Protocol):
@@ -84,7 +78,8 @@ class Ladder:
     """`removals` are the last step without one optimization each, under the name of what is missing.
 
     `tolerance` is the relative difference that rounding may make to the loss; `skipped` holds a line for
-    every rung that this machine cannot have, with the reason.
+    every rung that this machine cannot have, with the reason; `modules` are what some of the
+    rungs import when they first need it, which is not their steps' memory.
     """
 
     title: str
@@ -92,6 +87,7 @@ class Ladder:
     removals: Sequence[Rung] = ()
     tolerance: float = 1e-2
     skipped: Sequence[str] = ()
+    modules: Sequence[str] = ()
 
     def full(self) -> Rung:
         return [rung for rung in self.rungs if rung.kind == "step"][-1]
@@ -180,7 +176,7 @@ class Ascent:
             for rung in (full, *ladder.removals):
                 result.removed.append(race.row(f"removal {ladder.title}", rung.name, {full.name: full.name}))
         if memory:
-            for row, peak in zip(result.rows, peak_memory(ladder.rungs, device), strict=True):
+            for row, peak in zip(result.rows, peaks(ladder, device), strict=True):
                 row.extra["peak_memory_bytes"] = peak
         return result
 
@@ -271,51 +267,12 @@ class _Race:
         return row
 
 
-def peak_memory(rungs: Sequence[Rung], device: torch.device) -> list[float]:
-    """Bytes that a step of each needs at its peak, over those of the same process before the step was built.
-
-    Two processes at a time, as much of theirs is importing on one core; OpenMP's threads sleep while they
-    wait for work, as spinning would keep the other process from its core.
-    """
-    spawn = multiprocessing.get_context("spawn")
-    threads = torch.get_num_threads()
-    found: dict[str, float] = {}
-    for elsewhere in (False, True):
-        own = [rung for rung in rungs if rung.elsewhere is elsewhere]
-        with (
-            given_back() if elsewhere else contextlib.nullcontext(),
-            _environment("OMP_WAIT_POLICY", "passive"),
-            ProcessPoolExecutor(2, mp_context=spawn, max_tasks_per_child=1) as pool,
-        ):
-            builds = [rung.build for rung in own]
-            with mute_children():
-                peaks = pool.map(partial(unmuted, _peak_memory, str(device), threads), builds)
-            with children_end_with_us():
-                found |= {rung.name: peak for rung, peak in zip(own, peaks, strict=True)}
-    return [found[rung.name] for rung in rungs]
-
-
-@contextlib.contextmanager
-def _environment(variable: str, value: str) -> Iterator[None]:
-    """Of processes that start meanwhile."""
-    before = os.environ.get(variable)
-    os.environ[variable] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[variable]
-        else:
-            os.environ[variable] = before
-
-
-def _peak_memory(device: str, threads: int, build: Callable[[], Step]) -> float:
-    set_threads(threads)
-    before = peak_memory_bytes(torch.device(device))
-    step = build()
-    for _ in range(MEMORY_STEPS):
-        step()
-    return float(peak_memory_bytes(torch.device(device)) - before)
+def peaks(ladder: Ladder, device: torch.device) -> list[float]:
+    """Bytes that a step of each rung needs at its peak."""
+    rungs = ladder.rungs
+    return peak_memory.measure(
+        [rung.build for rung in rungs], [rung.elsewhere for rung in rungs], ladder.modules, device
+    )
 
 
 def sections(ladder: Ladder, result: Climb) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from benchmarks.ladder import Ladder, Request, Rung
 BATCH_SIZE = 1
 QUANTIZED = 0.05
 """Of the loss, which NF4 changes."""
+LIBRARIES = ("benchmarks.llama_rungs", "benchmarks.llama_libraries")
 
 
 class Step(llama.Step):
@@ -46,5 +47,6 @@ def build(request: Request, folder: Path) -> Ladder:
         first = rungs[0]
         rungs[:1] = [replace(first, elsewhere=True), replace(first, name="+ kept memory")]
     return Ladder(
-        f"llama {request.base.name}", rungs, tolerance=QUANTIZED, skipped=["torch.compile: it takes minutes"]
-    )
+        f"llama {request.base.name}", rungs, tolerance=QUANTIZED,
+        skipped=["torch.compile: it takes minutes"], modules=LIBRARIES,
+    )  # fmt: skip

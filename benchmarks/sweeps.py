@@ -12,6 +12,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from rich.console import Console
@@ -47,7 +48,9 @@ class _Taken:
     shape: str
     dtype: torch.dtype
     work: float
-    calls: dict[str, int]
+    variants: list[str]
+    calls: dict[str, int] = field(default_factory=dict)
+    """In a round; the same in every sweep."""
     seconds: list[Seconds] = field(default_factory=list)
     limits: list[Limit] = field(default_factory=list)
 
@@ -151,15 +154,23 @@ class Sweeps:
                 said = {"subject": case.subject, "shape": case.shape, "dtype": str(case.dtype)}
                 self.errors.append({**said, "variant": name, "error": error})
                 print(f"{case.subject} {case.shape} {case.dtype}, {name}: {error}")
-            calls = calls_in_a_round(case, self.device)
-            self._taken[index] = _Taken(case.subject, case.shape, case.dtype, case.work, calls)
+            self._taken[index] = _Taken(case.subject, case.shape, case.dtype, case.work, [*case.variants])
         taken, most_seconds = self._taken[index], MOST_SECONDS / self.count
-        if not taken.calls:
+        if not taken.variants:
             return
-        case = replace(case, variants={name: case.variants[name] for name in taken.calls})
-        seconds, limit = take(case, self.rounds, ceilings, taken.calls, most_seconds, turn=len(taken.seconds))
+        case = replace(case, variants={name: case.variants[name] for name in taken.variants})
+        warm_up = partial(self._warm_up, case, taken)
+        seconds, limit = take(case, self.rounds, ceilings, warm_up, most_seconds, turn=len(taken.seconds))
         taken.seconds.append(seconds)
         taken.limits.append(limit)
+
+    def _warm_up(self, case: Case, taken: _Taken) -> dict[str, int]:
+        if taken.calls:
+            for run in case.variants.values():
+                run()
+        else:
+            taken.calls = calls_in_a_round(case, self.device)
+        return taken.calls
 
     def rows(self) -> list[Row]:
         """Of what was measured so far."""

@@ -63,7 +63,7 @@ def measure(
     steps = ladder.Ladder(name, rungs, tolerance=1e-4 if optimized == "fp32" else 1e-2)
     rows = ladder.climb(steps, device, rounds, memory=False).rows
     as_run = [replace(rung, elsewhere=kept and not rung.name.endswith(KEPT)) for rung in rungs]
-    for row, peak in zip(rows, ladder.peak_memory(as_run, device), strict=True):
+    for row, peak in zip(rows, ladder.peaks(replace(steps, rungs=as_run), device), strict=True):
         row.subject = f"train {name}"
         row.extra["peak_memory_bytes"] = peak
         del row.ratio_vs["before"]

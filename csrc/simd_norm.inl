@@ -135,8 +135,8 @@ void norm_rows(const NormForward<T>& a, int64_t begin, int64_t end) {
   (a.cold ? norm_rows<CENTRED, ADD, true, T> : norm_rows<CENTRED, ADD, false, T>)(a, begin, end);
 }
 
-// What the backward pass needs of a row beside its elements: with g = grad and h = (x - mean) rstd the means of g w and
-// of g w h, by rstd.
+// What the backward pass needs of a row beside its elements: with g = grad and h = (x - mean) rstd the mean of g w by
+// rstd and that of g w h by rstd^2, a factor of x - mean.
 struct RowTerms { float mean, rstd, of_g, of_gh; };
 
 // The backward pass of the rows of a task:
@@ -158,11 +158,11 @@ struct NormBackwardRows {
     for_vectors(C, [&](int64_t i, auto n, int s) __attribute__((always_inline)) {
       if constexpr (COLD && ADD) ask_for(grad_r + i, s);
       const vf g = get(grad + i, n) * get(a.weight + i, n);
-      products[s] += g * ((get(x + i, n) - mean) * rstd);
+      products[s] += g * (get(x + i, n) - mean);
       if constexpr (CENTRED) sums[s] += g;
     });
     return {mean, rstd, CENTRED ? sum(sums) / static_cast<float>(C) * rstd : 0.0f,
-            sum(products) / static_cast<float>(C) * rstd};
+            sum(products) / static_cast<float>(C) * rstd * rstd * rstd};
   }
 
   // The vectors at i of d of COUNT rows, whose parts of dweight and dbias are added to the sums together.
@@ -177,11 +177,11 @@ struct NormBackwardRows {
         ask_for(a.x + next, s);
       }
       const auto& [mean, rstd, of_g, of_gh] = terms[r];
-      const vf g = get(a.grad + at, n), h = (get(a.x + at, n) - mean) * rstd;
-      sum_gh += g * h;
+      const vf g = get(a.grad + at, n), distance = get(a.x + at, n) - mean, scaled = g * rstd;
+      sum_gh += scaled * distance;
       if constexpr (CENTRED) sum_g += g;
-      d[r] = g * get(a.weight + i, n) * rstd - h * of_gh;
-      if constexpr (CENTRED) d[r] -= of_g;
+      d[r] = CENTRED ? scaled * get(a.weight + i, n) - of_g : scaled * get(a.weight + i, n);
+      d[r] -= distance * of_gh;
       if constexpr (ADD)
         if (a.grad_r != nullptr) d[r] += get(a.grad_r + at, n);
     }

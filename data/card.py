@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.table import Table
 
-from data.documents import SPLITS, DataError, SplitDates
+from data.documents import LEAST_BY_HASH, SPLITS, DataError, SplitDates
 from data.problems import Problems
 from gpt.cli import wide_console
 from tapelm import Tokenizer
@@ -24,7 +24,7 @@ from tapelm import Tokenizer
 NAME = "data_card.json"
 PAGE = "data_card.html"
 # Raised when the same settings and inputs begin to give other documents.
-FORMAT = 4
+FORMAT = 5
 
 
 @dataclass
@@ -58,11 +58,13 @@ class Tally:
 
 @dataclass
 class Counts:
-    """Tallies by split and source; documents without a date; documents that belong to no split."""
+    """Tallies by split and source; documents without a date, and that belong to no split; texts whose pieces
+    lie in several."""
 
     tallies: dict[str, dict[str, Tally]] = field(default_factory=lambda: {split: {} for split in SPLITS})
     undated: int = 0
     left_out: int = 0
+    torn: int = 0
 
     def tally(self, split: str, source: str) -> Tally:
         """The tally of a source in a split, made when first asked for."""
@@ -192,12 +194,19 @@ def print_table(card: dict[str, Any]) -> None:
 
 
 def _sums(card: Mapping[str, Any]) -> Iterator[str]:
-    """The vocabulary, which cards of earlier versions do not have, and the tokens of every split."""
+    """The vocabulary, which cards of earlier versions do not have, and the tokens of every split.
+
+    A tokenizer that is trained stops where no pair of tokens occurs twice.
+    """
     sums = ", ".join(
         f"{split} {sum(tally['tokens'] for tally in sources.values()):,}"
         for split, sources in card["splits"].items()
     )
-    vocabulary = f"vocabulary {card['vocabulary']:,}; " if "vocabulary" in card else ""
+    vocabulary, settings = "", card["settings"]
+    if "vocabulary" in card:
+        most = settings["vocab_size"]
+        trained = settings.get("tokenizer") is None and not is_tape(card) and card["vocabulary"] < most
+        vocabulary = f"vocabulary {card['vocabulary']:,}{f' of at most {most:,}' if trained else ''}; "
     yield f"{vocabulary}tokens: {sums}"
 
 
@@ -240,9 +249,9 @@ def check_sizes(counts: Counts, min_block: int, *, encoded: bool = False) -> Non
     if not documents:
         left_out = f" ({counts.left_out} were released outside the split dates)" if counts.left_out else ""
         raise DataError(f"the corpus is empty: no document with text in the input{left_out}")
-    # By hash, 90 documents leave a 5% split empty once in a hundred times; twice the mean allows for chance.
+    # Twice the mean of a split of 5% allows for chance.
     tokens = sum(counts.total(split, "tokens") for split in SPLITS) or size / 3
-    needed = max(90 * size / documents, 40 * (min_block + 1) * size / tokens)
+    needed = max(LEAST_BY_HASH * size / documents, 40 * (min_block + 1) * size / tokens)
     advice = f"the corpus has {size / 1e3:,.3f} kB, about {math.ceil(needed / 1e3):,} kB are needed"
     if size >= needed:
         advice = "move --validation-from, --test-from or --until, or lower --embargo-days"

@@ -15,6 +15,9 @@ from data.documents import SPLITS
 from data.numbers import PHASES
 from gpt.report import STYLE, html_table
 
+MOST_DOMAINS = 10
+"""With a colour of their own in the plot."""
+
 
 def write_page(path: Path, card: Mapping[str, Any]) -> None:
     """Write the page of a card; the same card gives the same bytes. Raises OSError."""
@@ -116,7 +119,10 @@ def leak_rows(card: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def plot(card: Mapping[str, Any]) -> str:
-    """SVG of documents and tokens by year of release, stacked by domain; nothing where there are no dates."""
+    """SVG of documents and tokens by year of release, stacked by domain; nothing where there are no dates.
+
+    Of more domains than a legend holds the largest have their own colour.
+    """
     totals: dict[str, dict[str, dict[int, int]]] = {"documents": {}, "tokens": {}}
     for split in SPLITS:
         for source, tally in card["splits"][split].items():
@@ -124,6 +130,13 @@ def plot(card: Mapping[str, Any]) -> str:
                 years = by_source.setdefault(source, {})
                 for year, count in tally[f"{what}_by_year"].items():
                     years[int(year)] = years.get(int(year), 0) + count
+    documents = totals["documents"]
+    largest = sorted(documents, key=lambda source: (-sum(documents[source].values()), source))
+    for by_source in totals.values():
+        for source in largest[MOST_DOMAINS:]:
+            others = by_source.setdefault("other domains", {})
+            for year, count in by_source.pop(source).items():
+                others[year] = others.get(year, 0) + count
     every = sorted({year for years in totals["documents"].values() for year in years})
     if not every:
         return ""

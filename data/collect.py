@@ -10,7 +10,7 @@ import shutil
 from array import array
 from collections import Counter
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from hashlib import blake2b
 from pathlib import Path
@@ -23,6 +23,7 @@ from data.cleaning import Filters, clean_document
 from data.config import Config
 from data.corpus import Corpus
 from data.documents import (
+    LEAST_BY_HASH,
     SPLITS,
     DataError,
     Document,
@@ -46,7 +47,9 @@ class Ledger:
     size: array[int] = field(default_factory=lambda: array("q"))
     text_hash: array[int] = field(default_factory=lambda: array("Q"))
     id_hash: array[int] = field(default_factory=lambda: array("Q"))
-    hash_split: array[int] = field(default_factory=lambda: array("b"))
+    group_hash: array[int] = field(default_factory=lambda: array("Q"))
+    split_of_text: array[int] = field(default_factory=lambda: array("b"))
+    split_of_group: array[int] = field(default_factory=lambda: array("b"))
 
     def add(self, document: Document) -> None:
         text = document.text.encode()
@@ -56,7 +59,10 @@ class Ledger:
         self.size.append(len(text))
         self.text_hash.append(_hash(text))
         self.id_hash.append(_hash(str(document.id).encode()))
-        self.hash_split.append(SPLITS.index(split_by_hash(document.text)))
+        group = document.group or document.text
+        self.group_hash.append(_hash(group.encode(errors="replace")))
+        self.split_of_text.append(SPLITS.index(split_by_hash(document.text)))
+        self.split_of_group.append(SPLITS.index(split_by_hash(group)))
 
     def names(self) -> list[str]:
         return list(self.sources)
@@ -94,8 +100,9 @@ def collect(
                     sketches.add(named.text)
     copies = _copies(ledger, sketches, problems)
     dates = _split_dates(config, corpus, ledger, copies)
-    codes = _splits(ledger, dates)
+    codes = _splits(ledger, dates, copies)
     counts = _distribute(spill, folder, ledger, copies, codes)
+    counts.torn = _torn(np.array(ledger.group_hash, dtype=np.uint64)[~copies], codes[~copies])
     shutil.rmtree(scratch)
     return counts, dates
 
@@ -106,7 +113,7 @@ def _named(document: Document) -> Document:
         return document
     day = document.available_at.isoformat() if document.available_at else "undated"
     name = f"{document.source}-{day}-{blake2b(document.text.encode(), digest_size=6).hexdigest()}"
-    return Document(document.text, document.source, document.date, document.available_at, name)
+    return replace(document, id=name)
 
 
 def _copies(ledger: Ledger, sketches: NearDuplicates | None, problems: Problems) -> np.ndarray:
@@ -161,17 +168,28 @@ def given_dates(config: Config, corpus: Corpus) -> SplitDates | None:
     return SplitDates(validation_from, test_from, until, config.embargo_days)
 
 
-def _splits(ledger: Ledger, dates: SplitDates | None) -> np.ndarray:
-    """(documents,) codes: positions in SPLITS, or LEFT_OUT."""
-    codes = np.array(ledger.hash_split, dtype=np.int8)
+def _splits(ledger: Ledger, dates: SplitDates | None, copies: np.ndarray) -> np.ndarray:
+    """(documents,) codes: positions in SPLITS, or LEFT_OUT.
+
+    By hash, groups stay together unless they are so few that a split might get none.
+    """
     days = ledger.days()
+    dated = days != UNDATED if dates is not None else np.zeros(len(days), dtype=bool)
+    groups = np.unique(np.array(ledger.group_hash, dtype=np.uint64)[~copies & ~dated])
+    few = len(groups) < LEAST_BY_HASH
+    codes = np.array(ledger.split_of_text if few else ledger.split_of_group, dtype=np.int8)
     if dates is not None:
-        dated = days != UNDATED
         unique, where = np.unique(days[dated], return_inverse=True)
         splits = (dates.split_of(date.fromordinal(int(day))) for day in unique)
         by_day = [LEFT_OUT if split is None else SPLITS.index(split) for split in splits]
         codes[dated] = np.array(by_day, dtype=np.int8)[where]
     return codes
+
+
+def _torn(groups: np.ndarray, codes: np.ndarray) -> int:
+    """How many groups lie in more than one split."""
+    places = np.unique(np.stack([groups, codes.astype(np.uint64)]), axis=1)[0]
+    return int((np.unique(places, return_counts=True)[1] > 1).sum())
 
 
 def _distribute(spill: Path, folder: Path, ledger: Ledger, copies: np.ndarray, codes: np.ndarray) -> Counts:

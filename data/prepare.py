@@ -167,9 +167,11 @@ def _split_warnings(config: Config, counts: card.Counts) -> list[str]:
     if not counts.undated:
         return []
     of = sum(counts.total(split, "documents") for split in SPLITS) + counts.left_out
+    torn = f"{counts.torn} text{'s' if counts.torn != 1 else ''}"
     return [
         f"{counts.undated} of {of} documents have no date and are split by hash of their text: "
         "training may have seen what is later than validation and test"
+        + (f", and other pieces of {torn} (too few to keep each whole)" if counts.torn else "")
     ]
 
 

@@ -31,6 +31,7 @@ from rich.console import Console
 from gpt.cli import UserError, parse_options, run_program, write_atomically
 from gpt.config import PRESETS, preset
 from gpt.hardware import pick_device, set_threads
+from gpt.resume import program_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +102,7 @@ class Stage:
         if not same:
             write_atomically(stamp, json.dumps({"key": key, "done": False, "seconds": 0.0}))
         command = [sys.executable, "-m", self.module, *self.arguments]
-        said = shlex.join(["python", "-m", self.module, *self.arguments])
+        said = f"{program_of(self.module)} {shlex.join(self.arguments)}"
         console.print(f"[bold]{self.name}[/] {said}", soft_wrap=True)
         started = time.perf_counter()
         status = run_to_end(command)

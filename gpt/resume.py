@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import sys
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,6 +29,10 @@ def choose_checkpoint(config: Resumable) -> Path | None:
         return checkpoint.newest(checkpoints)
     if config.resume != "none":
         path = Path(config.resume)
+        if not path.is_dir():
+            raise UserError(
+                f"--resume takes auto, none or the directory of a checkpoint, which {path} is not"
+            )
         checkpoint.verify(path)
         return path
     if any(checkpoints.glob("step-*")):
@@ -45,6 +50,11 @@ def check_unchanged(before: dict[str, Any], now: dict[str, Any], start: Path) ->
                 f"cannot resume from {start}: {name} was {before[name]} and is {value} now; "
                 "restore it or start afresh in another --out"
             )
+
+
+def program_of(module: str) -> str:
+    """How `module` is run by the interpreter that runs this, as it was named."""
+    return shlex.join([sys.orig_argv[0], "-m", module])
 
 
 def resume_command(program: str, arguments: list[str] | None) -> str:

@@ -34,7 +34,7 @@ from gpt.metrics import (
 )
 from gpt.parallel import Ranks
 from gpt.progress import TrainingProgress, plot, validation_text
-from gpt.resume import choose_checkpoint, launched_by, resume_command
+from gpt.resume import choose_checkpoint, launched_by, program_of, resume_command
 from gpt.session import Training
 
 
@@ -92,7 +92,7 @@ def _train(config: TrainConfig, ranks: Ranks, arguments: list[str] | None) -> in
             if signal or run.step % config.checkpoint_interval == 0 or run.step == last:
                 saved = run.save()
             if signal and run.step < last:
-                program = "python -m gpt.train" if ranks.size == 1 else launched_by(arguments)
+                program = program_of("gpt.train") if ranks.size == 1 else launched_by(arguments)
                 command = resume_command(program, arguments)
                 console.print(f"stopped after step {run.step}, saved {saved}; go on with: {command}")
                 return 128 + signal

@@ -27,7 +27,7 @@ from gpt.metrics import (
 )
 from gpt.parallel import several_processes
 from gpt.progress import TrainingProgress, validation_text
-from gpt.resume import choose_checkpoint, resume_command
+from gpt.resume import choose_checkpoint, program_of, resume_command
 from llama_lora.config import FinetuneConfig, parse_command_line
 from llama_lora.results import finish
 from llama_lora.session import Finetuning
@@ -79,7 +79,7 @@ def _finetune(config: FinetuneConfig, arguments: list[str] | None) -> int:
             if stop.signal is not None or run.step % config.checkpoint_interval == 0 or ends:
                 saved = run.save()
             if stop.signal is not None and not ends:
-                command = resume_command("python -m llama_lora.finetune", arguments)
+                command = resume_command(program_of("llama_lora.finetune"), arguments)
                 console.print(f"stopped after step {run.step}, saved {saved}; go on with: {command}")
                 return 128 + stop.signal
     finish(config, run.dtype, run.device, run.model, run.trained, run.peak_memory, console)

@@ -38,8 +38,10 @@ from benchmarks.ladder import Request
 from gpt.cli import UserError, prepare_output
 from gpt.config import preset
 
+LEAST_OPS_ROUNDS = 3
+"""One in each sweep, which is all that is taken of what is slow."""
 FEWER_ROUNDS = 5
-"""Of what takes long and is taken in parts."""
+"""Of what takes long."""
 FEWER_TOKENS = 32
 """Generated after a prompt, which halves what a round takes."""
 
@@ -78,9 +80,9 @@ class All(Measuring):
 
     name: ClassVar[str] = "all"
     rounds: int | None = None  # type: ignore[assignment]
-    """None takes 5 for ops, peers and generation, 9 for tokenizer and loader, and for ladders those that
-    begin within 36 seconds, from 3 to 9. Ops and GPT's ladder are taken in three parts, which rounds
-    them up."""
+    """None takes 3 for ops and more for quick ones, 5 for peers, generation and loader, 9 for the tokenizer,
+    and for ladders those that begin within 27 seconds, from 3 to 9. Ops and GPT's ladder are taken in
+    three parts, which rounds them up."""
     out: Path | None = None
     """A directory for results.json, index.html and tables.md."""
     preset: str = "seed"
@@ -104,7 +106,7 @@ class All(Measuring):
         if self.out is not None and self.json is not None:
             raise UserError("--out writes results.json there: leave out --json")
         device = self.begin()
-        swept = sweeps.Sweeps(cases_of(device, self.only), device, self.rounds or FEWER_ROUNDS)
+        swept = sweeps.Sweeps(cases_of(device, self.only), device, self.rounds or LEAST_OPS_ROUNDS)
         path = self.json if self.out is None else self.out / "results.json"
         if path is not None:
             prepare_output(path)
@@ -115,7 +117,6 @@ class All(Measuring):
 
     def _measure(self, found: Gathered, device: torch.device) -> None:
         """Ops and GPT's ladder in three parts, the others between them: the parts lie minutes apart."""
-        many = self.rounds or harness.ROUNDS
         found.swept.sweep()
         found.save("ops")
         request = Request(self.preset, self.batch_size or 4, device, self.data, not self.no_compiled)
@@ -141,13 +142,17 @@ class All(Measuring):
         if self.text is None and not tokenizer.CORPORA.is_dir():
             print("skipped: tokenizer: no text here, give --text a .txt or .jsonl file")
         else:
-            found.rows += alone(tokenizer.measure, self.text, many)
+            found.rows += alone(tokenizer.measure, self.text, self.rounds or harness.ROUNDS)
             found.save("tokenizer")
         found.add_ladder(gpt_ladder)
         found.unfinished = []
         found.save("ladder of gpt")
         found.rows += alone(
-            loader.measure_all, many, self.preset, self.batch_size or Loader.batch_size, self.text
+            loader.measure_all,
+            self.rounds or FEWER_ROUNDS,
+            self.preset,
+            self.batch_size or Loader.batch_size,
+            self.text,
         )
         found.save("loader")
         found.swept.sweep_all()

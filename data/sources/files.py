@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -22,6 +23,8 @@ from data.sources.formats import PACKED, Record, csv_records, json_records, parq
 from data.sources.packing import read_texts
 
 SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
+MANY_FILES = 20
+"""In one folder; more are one domain."""
 
 
 def open_corpus(config: Config, progress: Progress) -> Corpus:
@@ -56,7 +59,10 @@ def find_files(inputs: Sequence[str]) -> list[Path]:
         else:
             matches = [Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file()]
         if not matches:
-            reason = f"has no {', '.join(SUFFIXES)} file" if path.is_dir() else "does not exist"
+            if path.is_dir():
+                reason = f"has no {', '.join(SUFFIXES)} file"
+            else:
+                reason = "matches no file" if glob.has_magic(str(path)) else "does not exist"
             raise DataError(f"--input {pattern} {reason}")
         found.update(matches)
     unknown = sorted(str(path) for path in found if kind_of(path) is None)
@@ -84,14 +90,27 @@ def read_files(paths: Sequence[Path], columns: Columns, problems: Problems) -> I
     for path in paths:
         if kind_of(path) != ".txt":
             check_columns(str(path), first_rows(path), columns, problems)
-    for path in paths:
-        kind = kind_of(path)
-        stem = unpacked_name(path).rsplit(".", 1)[0]
-        if kind == ".txt":
-            for text in read_texts(path, problems):
-                yield Document(text=text, source=stem, date=None, available_at=None)
+    for path, domain in domains_of(paths).items():
+        if kind_of(path) == ".txt":
+            text = None
+            for text, group in read_texts(path, problems):
+                yield Document(text=text, source=domain, date=None, available_at=None, group=group)
+            if text is None:
+                problems.drop(domain, "no text")
             continue
-        yield from read_table(read_records(path, columns.all(), problems), columns, stem, problems)
+        yield from read_table(read_records(path, columns.all(), problems), columns, domain, problems)
+
+
+def domains_of(paths: Sequence[Path]) -> dict[Path, str]:
+    """The domain of what names none itself: the file's name, or its folder's where that has MANY_FILES."""
+    folders = {path: path.resolve().parent for path in paths}
+    files = Counter(folders.values())
+    return {
+        path: folder.name
+        if files[folder] > MANY_FILES and folder.name
+        else unpacked_name(path).rsplit(".", 1)[0]
+        for path, folder in folders.items()
+    }
 
 
 def read_table(

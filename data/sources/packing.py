@@ -13,10 +13,16 @@ PACK_BYTES = 2048
 MAX_BYTES = 8192
 
 
-def read_texts(path: Path, problems: Problems) -> Iterator[str]:
-    """Texts of about PACK_BYTES out of a file of paragraphs; <|endoftext|> separates in any case."""
+def read_texts(path: Path, problems: Problems) -> Iterator[tuple[str, str | None]]:
+    """Texts of about PACK_BYTES out of a file of paragraphs; <|endoftext|> separates in any case.
+
+    Each with the first one of what lies between two marks, in all a megabyte at most; None if it is all.
+    """
     for section in _sections(path, problems):
-        yield from pack_paragraphs(section)
+        first, *others = [*pack_paragraphs(section)] or [""]
+        if first:
+            yield first, first if others else None
+        yield from ((text, first) for text in others)
 
 
 def pack_paragraphs(paragraphs: Iterator[str]) -> Iterator[str]:

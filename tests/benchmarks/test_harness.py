@@ -56,13 +56,13 @@ def test_noisy_ratios_take_more_rounds(clock) -> None:
             return one
 
         harness.measure(case({"peer": peer, name: run}), CPU, 5)
-        counts[name] = len(calls) - 3
+        counts[name] = len(calls) - 2
     assert counts == {"steady": 5, "noisy": 5 * harness.MOST_TIMES_ROUNDS}
     slow = [1.0, 2.0, 1.0, 2.0, 1.0]
     assert harness._settled({"peer": slow, "ours": slow[::-1]}, "peer")  # whose time is up
 
 
-@pytest.mark.parametrize(("seconds", "rounds"), [(1.0, harness.ROUNDS), (10.0, 4), (100.0, 3)])
+@pytest.mark.parametrize(("seconds", "rounds"), [(1.0, harness.ROUNDS), (8.0, 4), (100.0, 3)])
 def test_rounds_fill_the_time_for_them(clock, seconds, rounds) -> None:
     ceilings = Ceilings(CPU, [torch.float32], ["gemm"])
     found = harness.interleave({"a": clock.taking(seconds)}, ceilings, None)
@@ -82,13 +82,36 @@ def test_errors_of_few_ratios_are_not_too_small() -> None:
     assert harness.relative_error([1.0, 1.0]) == 0.1
 
 
-def test_shared_ceilings_are_those_of_the_case(clock) -> None:
+def test_shared_ceilings_are_those_around_the_case(clock) -> None:
+    """Those of its rounds, and the last one that was timed before it."""
     ceilings = Ceilings(CPU, [torch.float32], ["gemm"])
-    ceilings.round()
-    harness.take(case({"peer": clock.taking(0.1, [])}), 3, ceilings, {"peer": 1})
-    assert [len(probe.seconds) for probe in ceilings.probes["gemm torch.float32"]] == [3] * len(
-        ceilings.probes["gemm torch.float32"]
-    )
+    for _ in range(4):
+        ceilings.round()
+    probes = ceilings.probes["gemm torch.float32"]
+    last = [probe.seconds[-1] for probe in probes]
+    harness.take(case({"peer": clock.taking(0.1, [])}), 3, ceilings, lambda: {"peer": 1})
+    assert [(probe.seconds[0], len(probe.seconds)) for probe in probes] == [(first, 4) for first in last]
+
+
+def test_one_round_a_sweep_is_all_of_what_is_slow(clock) -> None:
+    """What is quick takes as many as it needs, and is warmed up once in every sweep."""
+    called = dict.fromkeys(("slow", "quick"), 0)
+
+    def variant(name: str, seconds: float, *, noise: float = 0.0) -> Callable[[], list[torch.Tensor]]:
+        def run() -> list[torch.Tensor]:
+            called[name] += 1
+            clock.now += seconds * (1 + noise * (called[name] % 3))
+            return []
+
+        return run
+
+    def build(name: str, seconds: float) -> Case:
+        return case({"peer": clock.taking(seconds, []), "ours": variant(name, seconds, noise=0.5)})
+
+    measured = sweeps.Sweeps([lambda: build("slow", 2.0), lambda: build("quick", 0.005)], CPU, 3)
+    measured.sweep_all()
+    rounds = 2 * harness.MOST_TIMES_ROUNDS
+    assert called == {"slow": 1 + 3 * (1 + 1), "quick": 1 + 3 * (1 + rounds)}  # results are compared once
 
 
 def test_rounds_are_spread_over_sweeps(clock) -> None:

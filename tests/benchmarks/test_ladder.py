@@ -233,5 +233,5 @@ def test_peak_memory_is_that_of_the_step() -> None:
         Rung(name, partial(train.Step, "demo", "plain", 1, CPU, sizes=each), elsewhere=name == "large")
         for name, each in zip(("small", "large"), sizes, strict=True)
     ]
-    small, large = ladder.peak_memory(rungs, CPU)
+    small, large = ladder.peaks(Ladder("sizes", rungs), CPU)
     assert 1 <= (large - small) / (125_000 * 2 * 32 * 16) <= 2

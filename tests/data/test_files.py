@@ -10,7 +10,7 @@ import pytest
 from data.documents import DataError
 from data.problems import Problems
 from data.sources.columns import Columns, to_day
-from data.sources.files import find_files, read_files
+from data.sources.files import MANY_FILES, find_files, read_files
 from data.sources.formats import CHUNK_BYTES
 from data.sources.packing import MAX_BYTES, PACK_BYTES
 
@@ -54,6 +54,37 @@ def test_end_of_text_marks_separate_documents(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("First.<|endoftext|>Second,\n\nstill second.\n<|endoftext|>\n\nThird.<|endoftext|>")
     assert [document.text for document in read(path)] == ["First.", "Second,\n\nstill second.", "Third."]
+
+
+def test_pieces_of_one_text_are_a_group(tmp_path):
+    """Of a file, or of what lies between two marks; what is one piece is its own."""
+    long = "\n\n".join(f"Paragraph {number}. " + "word " * 60 for number in range(20))
+    path = tmp_path / "a.txt"
+    path.write_text(f"Short.<|endoftext|>{long}<|endoftext|>{long.replace('word', 'other')}")
+    short, *pieces = read(path)
+    assert short.group is None
+    groups = [piece.group for piece in pieces]
+    assert len(pieces) > 4 and len(set(groups)) == 2
+    assert groups == sorted(groups, key=groups.index) and pieces[0].text == groups[0]
+
+
+def test_a_file_without_text_is_counted(tmp_path):
+    (tmp_path / "empty.txt").write_text(" \n\n<|endoftext|>\n")
+    problems = Problems()
+    assert read(tmp_path / "empty.txt", problems=problems) == []
+    assert problems.dropped == {"empty": {"no text": 1}}
+
+
+def test_many_files_of_a_folder_are_one_domain(tmp_path):
+    for folder, count in (("articles", MANY_FILES + 1), ("books", MANY_FILES)):
+        (tmp_path / folder).mkdir()
+        for number in range(count):
+            (tmp_path / folder / f"{folder}-{number:02}.txt").write_text("Some text.")
+    (tmp_path / "articles" / "named.jsonl").write_text('{"text": "t", "source": "wire"}\n{"text": "t"}\n')
+    sources = [document.source for document in read(*find_files([str(tmp_path)]))]
+    names = {f"books-{number:02}" for number in range(MANY_FILES)}
+    assert set(sources) == {"articles", "wire"} | names
+    assert sources.count("articles") == MANY_FILES + 2
 
 
 def test_byte_order_mark_and_gzip(tmp_path):
@@ -326,7 +357,7 @@ def test_find_files(tmp_path):
     ("pattern", "message"),
     [
         ("gone.txt", "does not exist"),
-        ("*.csv", "does not exist"),
+        ("*.csv", "matches no file"),
         ("empty", "has no .txt"),
         ("a.md", "unknown kind"),
     ],

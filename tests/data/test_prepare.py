@@ -340,6 +340,57 @@ def test_undated_documents_are_split_by_hash_with_a_warning(tmp_path, monkeypatc
     assert next(read_jsonl(tmp_path / "out" / "documents" / "val.jsonl")).available_at is None
 
 
+def test_the_page_of_many_domains_has_a_legend_that_fits(tmp_path):
+    for number in range(15):
+        path = write_corpus(tmp_path / f"desk{number:02}.jsonl", documents=30)
+        path.write_text(path.read_text().replace("Note", f"Of {number}, note"))
+    inputs = (str(tmp_path / "desk*.jsonl"),)
+    card = prepare(config_for(tmp_path, input=inputs, deduplicate=False, embargo_days=0))
+    assert len(card["splits"]["train"]) == 15
+    page = (tmp_path / "out" / "data_card.html").read_text()
+    plot = page[page.index("<svg") : page.index("</svg>")]
+    assert plot.count("desk") == 10 and plot.count("other domains") == 1
+
+
+def write_articles(folder, *, files, pieces=5):
+    """Text files, every piece of which ends with the number of its file."""
+    folder.mkdir()
+    generator = random.Random(2)
+    for number in range(files):
+        paragraphs = (" ".join(generator.choices(WORDS, k=400)) for _ in range(pieces))
+        (folder / f"{number}.txt").write_text("\n\n".join(f"{text} of{number}" for text in paragraphs))
+    return folder
+
+
+def test_an_undated_text_lies_in_one_split(tmp_path, monkeypatch, capsys):
+    """Unless they are so few that a split might get none, which is told."""
+    options = ("--source", "files", "--min-block", "64", "--out")
+    many = write_articles(tmp_path / "many", files=150)
+    code, out, messages = run(monkeypatch, capsys, *options, tmp_path / "data", "--input", many)
+    assert code == 0 and "other pieces" not in messages[0] and "many" in out
+    splits = {}
+    for split in SPLITS:
+        for document in read_jsonl(tmp_path / "data" / "documents" / f"{split}.jsonl"):
+            splits.setdefault(document.text.split()[-1], set()).add(split)
+    assert len(splits) == 150 and all(len(found) == 1 for found in splits.values())
+    (tmp_path / "few").mkdir()
+    (tmp_path / "few" / "a.txt").write_text(
+        "\n\n".join((many / f"{number}.txt").read_text() for number in range(50))
+    )
+    code, _, messages = run(monkeypatch, capsys, *options, tmp_path / "few-data", "--input", tmp_path / "few")
+    assert code == 0
+    assert messages[0].endswith("test, and other pieces of 1 text (too few to keep each whole)")
+
+
+def test_a_vocabulary_that_text_does_not_fill_is_told(tmp_path, monkeypatch, capsys):
+    arguments = ("--source", "files", "--input", write_corpus(tmp_path / "news.jsonl"), "--min-block", "64")
+    _, out, _ = run(monkeypatch, capsys, *arguments, "--out", tmp_path / "a", "--vocab-size", "60000")
+    size = Tokenizer.load(tmp_path / "a" / "tokenizer.json").vocab_size
+    assert f"vocabulary {size:,} of at most 60,000; tokens" in out
+    _, out, _ = run(monkeypatch, capsys, *arguments, "--out", tmp_path / "b", "--vocab-size", "300")
+    assert "vocabulary 300; tokens" in out
+
+
 def test_dates_on_the_command_line(tmp_path, monkeypatch, capsys):
     path = write_corpus(tmp_path / "news.jsonl")
     code, _, messages = run(

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from gpt.generate import main as generate
-from gpt.resume import launched_by, resume_command
+from gpt.resume import launched_by, program_of, resume_command
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
@@ -145,12 +145,14 @@ def test_a_run_says_how_torchrun_was_started(tmp_path: Path, monkeypatch: pytest
         process.kill()
     assert told[0] == f"{shlex.join(start)} --out 'my runs' --resume auto"
     assert told[1] == "torchrun [as before] -m gpt.train --out 'my runs' --seed 1 --resume auto"
-    assert resume_command("python -m gpt.train", ["--resume=none"]) == "python -m gpt.train --resume auto"
+    monkeypatch.setattr(sys, "orig_argv", ["my env/bin/python", "-m", "gpt.train"])
+    said = resume_command(program_of("gpt.train"), ["--resume=none"])
+    assert said == "'my env/bin/python' -m gpt.train --resume auto"
 
 
 def test_bad_input_ends_all_processes(tiny_data: Path, tmp_path: Path) -> None:
     """Rank 0 alone looks for the checkpoint; the other one waits for what it finds."""
     start = command(tiny_data, tmp_path / "run", "--resume", "nowhere")
     done = subprocess.run(start, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode != 0 and "checkpoint nowhere is incomplete" in done.stderr
+    assert done.returncode != 0 and "directory of a checkpoint, which nowhere is not" in done.stderr
     assert not (tmp_path / "run").exists()

@@ -242,6 +242,8 @@ def test_a_new_run_does_not_bury_an_old_one(tiny_data: Path, tmp_path: Path) -> 
     train(tiny(tiny_data, tmp_path, stop_after=1))
     with pytest.raises(UserError, match="already holds a run: continue it with --resume auto"):
         train(tiny(tiny_data, tmp_path))
+    with pytest.raises(UserError, match="takes auto, none or the directory of a checkpoint, which latest is"):
+        train(tiny(tiny_data, tmp_path, resume="latest"))
 
 
 def test_two_trainings_do_not_write_into_one_directory(tiny_data: Path, tmp_path: Path) -> None:
