@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator
 
 VARIABLE = "GLIBC_TUNABLES"
-STOCK = 4 << 30  # bytes
+STOCK, PIECE = 4 << 30, 1 << 29  # bytes
 TUNABLES = ":".join(
     f"glibc.malloc.{name}={value}"
     for name, value in {
@@ -50,12 +50,16 @@ def stock_up() -> None:
     Before rounds are taken, where memory is kept; else nothing is done.
 
     What it finds no place for among freed blocks is then not waited for either: PyTorch's dropout of 100 MB
-    takes more memory in some of its first dozens of calls, and such a call takes three times as long.
+    takes more memory in some of its first dozens of calls, and such a call takes three times as long. In
+    pieces larger than any tensor of a benchmark, as freed blocks hold them where they would not hold it all.
     """
     import torch
 
     if is_kept():
-        torch.ones(min(STOCK, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4) // 4)
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        stock = min(STOCK, free // 4)
+        pieces = [torch.ones(min(PIECE, stock) // 4) for _ in range(max(1, stock // PIECE))]
+        del pieces
 
 
 @contextlib.contextmanager
