@@ -81,7 +81,7 @@ class All(Measuring):
     name: ClassVar[str] = "all"
     rounds: int | None = None  # type: ignore[assignment]
     """None takes 3 for ops and more for quick ones, 5 for peers, generation and loader, 9 for the tokenizer,
-    and for ladders those that begin within 27 seconds, from 3 to 9. Ops and GPT's ladder are taken in
+    and for ladders those that begin within 36 seconds, from 3 to 9. Ops and GPT's ladder are taken in
     three parts, which rounds them up."""
     out: Path | None = None
     """A directory for results.json, index.html and tables.md."""

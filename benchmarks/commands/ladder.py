@@ -21,7 +21,7 @@ class Ladder(Measuring):
 
     name: ClassVar[str] = "ladder"
     rounds: int | None = None  # type: ignore[assignment]
-    """gpt: None takes as many as begin within 27 seconds, from 3 to 9."""
+    """gpt: None takes as many as begin within 36 seconds, from 3 to 9."""
     model: Literal["gpt", "llama"] = "gpt"
     data: Path | None = None
     """A directory of data.prepare; None takes this repository's own text, for llama runs/corpus."""

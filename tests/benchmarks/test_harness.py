@@ -62,7 +62,7 @@ def test_noisy_ratios_take_more_rounds(clock) -> None:
     assert harness._settled({"peer": slow, "ours": slow[::-1]}, "peer")  # whose time is up
 
 
-@pytest.mark.parametrize(("seconds", "rounds"), [(1.0, harness.ROUNDS), (8.0, 4), (100.0, 3)])
+@pytest.mark.parametrize(("seconds", "rounds"), [(1.0, harness.ROUNDS), (10.0, 4), (100.0, 3)])
 def test_rounds_fill_the_time_for_them(clock, seconds, rounds) -> None:
     ceilings = Ceilings(CPU, [torch.float32], ["gemm"])
     found = harness.interleave({"a": clock.taking(seconds)}, ceilings, None)
