@@ -60,7 +60,7 @@ class Ledger:
         self.text_hash.append(_hash(text))
         self.id_hash.append(_hash(str(document.id).encode()))
         group = document.group or document.text
-        self.group_hash.append(_hash(group.encode(errors="replace")))
+        self.group_hash.append(_hash(group.encode()))
         self.split_of_text.append(SPLITS.index(split_by_hash(document.text)))
         self.split_of_group.append(SPLITS.index(split_by_hash(group)))
 
