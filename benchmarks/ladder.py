@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
@@ -31,6 +32,7 @@ from benchmarks.sweeps import error_of_median
 WARM_UP, WARM_UP_ELSEWHERE = 1, 4
 """Steps before the rounds, the first of which begins with another one. Where the C library treats memory by
 itself, it learns during some steps what not to give back."""
+POLISHES = 20
 
 
 class Step(Protocol):
@@ -117,7 +119,7 @@ class Climb:
     product: float = 1.0
     """Of the gains of all steps."""
     total: float = 1.0
-    """First step against last, the median over rounds."""
+    """First step against last, the median of the rounds' ratios."""
 
     def unexplained(self) -> float:
         """How far the product of the parts is from the whole, relative."""
@@ -152,8 +154,10 @@ class Ascent:
         race = self._race
         first, before = self.ladder.rungs[0].name, self.ladder.rungs[0].name
         result = Climb([], losses=race.losses(), seconds=race.seconds)
+        own = polished(race.seconds)
         for rung in self.ladder.rungs:
-            row = race.row(f"ladder {self.ladder.title}", rung.name, {first: first, "before": before})
+            row = race.row(f"ladder {self.ladder.title}", rung.name, {first: first})
+            row.ratio_vs["before"] = math.exp(own[before] - own[rung.name])
             row.extra["gain_error"] = race.error(before, rung.name)
             result.rows.append(row)
             if rung.kind == "step":
@@ -179,6 +183,21 @@ class Ascent:
             for row, peak in zip(result.rows, peaks(ladder, device), strict=True):
                 row.extra["peak_memory_bytes"] = peak
         return result
+
+
+def polished(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """The part of each rung in the logarithms of its seconds, when each round has a part of its own, too.
+
+    By median polish (Tukey 1977, Exploratory Data Analysis, chapter 11): what slows a whole round or one step
+    of it moves no difference of two rungs, and the gains of the steps multiply to that of the last over the
+    first, which medians of ratios do not when there are few rounds.
+    """
+    logs = np.log(np.array([*seconds.values()]))
+    rounds = np.zeros(logs.shape[1])
+    for _ in range(POLISHES):
+        own = np.median(logs - rounds, axis=1)
+        rounds = np.median(logs - own[:, None], axis=0)
+    return dict(zip(seconds, own.tolist(), strict=True))
 
 
 def late_loss(losses: Mapping[str, Sequence[float]], name: str, rounds: int) -> float:

@@ -118,7 +118,7 @@ def ladder_of(results: Results, section: dict[str, Any]) -> str:
     left = [name for name in names if name in ("torch.compile", "activation checkpointing")]
     tried = f" {' and '.join(left)}: tried and left again." if left else ""
     return table + (
-        "\nRatios are medians over the rounds, not ratios of the medians beside them."
+        "\nRatios are taken within rounds, not of the medians beside them."
         f" The gains multiply to {section['product_of_steps']:.2f}×, first against last is "
         f"{section['total']:.2f}×; ops account for {section['profile']['accounted']:.0%} of the last step."
         f"{tried}\n"

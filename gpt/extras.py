@@ -20,11 +20,16 @@ def _load(name: str, extra: str) -> ModuleType:
 
 def transformers() -> ModuleType:
     """transformers without its progress bars and advice, which would bury a run's own lines."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    quiet_bitsandbytes()
     library = _load("transformers", "llama")
     library.utils.logging.set_verbosity_error()
     library.utils.logging.disable_progress_bar()
     return library
+
+
+def quiet_bitsandbytes() -> None:
+    """Importing it warns of kernels that it could download; peft imports it, too."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def tokenizers() -> ModuleType:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import tapelm
 from benchmarks.harness import Case, close
+from gpt import extras
 from tapelm.nf4 import nf4_dequantize_reference, nf4_quantize_reference
 
 SHAPES = ((2048, 2048), (8192, 2048))
@@ -58,6 +59,7 @@ def equal_weights(device: torch.device, dtype: torch.dtype) -> Callable[[Any, An
 
 
 def _bitsandbytes() -> Any:
+    extras.quiet_bitsandbytes()
     found = importlib.util.find_spec("bitsandbytes")
     return importlib.import_module("bitsandbytes.functional") if found else None
 

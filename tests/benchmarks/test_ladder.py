@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
+import statistics
 from functools import partial
 from pathlib import Path
 
@@ -40,6 +43,31 @@ class FakeStep:
 
 def rung(clock, name: str, seconds: float, kind="step", loss: float = 2.0) -> Rung:
     return Rung(name, lambda: FakeStep(clock.taking(seconds), loss), kind)
+
+
+def test_slow_rounds_and_slow_steps_move_no_gain() -> None:
+    own, rounds = {"plain": 8.0, "a": 4.0, "b": 2.0, "c": 1.9, "d": 1.0}, (1.0, 1.4, 0.9)
+    seconds = {name: [each * factor for factor in rounds] for name, each in own.items()}
+    for at, name in enumerate(("a", "b", "d")):
+        seconds[name][at] *= 1.3
+    found = ladder.polished(seconds)
+    gains = [math.exp(found[before] - found[name]) for before, name in itertools.pairwise(own)]
+    assert gains == pytest.approx([2.0, 2.0, 2 / 1.9, 1.9], rel=1e-6)
+
+
+def test_gains_of_noisy_rounds_multiply_to_the_whole() -> None:
+    """Twelve rungs, three rounds of 5% noise: medians of ratios multiply to up to a fifth more or less."""
+    generator = torch.Generator().manual_seed(0)
+    names, worst = [str(number) for number in range(12)], {"polished": 1.0, "medians": 1.0}
+    for _ in range(50):
+        noise = (0.05 * torch.randn(len(names), 3, generator=generator)).exp().tolist()
+        seconds, product = dict(zip(names, noise, strict=True)), 1.0
+        for before, name in itertools.pairwise(names):
+            product *= statistics.median(a / b for a, b in zip(seconds[before], seconds[name], strict=True))
+        own = ladder.polished(seconds)
+        found = {"polished": math.exp(own[names[0]] - own[names[-1]]), "medians": product}
+        worst = {kind: max(worst[kind], found[kind], 1 / found[kind]) for kind in worst}
+    assert worst["polished"] < 1.12 < 1.2 < worst["medians"]
 
 
 def test_gains_multiply_to_the_whole_and_branches_are_left_out(clock) -> None:
