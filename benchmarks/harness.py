@@ -157,7 +157,7 @@ def take(
     `warm_up` calls every variant and says how often each is called in a round. The rounds are taken again
     while a ratio is not known to SETTLED and the calls, each counted once a round, took less than
     `most_seconds`. `ceilings` have this case's bound and dtype; of what was timed with earlier cases the last
-    round counts, as it is the one before this case. Another `turn` has the variants in other orders.
+    round counts, mostly the one right before this case. Another `turn` has the variants in other orders.
     """
     ceilings.forget(but=1)
     # Not in the rounds: they leave caches cold, which small ops feel.

@@ -10,6 +10,8 @@ import contextlib
 import ctypes
 import importlib
 import multiprocessing
+import multiprocessing.context
+import multiprocessing.forkserver
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -51,11 +53,25 @@ def measure(
             _environment("OMP_WAIT_POLICY", "passive"),
             ProcessPoolExecutor(2, mp_context=context, max_tasks_per_child=1) as pool,
         ):
+            if not there:
+                _wait_for_imports(forked)
             with mute_children():
                 peaks = pool.map(task, [builds[index] for index in own])
             with children_end_with_us():
                 found |= zip(own, peaks, strict=True)
     return [found[index] for index in range(len(builds))]
+
+
+def _wait_for_imports(forked: multiprocessing.context.ForkServerContext) -> None:
+    """Until a process can be forked. It takes seconds, in which Ctrl-C ends this process as ever."""
+    with mute_children():
+        multiprocessing.forkserver.ensure_running()
+    first = forked.Process(target=_nothing)
+    first.start()
+    first.join()
+
+
+def _nothing() -> None: ...
 
 
 @contextlib.contextmanager

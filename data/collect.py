@@ -35,6 +35,7 @@ from data.duplicates import UNDATED, NearDuplicates
 from data.problems import Problems
 
 LEFT_OUT = len(SPLITS)  # the code of a document that belongs to no split
+LEAST_SHARE, MOST_SHARE = 0.01, 0.2  # of the bytes of a held-out split whose texts are kept whole
 
 
 @dataclass
@@ -100,9 +101,10 @@ def collect(
                     sketches.add(named.text)
     copies = _copies(ledger, sketches, problems)
     dates = _split_dates(config, corpus, ledger, copies)
-    codes = _splits(ledger, dates, copies)
+    hashed = ~copies if dates is None else ~copies & (ledger.days() == UNDATED)
+    codes = _splits(ledger, dates, hashed)
     counts = _distribute(spill, folder, ledger, copies, codes)
-    counts.torn = _torn(np.array(ledger.group_hash, dtype=np.uint64)[~copies], codes[~copies])
+    counts.torn = _torn(np.array(ledger.group_hash, dtype=np.uint64)[hashed], codes[hashed])
     shutil.rmtree(scratch)
     return counts, dates
 
@@ -168,17 +170,20 @@ def given_dates(config: Config, corpus: Corpus) -> SplitDates | None:
     return SplitDates(validation_from, test_from, until, config.embargo_days)
 
 
-def _splits(ledger: Ledger, dates: SplitDates | None, copies: np.ndarray) -> np.ndarray:
-    """(documents,) codes: positions in SPLITS, or LEFT_OUT.
+def _splits(ledger: Ledger, dates: SplitDates | None, hashed: np.ndarray) -> np.ndarray:
+    """(documents,) codes: positions in SPLITS, or LEFT_OUT. `hashed` are those that no date decides.
 
-    By hash, groups stay together unless they are so few that a split might get none.
+    By hash, groups stay together where they are many and come near the shares of the splits.
     """
     days = ledger.days()
-    dated = days != UNDATED if dates is not None else np.zeros(len(days), dtype=bool)
-    groups = np.unique(np.array(ledger.group_hash, dtype=np.uint64)[~copies & ~dated])
-    few = len(groups) < LEAST_BY_HASH
-    codes = np.array(ledger.split_of_text if few else ledger.split_of_group, dtype=np.int8)
+    by_group = np.array(ledger.split_of_group, dtype=np.int8)
+    sizes = np.bincount(by_group[hashed], weights=np.array(ledger.size)[hashed], minlength=len(SPLITS))
+    shares = sizes[1:] / max(1, sizes.sum())
+    many = len(np.unique(np.array(ledger.group_hash, dtype=np.uint64)[hashed])) >= LEAST_BY_HASH
+    whole = many and (shares > LEAST_SHARE).all() and (shares < MOST_SHARE).all()
+    codes = by_group if whole else np.array(ledger.split_of_text, dtype=np.int8)
     if dates is not None:
+        dated = days != UNDATED
         unique, where = np.unique(days[dated], return_inverse=True)
         splits = (dates.split_of(date.fromordinal(int(day))) for day in unique)
         by_day = [LEFT_OUT if split is None else SPLITS.index(split) for split in splits]

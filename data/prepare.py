@@ -32,7 +32,7 @@ from data.card_page import write_page
 from data.collect import check_sources, collect, given_dates
 from data.config import Config, check
 from data.corpus import UNKNOWN, Corpus, join, progress_on_terminal
-from data.documents import SPLITS, DataError, SplitDates
+from data.documents import LEAST_BY_HASH, SPLITS, DataError, SplitDates
 from data.numbers import choose_cuts, make_tape, write_tape
 from data.problems import Problems
 from data.sources import fed, files, hf, news, packages, rows, sec
@@ -131,6 +131,8 @@ def _build(
         except DataError as error:
             raise DataError("; ".join((str(error), *problems.warnings()))) from error
         check_sources(config, counts)
+        if counts.undated == sum(counts.total(split, "documents") for split in SPLITS):
+            dates = None  # no cut was applied
         write_tokens(config, staging, counts, problems, progress, tokenizer)
         if "news" in config.source:
             news.write_plain(staging / "documents" / "train.jsonl", staging / "finance_corpus.txt")
@@ -162,16 +164,23 @@ def _build(
 
 
 def _split_warnings(config: Config, counts: card.Counts) -> list[str]:
+    """A sentence on what is split by hash, and on texts whose pieces lie in several splits."""
+    torn = ""
+    if counts.torn:
+        texts = f"{counts.torn} text{'s' if counts.torn != 1 else ''}"
+        torn = (
+            f"; pieces of {texts} lie in more than one split, as fewer than {LEAST_BY_HASH}, or very unequal "
+            "ones, cannot be divided as wholes"
+        )
     if config.split == "hash":
-        return ["split by hash as asked: the train split holds documents later than validation and test"]
+        told = "split by hash as asked: the train split holds documents later than validation and test"
+        return [told + torn]
     if not counts.undated:
         return []
     of = sum(counts.total(split, "documents") for split in SPLITS) + counts.left_out
-    torn = f"{counts.torn} text{'s' if counts.torn != 1 else ''}"
     return [
         f"{counts.undated} of {of} documents have no date and are split by hash of their text: "
-        "training may have seen what is later than validation and test"
-        + (f", and other pieces of {torn} (too few to keep each whole)" if counts.torn else "")
+        f"training may have seen what is later than validation and test{torn}"
     ]
 
 

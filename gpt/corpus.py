@@ -16,7 +16,7 @@ from gpt.config import TrainConfig
 from gpt.parallel import Ranks
 from tapelm import Tokenizer, TokenLoader
 from tapelm.loader import Batch
-from tapelm.shards import verify_shards
+from tapelm.shards import read_manifest, verify_shards
 
 END_OF_TEXT = "<|endoftext|>"
 SHARD_HEADER_BYTES = 64  # csrc/text/shards.h
@@ -54,6 +54,10 @@ def _loader(
 ) -> TokenLoader:
     if not (shards / "manifest.json").is_file():
         raise UserError(f"{no_data(shards.parent)} (there are no token shards in {shards})")
+    try:
+        read_manifest(shards)
+    except ValueError as error:
+        raise UserError(f"{error}: run python -m data.prepare again") from error
     try:
         return TokenLoader(shards, batch_size, block_size, device=device, **numbers)
     except ValueError as error:

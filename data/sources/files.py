@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -34,7 +33,8 @@ def open_corpus(config: Config, progress: Progress) -> Corpus:
     columns = Columns.of(config)
     tracked = progress.track(paths, description="input files")
     inputs = {str(path): sha256_of(path) for path in tracked}
-    return Corpus(lambda problems: read_files(paths, columns, problems), inputs)
+    folders = [folder for folder in map(Path, config.input) if folder.expanduser().is_dir()]
+    return Corpus(lambda problems: read_files(paths, columns, problems, folders), inputs)
 
 
 def _is_output(path: Path, out: Path) -> bool:
@@ -81,8 +81,10 @@ def kind_of(path: Path) -> str | None:
     return None if kind == ".parquet" and name != path.name.lower() else kind
 
 
-def read_files(paths: Sequence[Path], columns: Columns, problems: Problems) -> Iterator[Document]:
-    """Documents of all files, in order, streaming.
+def read_files(
+    paths: Sequence[Path], columns: Columns, problems: Problems, folders: Sequence[Path] = ()
+) -> Iterator[Document]:
+    """Documents of all files, in order, streaming; `folders` are those that were named as a whole.
 
     Rows that cannot be used are counted in `problems`; DataError is raised for a file that is nothing of
     what its name says or lacks columns, before any document is given (see check_columns).
@@ -90,7 +92,9 @@ def read_files(paths: Sequence[Path], columns: Columns, problems: Problems) -> I
     for path in paths:
         if kind_of(path) != ".txt":
             check_columns(str(path), first_rows(path), columns, problems)
-    for path, domain in domains_of(paths).items():
+    domains = domains_of(paths, folders)
+    for path in paths:
+        domain = domains[path]
         if kind_of(path) == ".txt":
             text = None
             for text, group in read_texts(path, problems):
@@ -101,16 +105,24 @@ def read_files(paths: Sequence[Path], columns: Columns, problems: Problems) -> I
         yield from read_table(read_records(path, columns.all(), problems), columns, domain, problems)
 
 
-def domains_of(paths: Sequence[Path]) -> dict[Path, str]:
-    """The domain of what names none itself: the file's name, or its folder's where that has MANY_FILES."""
-    folders = {path: path.resolve().parent for path in paths}
-    files = Counter(folders.values())
-    return {
-        path: folder.name
-        if files[folder] > MANY_FILES and folder.name
-        else unpacked_name(path).rsplit(".", 1)[0]
-        for path, folder in folders.items()
-    }
+def domains_of(paths: Sequence[Path], folders: Sequence[Path]) -> dict[Path, str]:
+    """The domain of what names none itself: the file's name, or its folder's where that has MANY_FILES.
+
+    Files of subfolders that have fewer count as the folder's, up to one of `folders`.
+    """
+    tops = {folder.expanduser().resolve() for folder in folders}
+    held: dict[Path, list[Path]] = {}
+    for path in paths:
+        held.setdefault(path.parent.resolve(), []).append(path)
+    domains = {path: unpacked_name(path).rsplit(".", 1)[0] for path in paths}
+    for depth in range(max((len(folder.parts) for folder in held), default=0), 0, -1):
+        for folder in [each for each in held if len(each.parts) == depth]:
+            files = held.pop(folder)
+            if len({file.resolve() for file in files}) > MANY_FILES and folder.name:
+                domains |= dict.fromkeys(files, folder.name)
+            elif folder not in tops and any(top in folder.parents for top in tops):
+                held.setdefault(folder.parent, []).extend(files)
+    return domains
 
 
 def read_table(

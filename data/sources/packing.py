@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 
 from data.documents import END_OF_TEXT
@@ -16,13 +17,12 @@ MAX_BYTES = 8192
 def read_texts(path: Path, problems: Problems) -> Iterator[tuple[str, str | None]]:
     """Texts of about PACK_BYTES out of a file of paragraphs; <|endoftext|> separates in any case.
 
-    Each with the first one of what lies between two marks, in all a megabyte at most; None if it is all.
+    Each with a hash of all that lies between two marks, of a megabyte at most; None where it is all of that.
     """
     for section in _sections(path, problems):
-        first, *others = [*pack_paragraphs(section)] or [""]
-        if first:
-            yield first, first if others else None
-        yield from ((text, first) for text in others)
+        texts = [*pack_paragraphs(section)]
+        whole = None if len(texts) < 2 else sha256("\n\n".join(texts).encode()).hexdigest()
+        yield from ((text, whole) for text in texts)
 
 
 def pack_paragraphs(paragraphs: Iterator[str]) -> Iterator[str]:

@@ -10,7 +10,7 @@ import pytest
 from data.documents import DataError
 from data.problems import Problems
 from data.sources.columns import Columns, to_day
-from data.sources.files import MANY_FILES, find_files, read_files
+from data.sources.files import MANY_FILES, domains_of, find_files, read_files
 from data.sources.formats import CHUNK_BYTES
 from data.sources.packing import MAX_BYTES, PACK_BYTES
 
@@ -65,7 +65,7 @@ def test_pieces_of_one_text_are_a_group(tmp_path):
     assert short.group is None
     groups = [piece.group for piece in pieces]
     assert len(pieces) > 4 and len(set(groups)) == 2
-    assert groups == sorted(groups, key=groups.index) and pieces[0].text == groups[0]
+    assert groups == sorted(groups, key=groups.index)
 
 
 def test_a_file_without_text_is_counted(tmp_path):
@@ -85,6 +85,31 @@ def test_many_files_of_a_folder_are_one_domain(tmp_path):
     names = {f"books-{number:02}" for number in range(MANY_FILES)}
     assert set(sources) == {"articles", "wire"} | names
     assert sources.count("articles") == MANY_FILES + 2
+
+
+def test_small_subfolders_count_in_their_folder(tmp_path):
+    """Of one that was named as a whole; what is a domain already does not."""
+    for day in range(MANY_FILES):
+        (tmp_path / "wire" / f"2026-01-{day:02}").mkdir(parents=True)
+        for number in range(2):
+            (tmp_path / "wire" / f"2026-01-{day:02}" / f"{number}.txt").write_text("Some text.")
+    (tmp_path / "prices.csv").write_text("text\nSome text.\n")
+    paths = find_files([str(tmp_path)])
+    assert set(domains_of(paths, [tmp_path]).values()) == {"wire", "prices"}
+    assert set(domains_of(paths, [tmp_path / "wire"]).values()) == {"wire", "prices"}
+    assert set(domains_of(paths, []).values()) == {"0", "1", "prices"}
+
+
+def test_a_link_and_a_second_way_to_a_folder_make_no_domain(tmp_path):
+    (tmp_path / "news").mkdir()
+    (tmp_path / "blobs").mkdir()
+    for number in range(MANY_FILES + 1):
+        (tmp_path / "blobs" / f"{number}").write_text("Some text.")
+        (tmp_path / "news" / f"{number}.txt").symlink_to(tmp_path / "blobs" / f"{number}")
+    assert set(domains_of(find_files([str(tmp_path / "news")]), []).values()) == {"news"}
+    (tmp_path / "news" / "0.txt").unlink()
+    again = str(tmp_path / "blobs" / ".." / "news")
+    assert "news" not in domains_of(find_files([str(tmp_path / "news"), again]), []).values()
 
 
 def test_byte_order_mark_and_gzip(tmp_path):

@@ -17,8 +17,10 @@ import pytest
 from data import prepare as program
 from data import tokens
 from data.card import is_complete
-from data.documents import SPLITS, read_jsonl
+from data.documents import SPLITS, read_jsonl, split_by_hash
 from data.prepare import Config, main, prepare
+from data.problems import Problems
+from data.sources.packing import read_texts
 from tapelm import Tokenizer
 
 WORDS = ["rates", "rose", "fell", "bank", "credit", "growth", "prices", "market", "demand", "yield"]
@@ -367,7 +369,7 @@ def test_an_undated_text_lies_in_one_split(tmp_path, monkeypatch, capsys):
     options = ("--source", "files", "--min-block", "64", "--out")
     many = write_articles(tmp_path / "many", files=150)
     code, out, messages = run(monkeypatch, capsys, *options, tmp_path / "data", "--input", many)
-    assert code == 0 and "other pieces" not in messages[0] and "many" in out
+    assert code == 0 and "pieces" not in messages[0] and "many" in out
     splits = {}
     for split in SPLITS:
         for document in read_jsonl(tmp_path / "data" / "documents" / f"{split}.jsonl"):
@@ -379,7 +381,29 @@ def test_an_undated_text_lies_in_one_split(tmp_path, monkeypatch, capsys):
     )
     code, _, messages = run(monkeypatch, capsys, *options, tmp_path / "few-data", "--input", tmp_path / "few")
     assert code == 0
-    assert messages[0].endswith("test, and other pieces of 1 text (too few to keep each whole)")
+    assert "; pieces of 1 text lie in more than one split, as fewer than 90" in messages[0]
+
+
+def test_texts_with_one_beginning_are_divided_and_a_large_one_is_torn(tmp_path, monkeypatch, capsys):
+    """A header that all files share is no reason to keep them together, nor may one file fill a split."""
+    options = ("--source", "files", "--min-block", "64", "--no-deduplicate", "--out")
+    same = write_articles(tmp_path / "same", files=120)
+    for path in same.iterdir():
+        path.write_text("rates " * 500 + "\n\n" + path.read_text())
+    code, _, messages = run(monkeypatch, capsys, *options, tmp_path / "a", "--input", same)
+    assert code == 0 and "pieces" not in messages[0]
+    card = json.loads((tmp_path / "a" / "data_card.json").read_text())
+    assert 0.8 < card["splits"]["train"]["same"]["documents"] / (5 * 120) < 0.98
+    path = write_articles(tmp_path / "book", files=1, pieces=260) / "0.txt"
+    text = path.read_text()
+    for number in range(200):  # until its hash would put it into a held-out split
+        path.write_text(f"{text}\n\nEdition {number}")
+        if split_by_hash(next(read_texts(path, Problems()))[1]) != "train":
+            break
+    inputs = ("--input", same, path.parent, "--split", "hash")
+    code, _, messages = run(monkeypatch, capsys, *options, tmp_path / "b", *inputs)
+    assert code == 0 and messages[0].startswith("warning: split by hash as asked")
+    assert "lie in more than one split" in messages[0]
 
 
 def test_a_vocabulary_that_text_does_not_fill_is_told(tmp_path, monkeypatch, capsys):
