@@ -77,10 +77,10 @@ class Ceilings:
         for probe in self._all():
             probe.seconds.append(timed(probe.run, self.device))
 
-    def forget(self, *, but: int = 0) -> None:
-        """The rounds so far, except for the last ones."""
+    def forget(self) -> None:
+        """The rounds so far, except for the last one."""
         for probe in self._all():
-            del probe.seconds[: max(0, len(probe.seconds) - but)]
+            del probe.seconds[:-1]
 
     def limit(self, bound: str, dtype: torch.dtype) -> Limit:
         """Of the bound of a case, "gemm" or "copy"."""

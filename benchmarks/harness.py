@@ -159,7 +159,7 @@ def take(
     `most_seconds`. `ceilings` have this case's bound and dtype; of what was timed with earlier cases the last
     round counts, mostly the one right before this case. Another `turn` has the variants in other orders.
     """
-    ceilings.forget(but=1)
+    ceilings.forget()
     # Not in the rounds: they leave caches cold, which small ops feel.
     for _ in range(rounds // 2):
         ceilings.round()

@@ -60,10 +60,14 @@ class Ledger:
         self.size.append(len(text))
         self.text_hash.append(_hash(text))
         self.id_hash.append(_hash(str(document.id).encode()))
-        group = document.group or document.text
-        self.group_hash.append(_hash(group.encode()))
-        self.split_of_text.append(SPLITS.index(split_by_hash(document.text)))
-        self.split_of_group.append(SPLITS.index(split_by_hash(group)))
+        split = SPLITS.index(split_by_hash(document.text))
+        self.split_of_text.append(split)
+        if document.group is None:
+            self.group_hash.append(self.text_hash[-1])
+            self.split_of_group.append(split)
+        else:
+            self.group_hash.append(_hash(document.group.encode()))
+            self.split_of_group.append(SPLITS.index(split_by_hash(document.group)))
 
     def names(self) -> list[str]:
         return list(self.sources)

@@ -131,7 +131,10 @@ def _build(
         except DataError as error:
             raise DataError("; ".join((str(error), *problems.warnings()))) from error
         check_sources(config, counts)
-        if counts.undated == sum(counts.total(split, "documents") for split in SPLITS):
+        if (
+            counts.undated == sum(counts.total(split, "documents") for split in SPLITS)
+            and not counts.left_out
+        ):
             dates = None  # no cut was applied
         write_tokens(config, staging, counts, problems, progress, tokenizer)
         if "news" in config.source:

@@ -406,6 +406,18 @@ def test_texts_with_one_beginning_are_divided_and_a_large_one_is_torn(tmp_path, 
     assert "lie in more than one split" in messages[0]
 
 
+def test_cuts_are_told_where_they_split_or_leave_out_something(tmp_path, monkeypatch, capsys):
+    undated, dated = tmp_path / "undated.jsonl", tmp_path / "dated.jsonl"
+    write_corpus(undated, dated=False)
+    dated.write_text(json.dumps({"text": "A note of late.", "date": "2024-06-20"}) + "\n")
+    options = ("--source", "files", "--min-block", "64", "--date-column", "date", "none", "--out")
+    cuts = ("--validation-from", "2024-01-01", "--test-from", "2024-03-01", "--until", "2024-06-01")
+    _, out, _ = run(monkeypatch, capsys, *options, tmp_path / "a", "--input", undated, *cuts)
+    assert "validation from" not in out
+    code, out, _ = run(monkeypatch, capsys, *options, tmp_path / "b", "--input", undated, dated, *cuts)
+    assert code == 0 and "1 left out" in out and "validation from 2024-01-01" in out
+
+
 def test_a_vocabulary_that_text_does_not_fill_is_told(tmp_path, monkeypatch, capsys):
     arguments = ("--source", "files", "--input", write_corpus(tmp_path / "news.jsonl"), "--min-block", "64")
     _, out, _ = run(monkeypatch, capsys, *arguments, "--out", tmp_path / "a", "--vocab-size", "60000")
