@@ -13,6 +13,7 @@ from typing import Any
 from data.documents import DataError
 
 EXAMPLES = 5
+NOT_UTF8 = "not UTF-8"
 LINE = re.compile(r"(.*), (?:line|row) (\d+)(?:, column .*)?", re.DOTALL)
 
 
@@ -57,9 +58,10 @@ class Problems:
             kinds = sorted(self.rows, key=lambda kind: (-self.rows[kind], kind))
             counts = ", ".join(f"{self.rows[kind]} {kind}" for kind in kinds)
             kind = min(kinds, key=lambda kind: _order(self.places[kind][0]))
+            hint = "; iconv -t utf-8 converts files that are not UTF-8" if NOT_UTF8 in kinds else ""
             told.append(
                 f"bad rows were skipped: {counts}; the first: {self.places[kind][0]}: {kind} "
-                "(data_card.json names more, --strict stops at the first)"
+                f"(data_card.json names more, --strict stops at the first{hint})"
             )
         return told
 

@@ -131,8 +131,8 @@ def load_model(path: Path, *, kernels: str = "auto", device: str = "cpu") -> tup
 
     Parameters keep the dtype they were trained in. `kernels` "auto" takes the table of ops of the run.
     """
-    checkpoint = newest(path / "checkpoints") if (path / "checkpoints").is_dir() else path
-    if checkpoint is None or not (checkpoint / "manifest.json").is_file():
+    checkpoint = find(path)
+    if checkpoint is None:
         raise UserError(f"no checkpoint in {path}: expected manifest.json or checkpoints/step-*")
     verify(checkpoint)
     state = read_state(checkpoint)
@@ -141,6 +141,13 @@ def load_model(path: Path, *, kernels: str = "auto", device: str = "cpu") -> tup
     model = GPT(ModelConfig(**state["model"]), ops).to(tensors["head.weight"].dtype)
     model.load_state_dict(tensors)
     return model.to(device).eval(), checkpoint, state
+
+
+def find(path: Path) -> Path | None:
+    """The checkpoint that `path` is, or the newest of the run or of the folder checkpoints that it is."""
+    if (path / "manifest.json").is_file():
+        return path
+    return newest(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
 
 
 def newest(root: Path) -> Path | None:

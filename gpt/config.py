@@ -62,7 +62,7 @@ class TrainConfig:
     kernels: Literal["plain", "optimized"] = "optimized"
     """plain calls PyTorch only; optimized calls the tapelm ops. Nothing else changes."""
     resume: str = "none"
-    """none starts afresh, auto continues from the newest valid checkpoint, or a checkpoint directory."""
+    """none starts afresh, auto goes on from the newest valid checkpoint; or the directory of one or a run."""
     initialize_from: Path | None = None
     """Start from the weights of this run or checkpoint, of the same shape and tokenizer, instead of random
     ones: to go on with new text, which data.prepare --tokenizer encodes alike."""

@@ -29,12 +29,13 @@ def choose_checkpoint(config: Resumable) -> Path | None:
         return checkpoint.newest(checkpoints)
     if config.resume != "none":
         path = Path(config.resume)
-        if not path.is_dir():
+        found = checkpoint.find(path)
+        if found is None:
             raise UserError(
-                f"--resume takes auto, none or the directory of a checkpoint, which {path} is not"
+                f"--resume takes auto, none or the directory of a checkpoint or of a run, which {path} is not"
             )
-        checkpoint.verify(path)
-        return path
+        checkpoint.verify(found)
+        return found
     if any(checkpoints.glob("step-*")):
         raise UserError(
             f"{config.out} already holds a run: continue it with --resume auto or choose another --out"

@@ -82,7 +82,7 @@ class FinetuneConfig:
     keep_checkpoints: int = 2
     """The newest so many stay."""
     resume: str = "none"
-    """none starts afresh, auto continues from the newest valid checkpoint, or a checkpoint directory."""
+    """none starts afresh, auto goes on from the newest valid checkpoint; or the directory of one or a run."""
     verify: bool = True
     """Check packing, gradients and the adapter file before training; --no-verify trains unchecked."""
     device: str = "auto"

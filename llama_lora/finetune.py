@@ -88,6 +88,7 @@ def _finetune(config: FinetuneConfig, arguments: list[str] | None) -> int:
 
 def append_base(run: Finetuning, metrics_path: Path, console: Console) -> None:
     """Evaluate the base model and make it the first line of the metrics."""
+    console.print("step 0: evaluating the base model")
     record = {"step": 0, "val_loss": run.evaluate()}
     check_finite(record)
     console.print(f"step 0: {validation_text(record['val_loss'])}, the base model")

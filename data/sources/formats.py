@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data.documents import DataError, is_unicode
-from data.problems import Problems
+from data.problems import NOT_UTF8, Problems
 from data.sources.pairs import HEADER_LINES, LEVELS, joined_header
 
 CHUNK_BYTES = 1 << 20
@@ -114,7 +114,7 @@ def _decoded(
             where = f"byte 0x{line[error.start]:02x} at offset {offset + error.start}"
             advice = f"{where}; convert the file, for example with iconv -t utf-8"
             if escaped is None:
-                problems.skip("not UTF-8", place, advice)
+                problems.skip(NOT_UTF8, place, advice)
             else:
                 escaped.append((place, advice))
                 yield number, line.decode(errors="surrogateescape").removesuffix("\r") + "\n"
@@ -158,7 +158,7 @@ def csv_records(path: Path, problems: Problems) -> Iterator[Record]:
     joined = joined_header([cells for _, cells, _ in start])
     for place, cells, fault in lines if joined else chain(start[1:], lines):
         if fault is not None:
-            problems.skip("not UTF-8", *fault)
+            problems.skip(NOT_UTF8, *fault)
         elif len(cells) != len(joined or names):
             problems.skip("another number of columns", place)
         else:

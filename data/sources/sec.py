@@ -21,7 +21,7 @@ from data.card import sha256_of
 from data.config import Config
 from data.corpus import Corpus, Origin, cache_folder
 from data.documents import END_OF_TEXT, DataError, Document
-from data.problems import Problems
+from data.problems import NOT_UTF8, Problems
 from data.sources.columns import to_day
 from data.sources.fetch import Fetcher, html_text
 
@@ -117,7 +117,7 @@ def read_filings(filings: Sequence[Filing], problems: Problems) -> Iterator[Docu
             try:
                 text = content.decode()
             except UnicodeDecodeError:
-                problems.skip("not UTF-8", str(filing.path))
+                problems.skip(NOT_UTF8, str(filing.path))
                 continue
         if not text.strip():
             problems.drop("sec", "no text")

@@ -150,6 +150,7 @@ def test_a_card_keeps_the_first_places_of_a_kind():
     assert entry["not JSON"] == {"count": 20, "first": [f"a.jsonl, line {n}" for n in range(EXAMPLES)]}
     (warning,) = problems.warnings()
     assert "20 not JSON, 1 not UTF-8, 1 not a number" in warning and "a.jsonl, line 0: not JSON" in warning
+    assert "iconv -t utf-8" in warning
 
 
 def test_the_first_bad_row_is_that_of_the_first_line():

@@ -242,7 +242,7 @@ def test_a_new_run_does_not_bury_an_old_one(tiny_data: Path, tmp_path: Path) -> 
     train(tiny(tiny_data, tmp_path, stop_after=1))
     with pytest.raises(UserError, match="already holds a run: continue it with --resume auto"):
         train(tiny(tiny_data, tmp_path))
-    with pytest.raises(UserError, match="takes auto, none or the directory of a checkpoint, which latest is"):
+    with pytest.raises(UserError, match=r"takes auto, none or the directory .* of a run, which latest is"):
         train(tiny(tiny_data, tmp_path, resume="latest"))
 
 
@@ -305,6 +305,14 @@ def test_going_back_abandons_later_checkpoints(tiny_data: Path, tmp_path: Path) 
     train(tiny(tiny_data, tmp_path, resume=str(earlier), stop_after=1))
     assert checkpoints(tmp_path) == ["step-00000008", "step-00000009"]
     assert records(tmp_path)[-1]["step"] == 9 and summary(tmp_path)["steps"] == 9
+
+
+@pytest.mark.parametrize("folder", [".", "checkpoints"])
+def test_a_folder_of_checkpoints_stands_for_the_newest(folder: str, tiny_data: Path, tmp_path: Path) -> None:
+    train(tiny(tiny_data, tmp_path, stop_after=9))
+    assert checkpoint.find(tmp_path / folder) == tmp_path / "checkpoints" / "step-00000009"
+    train(tiny(tiny_data, tmp_path, resume=str(tmp_path / folder), stop_after=1))
+    assert [record["step"] for record in records(tmp_path)] == list(range(1, 11))
 
 
 def test_truncated_and_missing_files_are_corrupt_too(tiny_data: Path, tmp_path: Path) -> None:
