@@ -3,29 +3,30 @@
 // the parts find is put together by attention_merge_parts, so that results do not depend on the number of threads.
 #include "simd_loop.inl"
 
-// Lane i of the result is the sum of x[i].
-TAPELM_INLINE vf sums_of(vf x[W]) {
-#if defined(TAPELM_AVX2) || defined(TAPELM_AVX512)
-  const auto halve = [&]<int S, int... I>(std::integral_constant<int, S>, std::integer_sequence<int, I...>)
-                         __attribute__((always_inline)) {
+// Lane i of the result is the sum of x[i]. N is a parameter for what other widths do not compile.
+template <int N = W>
+TAPELM_INLINE vf sums_of(vf x[N]) {
+  if constexpr (kRegisters) {
+    const auto halve = [&]<int S, int... I>(std::integral_constant<int, S>, std::integer_sequence<int, I...>)
+                           __attribute__((always_inline)) {
 #pragma GCC unroll 8
-    for (int i = 0; i < W / 2 / S; ++i) {
-      const vf a = x[2 * i], b = x[2 * i + 1];
-      x[i] = __builtin_shufflevector(a, b, ((I & S) ? W + I : I)...) +
-             __builtin_shufflevector(a, b, ((I & S) ? W + I - S : I + S)...);
-    }
-  };
-  constexpr auto lanes = std::make_integer_sequence<int, W>{};
-  halve(std::integral_constant<int, 1>{}, lanes);
-  halve(std::integral_constant<int, 2>{}, lanes);
-  halve(std::integral_constant<int, 4>{}, lanes);
-  if constexpr (W == 16) halve(std::integral_constant<int, 8>{}, lanes);
-  return x[0];
-#else
-  vf result = {};
-  for (int i = 0; i < W; ++i) result[i] = sum(x[i]);
-  return result;
-#endif
+      for (int i = 0; i < W / 2 / S; ++i) {
+        const vf a = x[2 * i], b = x[2 * i + 1];
+        x[i] = __builtin_shufflevector(a, b, ((I & S) ? W + I : I)...) +
+               __builtin_shufflevector(a, b, ((I & S) ? W + I - S : I + S)...);
+      }
+    };
+    constexpr auto lanes = std::make_integer_sequence<int, W>{};
+    halve(std::integral_constant<int, 1>{}, lanes);
+    halve(std::integral_constant<int, 2>{}, lanes);
+    if constexpr (N >= 8) halve(std::integral_constant<int, 4>{}, lanes);
+    if constexpr (N == 16) halve(std::integral_constant<int, 8>{}, lanes);
+    return x[0];
+  } else {
+    vf result = {};
+    for (int i = 0; i < W; ++i) result[i] = sum(x[i]);
+    return result;
+  }
 }
 
 // scores[m][j] = queries[m] . key j for j < count, and anything up to the next multiple of W.

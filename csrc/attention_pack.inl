@@ -169,18 +169,17 @@ void pack_columns(Strided<T> x, const AttentionShape& s, int64_t t0, Unit<T>* ou
         block[i] = load_units(from, x.has(t0 + i) ? s.D - u * PAIR<T> : 0);
       }
       uint32_t* const to = reinterpret_cast<uint32_t*>(out) + u * NR;
-#if defined(TAPELM_AVX2) || defined(TAPELM_AVX512)
-      exchange<1>(block, lanes);
-      exchange<2>(block, lanes);
-      exchange<4>(block, lanes);
-      if constexpr (W == 16) exchange<8>(block, lanes);
+      if constexpr (kRegisters) {
+        exchange<1>(block, lanes);
+        exchange<2>(block, lanes);
+        if constexpr (W >= 8) exchange<4>(block, lanes);
+        if constexpr (W == 16) exchange<8>(block, lanes);
 #pragma GCC unroll 16
-      for (int i = 0; i < W; ++i) store(to + i * NR, block[i]);
-#else
-      // Shuffles of such vectors would be taken apart lane by lane, for minutes of compilation.
-      for (int i = 0; i < W; ++i)
-        for (int j = 0; j < W; ++j) to[j * NR + i] = block[i][j];
-#endif
+        for (int i = 0; i < W; ++i) store(to + i * NR, block[i]);
+      } else {
+        for (int i = 0; i < W; ++i)
+          for (int j = 0; j < W; ++j) to[j * NR + i] = block[i][j];
+      }
     }
 }
 

@@ -4,8 +4,8 @@
 
 constexpr int64_t kGroup = 64;  // elements whose indices are in eight words, within one block if those are so large
 
-// Whether rows of K elements can be read as words: groups in them have one scale.
-inline bool are_words(const Nf4& q, int64_t K) { return q.block % kGroup == 0 && K % kGroup == 0; }
+// Whether rows of K elements can be read as words: groups in them have one scale, and a vector holds one group or two.
+inline bool are_words(const Nf4& q, int64_t K) { return W >= 8 && q.block % kGroup == 0 && K % kGroup == 0; }
 
 // Elements that W words of 32 bits hold the indices of, and the room for a row's.
 constexpr int64_t kWords = 8 * W;
@@ -44,7 +44,7 @@ struct Scales {
   // Of as many groups of words as a vector has, or of one.
   TAPELM_INLINE vf of_words(int64_t groups) {
     const vf first = broadcast(next());
-    if (W == 8 || groups == 1) return first;
+    if (W <= 8 || groups == 1) return first;
     const vf second = broadcast(next());
     vi upper = {};
     for (int i = 8; i < W; ++i) upper[i] = -1;
@@ -69,7 +69,7 @@ TAPELM_INLINE vf codes(vi index) {
 #if defined(TAPELM_AVX512)
   return (vf)_mm512_permutexvar_ps((__m512i)index, (__m512)load(kCodes));
 #else
-  return __builtin_shuffle(load(kCodes), load(kCodes + 16 - W), index & 15);
+  return of_sixteen(kCodes, index & 15);
 #endif
 }
 

@@ -24,12 +24,26 @@ struct Bounds {
 };
 alignas(64) constexpr Bounds kBounds;
 
+// table[index[i]] of a table of eight, and of one of sixteen, whose vectors of eight are its halves; of a vector of
+// sixteen the second is never chosen.
+#if TAPELM_WIDTH >= 8
+TAPELM_INLINE vf of_eight(const float* table, vi index) { return __builtin_shuffle(load(table), index); }
+TAPELM_INLINE vf of_sixteen(const float* table, vi index) {
+  return __builtin_shuffle(load(table), load(table + 16 - W), index);
+}
+#else
+TAPELM_INLINE vf of_sixteen(const float* table, vi index) {
+  return vf{table[index[0]], table[index[1]], table[index[2]], table[index[3]]};
+}
+TAPELM_INLINE vf of_eight(const float* table, vi index) { return of_sixteen(table, index); }
+#endif
+
 // The index of the nearest code; the lower one halfway between two, 15 for NaN.
 TAPELM_INLINE vi nearest_code(vf x) {
   vi q = vi{};
 #pragma GCC unroll 4
   for (int level = 0; level < 4; ++level) {
-    const vf bound = __builtin_shuffle(load(kBounds.at + (1 << level) - 1), q);
+    const vf bound = of_eight(kBounds.at + (1 << level) - 1, q);
     q = q + q - ~(vi)(x <= bound);
   }
   return q;
@@ -87,11 +101,9 @@ struct Table<float> {
     for (int i = 0; i < 16; i += W) store(entry + i, load(kCodes + i) * scale);
   }
   TAPELM_INLINE void put16(b16 index, float* out) const {
-    // With vectors of eight the two hold the table's halves, with vectors of sixteen the second is never chosen.
-    const vf low = load(entry), high = load(entry + 16 - W);
     uint8_t lanes[16];
     *reinterpret_cast<b16_any*>(lanes) = index;
-    for (int i = 0; i < 16; i += W) store(out + i, __builtin_shuffle(low, high, widen_indices(lanes + i)));
+    for (int i = 0; i < 16; i += W) store(out + i, of_sixteen(entry, widen_indices(lanes + i)));
   }
 };
 

@@ -3,9 +3,9 @@
 // Every kernel file (x.inl) is written once, on the vectors of simd_vector.inl, and compiled once per instruction set
 // by simd_targets.h into the namespaces generic, avx2, avx512 and avx512bf16. TAPELM_DISPATCH calls the one that
 // isa() chooses, TAPELM_DISPATCH_PRODUCT, for matrix products and attention, that of product_isa().
-// `generic` has the vector width of avx512 and no instruction beyond the compiler's baseline, so that the logic of the
-// widest variant, on x86 with its pairs of bfloat16, is executed by the tests on any machine; that of widened bfloat16
-// is executed by avx2.
+// `generic` has no instruction beyond the compiler's baseline. On x86 it has the vector width and the pairs of bfloat16
+// of the widest variant, so that this logic is executed by the tests on any machine; that of widened bfloat16 is
+// executed by avx2. On other CPUs it is the only one, of vectors of 128 bits.
 #pragma once
 
 #include <algorithm>

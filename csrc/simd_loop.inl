@@ -242,8 +242,13 @@ TAPELM_INLINE void for_kept_twos(int64_t C, uint64_t seed, uint32_t threshold, i
   if (const int before = static_cast<int>(first & 7); before != 0 && C > 0) {
     // The row begins among the eight elements of a counter: those up to the next one.
     draw(0, kept);
-    i = std::min<int64_t>(C, 8 - before);
-    one(0, static_cast<int>(i), shifted(kept[0], before));
+    int lane = before;
+    do {
+      const int n = static_cast<int>(std::min<int64_t>(C - i, std::min(8, W) - lane % W));
+      one(i, n, shifted(kept[lane / W], lane % W));
+      i += n;
+      lane += n;
+    } while (W < 8 && lane < 8 && i < C);
   }
   for (; i + kSums * W <= C; i += kSums * W) {
     draw(i, kept);

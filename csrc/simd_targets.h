@@ -4,20 +4,23 @@
 #endif
 #include "simd.h"
 
-// Beside the variants below only the tests and CPUs of before 2013 run this one: it is compiled quickly instead, and
-// functions of many instructions are called, not inlined. So that the logic of pairs is executed by the tests on any
-// machine, it has them too.
+// On x86 only the tests and CPUs of before 2013 run this one: it is compiled quickly instead, and functions of many
+// instructions are called, not inlined. So that the logic of pairs is executed by the tests on any machine, it has them
+// too. Elsewhere its vectors are the 128 bits that other CPUs have. Armv8 has 32 of them: GCC takes one for each row of
+// the left operand, so that tiles of 8 rows fit, and 3 of the sums of 12 rows were on the stack.
 #ifdef TAPELM_X86
 #pragma GCC push_options
 #pragma GCC optimize("O1")
 #define TAPELM_LONG __attribute__((noinline)) inline
 #define TAPELM_PAIRS 1
+#define TAPELM_WIDTH 16
+#define TAPELM_ROWS 6
 #else
 #define TAPELM_LONG TAPELM_INLINE
+#define TAPELM_WIDTH 4
+#define TAPELM_ROWS 8
 #endif
-#define TAPELM_WIDTH 16
 #define TAPELM_TARGET generic
-#define TAPELM_ROWS 6
 namespace tapelm::generic {
 #include "simd_vector.inl"
 #include TAPELM_KERNELS

@@ -5,6 +5,14 @@ constexpr int W = TAPELM_WIDTH;   // floats per vector
 constexpr int MR = TAPELM_ROWS;   // rows of a matrix-product tile: MR x 2 vectors of accumulators fit the registers
 constexpr int NR = 2 * W;         // columns of that tile
 
+// Whether vectors are registers, which the CPU can shuffle; else the compiler takes shuffles apart lane by lane, for
+// minutes.
+#if defined(TAPELM_AVX2) || defined(TAPELM_AVX512) || TAPELM_WIDTH == 4
+constexpr bool kRegisters = true;
+#else
+constexpr bool kRegisters = false;
+#endif
+
 typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
 typedef uint32_t vu __attribute__((vector_size(W * 4)));
@@ -88,8 +96,10 @@ TAPELM_INLINE void store_part(c10::BFloat16* p, vf x, int n) {
 TAPELM_INLINE vi first_lanes(int n) {
 #if TAPELM_WIDTH == 16
   return vi{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} < n;
-#else
+#elif TAPELM_WIDTH == 8
   return vi{0, 1, 2, 3, 4, 5, 6, 7} < n;
+#else
+  return vi{0, 1, 2, 3} < n;
 #endif
 }
 #if defined(TAPELM_AVX2)
@@ -287,8 +297,10 @@ TAPELM_INLINE void philox(uint64_t seed, uint64_t counter, vu out[2]) {
   // Lane 2 j has counter j and lane 2 j + 1 counter W / 4 + j, so that one unpacking of pairs restores the order.
 #if TAPELM_WIDTH == 16
   const vl counters = counter + vl{0, 4, 1, 5, 2, 6, 3, 7};
-#else
+#elif TAPELM_WIDTH == 8
   const vl counters = counter + vl{0, 2, 1, 3};
+#else
+  const vl counters = counter + vl{0, 1};
 #endif
   vl words[4];
   philox(seed, counters, words);
@@ -296,9 +308,12 @@ TAPELM_INLINE void philox(uint64_t seed, uint64_t counter, vu out[2]) {
 #if TAPELM_WIDTH == 16
   out[0] = (vu)__builtin_shufflevector(even, odd, 0, 8, 2, 10, 4, 12, 6, 14);
   out[1] = (vu)__builtin_shufflevector(even, odd, 1, 9, 3, 11, 5, 13, 7, 15);
-#else
+#elif TAPELM_WIDTH == 8
   out[0] = (vu)__builtin_shufflevector(even, odd, 0, 4, 2, 6);
   out[1] = (vu)__builtin_shufflevector(even, odd, 1, 5, 3, 7);
+#else
+  out[0] = (vu)__builtin_shufflevector(even, odd, 0, 2);
+  out[1] = (vu)__builtin_shufflevector(even, odd, 1, 3);
 #endif
 }
 
