@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import tiktoken
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as HuggingFace
 
@@ -178,8 +178,9 @@ def test_bytes_that_are_no_character_split_like_symbols(pretokenizer: str, bad: 
 
 @settings(max_examples=300, deadline=None, derandomize=True, database=None)
 @given(content=st.binary(max_size=60))
+@example(content=f"a{END}".encode())  # hypothesis takes such from the sources, in some runs
 def test_any_bytes_come_back(peers: Peers, content: bytes) -> None:
-    ids = peers.ours.encode(content)
+    ids = peers.ours.encode(content, allow_special=True)
     assert peers.ours.decode_bytes(ids) == content
     assert peers.tiktoken.decode_bytes(ids.tolist()) == content
 
