@@ -144,8 +144,8 @@ def load_model(path: Path, *, kernels: str = "auto", device: str = "cpu") -> tup
 
 
 def find(path: Path) -> Path | None:
-    """The checkpoint that `path` is, or the newest of the run or of the folder checkpoints that it is."""
-    if (path / "manifest.json").is_file():
+    """The checkpoint that `path` is, whole or not; or the newest of the run or folder of them that it is."""
+    if path.is_dir() and ((path / "manifest.json").is_file() or path.name.startswith("step-")):
         return path
     return newest(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
 

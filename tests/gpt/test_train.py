@@ -330,6 +330,9 @@ def test_truncated_and_missing_files_are_corrupt_too(tiny_data: Path, tmp_path: 
         checkpoint.verify(path)
     with pytest.raises(UserError, match="no older one is whole"):
         checkpoint.newest(tmp_path / "checkpoints")
+    (path / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"step-00000002 is incomplete: manifest\.json is missing"):
+        train(tiny(tiny_data, tmp_path, resume=str(path)))
     before = (tmp_path / "metrics.jsonl").read_bytes()
     with pytest.raises(UserError, match="no older one is whole"):
         train(tiny(tiny_data, tmp_path, resume="auto"))
